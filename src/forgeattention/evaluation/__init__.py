@@ -1,0 +1,1 @@
+"""Measures of a cache against the exact one: needles, KL divergence, bytes."""

@@ -1,0 +1,128 @@
+"""How far a cache bends a model's predictions: KL divergence, same top token and perplexity against the exact cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .streaming import attention, spans, step
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over all measured positions.
+
+    Attributes:
+        kl: KL(exact || candidate) of the next-token distributions, nats.
+        same_top: share of positions where both caches make the same token the likeliest, in [0, 1].
+        perplexity: of the text, read with the candidate cache.
+        exact_perplexity: of the same tokens, read with the exact cache.
+        positions: how many positions `kl` and `same_top` are means of.
+    """
+
+    kl: float
+    same_top: float
+    perplexity: float
+    exact_perplexity: float
+    positions: int
+
+
+def windows(ids: torch.Tensor, length: int, count: int) -> torch.Tensor:
+    """The first `count` pieces of `length` tokens of a text.
+
+    Args:
+        ids: int64, [tokens].
+        length, count: tokens of a piece, and how many.
+
+    Returns:
+        int64, [count, length].
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    if length < 2 or count < 1 or length * count > ids.shape[0]:
+        raise ValueError(
+            f"[kl] expected length >= 2 and count >= 1 with length * count within the text's {ids.shape[0]} tokens; "
+            f"got length {length}, count {count}"
+        )
+    return ids[: length * count].reshape(count, length)
+
+
+@torch.no_grad()
+def compare(
+    model: Any,
+    ids: torch.Tensor,
+    make_cache: Callable[[], Any],
+    *,
+    block: int = 128,
+    start: int | None = None,
+    implementation: str | None = None,
+    reference_implementation: str | None = None,
+    on_window: Callable[[], None] | None = None,
+) -> Fidelity:
+    """Read texts with the exact cache and with another one, side by side, and compare what the model predicts.
+
+    Both caches grow block by block as in chunked prefill and decoding, so that every prediction is made from what the
+    candidate cache really holds by then. `block=1` is decoding itself.
+
+    Args:
+        model: a transformers causal language model.
+        ids: int64, [texts, tokens]; each text is read alone, with new caches. The exact one is transformers'
+            DynamicCache.
+        make_cache: makes an empty candidate cache.
+        block: tokens that are read at once.
+        start: first position measured; half of the text if None, so that the candidate has something to lose.
+        implementation: transformers attention implementation for the candidate; None leaves the model's.
+        reference_implementation: the same for the exact cache.
+        on_window: called after every text.
+
+    Raises:
+        ValueError: `ids` has no measured position that predicts a token, a made cache is not empty, or the model
+            predicts NaN or inf.
+    """
+    from transformers import DynamicCache
+
+    if ids.ndim != 2 or ids.shape[0] < 1:
+        raise ValueError(f"[kl] expected ids of shape [texts, tokens]; got {list(ids.shape)}")
+    tokens = ids.shape[1]
+    start = tokens // 2 if start is None else start
+    if not 0 <= start < tokens - 1:
+        raise ValueError(f"[kl] expected 0 <= start < tokens - 1 = {tokens - 1}; got {start}")
+
+    kl = same = loss = exact_loss = 0.0
+    for text in ids.to(model.device):
+        reference, candidate = DynamicCache(config=model.config), make_cache()
+        if (held := int(candidate.get_seq_length())) != 0:
+            raise ValueError(f"[kl] expected make_cache to make an empty cache; got one of {held} tokens")
+        for first, last in spans(tokens, block):
+            piece = text[None, first:last]
+            with attention(model, reference_implementation):
+                exact = step(model, piece, reference)[0]
+            with attention(model, implementation):
+                other = step(model, piece, candidate)[0]
+            skip = max(start - first, 0)
+            if skip >= last - first:
+                continue
+            p, q = (logits[skip:].log_softmax(-1) for logits in (exact, other))
+            if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
+                raise ValueError("[kl] expected finite predictions; got NaN or inf")
+            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            target = text[first + skip + 1 : last + 1, None]
+            loss -= float(q[: len(target)].gather(-1, target).double().sum())
+            exact_loss -= float(p[: len(target)].gather(-1, target).double().sum())
+        if on_window is not None:
+            on_window()
+    positions = ids.shape[0] * (tokens - start)
+    predicted = positions - ids.shape[0]
+    return Fidelity(
+        kl=kl / positions,
+        same_top=same / positions,
+        perplexity=math.exp(loss / predicted),
+        exact_perplexity=math.exp(exact_loss / predicted),
+        positions=positions,
+    )

@@ -1,0 +1,75 @@
+"""Bytes that are really held: by a cache, and by the process at its peak."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes allocated by a cache.
+
+    An object that knows its own `nbytes` is asked. For a stock transformers cache every tensor of every layer is
+    counted by the storage behind it, once: a view costs what it keeps alive.
+
+    Raises:
+        ValueError: the object is neither.
+    """
+    nbytes = getattr(cache, "nbytes", None)
+    if nbytes is not None:
+        return int(nbytes)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(f"[cache_bytes] expected a cache with nbytes or layers; got {type(cache).__name__}")
+    storages = {}
+    for layer in layers:
+        for tensor in _tensors(vars(layer)):
+            storage = tensor.untyped_storage()
+            storages[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def peak_rss() -> int:
+    """The most bytes of main memory that this process has held, since its start or the last `reset_peak_rss`."""
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Start `peak_rss` afresh from what is held now.
+
+    Raises:
+        OSError: not Linux, which alone can do this; measure in a new process there.
+    """
+    if sys.platform != "linux":
+        raise OSError(f"[reset_peak_rss] expected Linux; got {sys.platform}: measure in a new process instead")
+    # proc(5), /proc/pid/clear_refs: 5 resets the peak resident set size to the current one.
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    """A memory field of /proc/self/status, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"[peak_rss] expected {field} in /proc/self/status; got none")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,49 @@
+"""Reading tokens into a cache block by block, as every measure here does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def attention(model: Any, implementation: str | None) -> Iterator[None]:
+    """Run `model` with this transformers attention implementation; None leaves it as it is."""
+    before = model.config._attn_implementation
+    if implementation is None or implementation == before:
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def spans(tokens: int, block: int) -> list[tuple[int, int]]:
+    """The borders (start, end) of `tokens` cut into blocks; the last may be shorter.
+
+    Raises:
+        ValueError: `block` is not positive.
+    """
+    if block < 1:
+        raise ValueError(f"[streaming] expected block >= 1; got {block}")
+    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+
+
+def step(model: Any, ids: torch.Tensor, cache: Any, keep: int = 0) -> torch.Tensor:
+    """Feed one block to the model.
+
+    Args:
+        model: a transformers causal language model.
+        ids: int64, [batch, tokens].
+        cache: the transformers cache that holds what came before; it grows by `tokens`.
+        keep: how many last positions get logits; 0 means all.
+
+    Returns:
+        Logits, float32, [batch, kept tokens, vocabulary].
+    """
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
