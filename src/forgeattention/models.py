@@ -52,13 +52,13 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     if text == "smollm2":
         return Source("gguf", str(_smollm2_file()))
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         if (path / "config.json").is_file():
             return Source("folder", str(path))
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return Source("gguf", str(files[0]))
-        raise ValueError(f"[models] expected config.json or exactly one .gguf file in {path}; got {len(files)} .gguf files")
+        raise ValueError(f"[models] expected config.json or exactly one .gguf file in {path}; got {len(files)} files")
     if path.suffix == ".gguf":
         if path.is_file():
             return Source("gguf", str(path))
@@ -187,14 +187,14 @@ def _smollm2_file() -> Path:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path
-    raise ValueError("[models] expected the model smollm2 to be installed; got none: run `forgeattn models fetch smollm2`")
+    raise ValueError("[models] expected smollm2 to be installed; got none: run `forgeattn models fetch smollm2`")
 
 
 def _set_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
     """Split digits one by one where the file asks for it, which transformers 5's GGUF tokenizer does not.
 
-    llama.cpp's pre-tokenizer "smollm" splits every digit off before the GPT-2 pattern; without it the spaces in front of
-    a number come out as other tokens than those that the model was trained on.
+    llama.cpp's pre-tokenizer "smollm" splits every digit off before the GPT-2 pattern; without it the spaces in front
+    of a number come out as other tokens than those that the model was trained on.
     """
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

