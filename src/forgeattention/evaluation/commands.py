@@ -33,9 +33,7 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     pieces = kl.windows(ids, args.length, args.windows)
     _, make_packed = caches(model, spec)
     with report.progress("Reading with both caches", args.windows) as advance:
-        result = kl.compare(
-            model, pieces, make_packed, block=args.block, implementation="forge", on_window=advance
-        )
+        result = kl.compare(model, pieces, make_packed, block=args.block, implementation="forge", on_window=advance)
     bits = spec.page_format(head_dim(model)).effective_bits
     print(
         f"{args.text}, {result.positions} positions, {bits:.3f} bits per element: KL {result.kl:.4f} nats, same top "
@@ -65,9 +63,7 @@ def run_niah(args: argparse.Namespace) -> dict[str, Any]:
     count = len(args.lengths) * len(args.depths)
     with report.progress("Asking for the needle", 2 * count) as advance:
         exact = niah.run(model, tokenizer, make_exact, on_cell=lambda _: advance(), **setting)
-        packed = niah.run(
-            model, tokenizer, make_packed, implementation="forge", on_cell=lambda _: advance(), **setting
-        )
+        packed = niah.run(model, tokenizer, make_packed, implementation="forge", on_cell=lambda _: advance(), **setting)
     cells = [
         {
             "length": one.length,

@@ -21,9 +21,7 @@ from . import texts
 from .streaming import attention, spans, step
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-QUESTION = (
-    "What is the secret code word mentioned earlier? Answer with just the code word and number, nothing else:"
-)
+QUESTION = "What is the secret code word mentioned earlier? Answer with just the code word and number, nothing else:"
 # Between two sentences: the first ends in a word, not in the number of a list; the second starts like a sentence.
 BORDER = re.compile(r"""(?<=[A-Za-z)"'][.!?])\s+(?=["'(]?[A-Z])""")
 
@@ -149,9 +147,7 @@ def prompt(tokenizer: Any, text: str) -> torch.Tensor:
     if not tokenizer.chat_template:
         raise ValueError("[niah] expected a tokenizer with a chat template; got none: take an instruction-tuned model")
     messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return encoded["input_ids"]
 
 
