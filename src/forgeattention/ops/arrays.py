@@ -1,0 +1,72 @@
+"""What the ops ask of an array, whichever framework it belongs to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+FLOATS = ("float32", "float16", "bfloat16")
+_torch_names: dict[Any, str] = {}
+
+
+def is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def device_of(x: Any) -> str:
+    """ "cpu", "cuda" or "mlx"; "" for what is not an array of a known framework."""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    if is_torch(x):
+        return str(x.device.type)
+    return "mlx" if type(x).__module__.startswith("mlx.") else ""
+
+
+def dtype_of(x: Any) -> str:
+    """NumPy's name of the element type, and "bfloat16"."""
+    if isinstance(x, np.ndarray):
+        return x.dtype.name
+    dtype = x.dtype
+    name = _torch_names.get(dtype)
+    if name is None:
+        name = _torch_names[dtype] = str(dtype).rpartition(".")[2]
+    return name
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype given as a string, a NumPy type or another framework's dtype."""
+    text = dtype if isinstance(dtype, str) else str(dtype)
+    name = text.rpartition(".")[2].rstrip("'>")
+    return name if name == "bfloat16" else np.dtype(name).name
+
+
+def empty_like(x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An uninitialised array of x's framework and device. A NumPy one cannot be bfloat16."""
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=x.device)
+    return np.empty(shape, dtype)
+
+
+def to_numpy(x: Any) -> Any:
+    """A NumPy array of the same values; bfloat16 becomes float32. For the reference backend and tests."""
+    if isinstance(x, np.ndarray):
+        return x
+    if is_torch(x):
+        x = x.detach().cpu()
+        return (x.float() if dtype_of(x) == "bfloat16" else x).numpy()
+    return np.asarray(x.astype(sys.modules["mlx.core"].float32) if dtype_of(x) == "bfloat16" else x)
+
+
+def from_numpy(array: Any, like: Any, dtype: str) -> Any:
+    """A NumPy array as one of `like`'s framework and device, in `dtype`."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, getattr(torch, dtype))
+    if isinstance(like, np.ndarray):
+        return np.ascontiguousarray(array, dtype)
+    mx = sys.modules["mlx.core"]
+    return mx.array(np.ascontiguousarray(array)).astype(getattr(mx, dtype))
