@@ -1,0 +1,158 @@
+"""The few array operations that a cache needs of its framework."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ops.arrays import is_torch
+
+
+class Arrays(Protocol):
+    """Arrays of one framework on one device. Slicing, slice assignment, indexing by integer arrays and `swapaxes` are
+    those of NumPy and torch; data types go by NumPy's names, and "bfloat16"."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """An uninitialised array."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any: ...
+
+    def concat(self, parts: list[Any], axis: int) -> Any: ...
+
+    def copy(self, array: Any) -> Any: ...
+
+    def index(self, values: NDArray[np.int64]) -> Any:
+        """Host integers as an array to index with."""
+
+    def assign(self, target: Any, values: NDArray[Any]) -> None:
+        """Copies a host array of the same shape and dtype into `target`, without waiting for the device."""
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """A host copy (or view). bfloat16 comes as uint16 bit patterns."""
+
+    def address(self, array: Any) -> int:
+        """Address of the first element."""
+
+    def nbytes(self, array: Any) -> int: ...
+
+    def owns(self, array: Any) -> bool:
+        """Whether an array belongs to this framework and device."""
+
+    def finite(self, array: Any) -> bool:
+        """Whether every element is finite. Waits for the device."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether reading a value costs no wait for a device."""
+
+
+class NumpyArrays:
+    """NumPy arrays."""
+
+    on_host = True
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return np.zeros(shape, dtype)
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        return np.concatenate(parts, axis)
+
+    def copy(self, array: Any) -> Any:
+        return array.copy()
+
+    def index(self, values: NDArray[np.int64]) -> Any:
+        return values
+
+    def assign(self, target: Any, values: NDArray[Any]) -> None:
+        target[...] = values
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        return array
+
+    def address(self, array: Any) -> int:
+        return array.ctypes.data
+
+    def nbytes(self, array: Any) -> int:
+        return array.nbytes
+
+    def owns(self, array: Any) -> bool:
+        return isinstance(array, np.ndarray)
+
+    def finite(self, array: Any) -> bool:
+        return bool(np.isfinite(array).all())
+
+
+class TorchArrays:
+    """Torch tensors on one device.
+
+    Args:
+        device: a torch.device or its name.
+    """
+
+    def __init__(self, device: Any = "cpu") -> None:
+        import torch
+
+        self._torch = torch
+        self.device = torch.device(device)
+        self.on_host = self.device.type == "cpu"
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._torch.zeros(shape, dtype=getattr(self._torch, dtype), device=self.device)
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        return self._torch.cat(parts, axis)
+
+    def copy(self, array: Any) -> Any:
+        return array.clone()
+
+    def index(self, values: NDArray[np.int64]) -> Any:
+        return self._upload(values)
+
+    def assign(self, target: Any, values: NDArray[Any]) -> None:
+        if target.dtype == self._torch.bfloat16:
+            target = target.view(self._torch.uint16)
+        target.copy_(self._upload(np.ascontiguousarray(values)))
+
+    def _upload(self, values: NDArray[Any]) -> Any:
+        host = self._torch.from_numpy(values)
+        # A copy from pageable memory may wait for the stream; torch keeps the pinned block until the copy is done.
+        return host if self.on_host else host.pin_memory().to(self.device, non_blocking=True)
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        array = array.detach()
+        if array.dtype == self._torch.bfloat16:
+            array = array.contiguous().view(self._torch.uint16)
+        return array.cpu().numpy()
+
+    def address(self, array: Any) -> int:
+        return array.data_ptr()
+
+    def nbytes(self, array: Any) -> int:
+        return array.numel() * array.element_size()
+
+    def owns(self, array: Any) -> bool:
+        return isinstance(array, self._torch.Tensor) and array.device == self.device
+
+    def finite(self, array: Any) -> bool:
+        # A sum is one pass over few bytes of code; only one that is not finite needs the elements looked at.
+        if math.isfinite(array.sum(dtype=self._torch.float32).item()):
+            return True
+        return bool(self._torch.isfinite(array).all())
+
+
+def arrays_of(array: Any) -> Arrays:
+    """The framework and device of an array. Raises ValueError for an unknown one."""
+    if isinstance(array, np.ndarray):
+        return NumpyArrays()
+    if is_torch(array):
+        return TorchArrays(array.device)
+    raise ValueError(f"[cache] expected NumPy arrays or torch tensors; got {type(array).__name__}")

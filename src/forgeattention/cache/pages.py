@@ -1,0 +1,138 @@
+"""Storage of pages: slabs, reference counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import Arrays
+
+Ids = NDArray[np.int64]
+
+GROWTH = 128
+"""A pool grows by at least 1 / GROWTH of its pages, so that the spare room stays under one per cent."""
+
+
+@dataclass
+class _Slab:
+    data: Any
+    base: int
+    free: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+
+class PagePool:
+    """Pages of one layer, shared by any number of sequences.
+
+    A page is written once, before anything else reads it, and never changed: sequences share pages by reference count
+        and copy none. Growth adds a slab and copies nothing; a slab without a used page is given back. Not safe for
+        use by several threads or device streams at once.
+
+    Args:
+        page_bytes: bytes of a page.
+        arrays: framework and device of the pages.
+        max_pages: most pages in use at a time, or None.
+    """
+
+    def __init__(self, page_bytes: int, arrays: Arrays, max_pages: int | None = None) -> None:
+        if page_bytes < 1 or (max_pages is not None and max_pages < 0):
+            raise ValueError(f"[page_pool] expected page_bytes >= 1, max_pages >= 0; got {page_bytes}, {max_pages}")
+        self.page_bytes = page_bytes
+        self.arrays = arrays
+        self.max_pages = max_pages
+        self._slabs: list[_Slab] = []
+        self._open: list[_Slab] = []
+        self._slab_of: dict[int, _Slab] = {}
+        self._refs = np.zeros(0, np.int32)
+        self._addresses = np.zeros(0, np.int64)
+        self._spare_ids: list[int] = []
+        self.in_use = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, spare pages included."""
+        return sum(self.arrays.nbytes(slab.data) for slab in self._slabs)
+
+    def alloc(self, count: int) -> Ids:
+        """Takes `count` pages, each with one reference.
+
+        Raises:
+            ValueError: more than `max_pages` would be in use; nothing has changed.
+        """
+        if self.max_pages is not None and self.in_use + count > self.max_pages:
+            raise ValueError(
+                f"[page_pool] expected at most {self.max_pages} pages; got {self.in_use} in use and {count} more wanted"
+            )
+        missing = count - sum(len(slab.free) for slab in self._open)
+        if missing > 0:
+            self._grow(missing)
+        ids: list[int] = []
+        while len(ids) < count:
+            slab = self._open[0]
+            take = min(count - len(ids), len(slab.free))
+            ids += slab.free[:take]
+            del slab.free[:take]
+            if not slab.free:
+                self._open.pop(0)
+        out = np.array(ids, np.int64)
+        self._refs[out] = 1
+        self.in_use += count
+        return out
+
+    def share(self, ids: Ids) -> None:
+        """Adds a reference to each page."""
+        np.add.at(self._refs, ids, 1)
+
+    def free(self, ids: Ids) -> None:
+        """Drops a reference to each page; a page without one is free."""
+        np.subtract.at(self._refs, ids, 1)
+        for page in np.unique(ids[self._refs[ids] == 0]).tolist():
+            slab = self._slab_of[page]
+            if not slab.free:
+                self._open.append(slab)
+            slab.free.append(page)
+            self.in_use -= 1
+            if len(slab.free) == len(slab.ids):
+                self._drop(slab)
+
+    def references(self, ids: Ids) -> NDArray[np.int32]:
+        return self._refs[ids]
+
+    def addresses(self, ids: Ids) -> NDArray[np.int64]:
+        """Absolute byte address of each page."""
+        return self._addresses[ids]
+
+    def page(self, page: int) -> Any:
+        """uint8 [page_bytes], a view."""
+        slab = self._slab_of[page]
+        start = int(self._addresses[page]) - slab.base
+        return slab.data[start : start + self.page_bytes]
+
+    def _grow(self, missing: int) -> None:
+        pages = max(missing, self.in_use // GROWTH)
+        if self.max_pages is not None:
+            pages = max(missing, min(pages, self.max_pages - self.in_use))
+        data = self.arrays.empty((pages * self.page_bytes,), "uint8")
+        slab = _Slab(data, self.arrays.address(data))
+        while len(self._spare_ids) < pages:
+            old = len(self._refs)
+            new = max(16, old)
+            self._refs = np.append(self._refs, np.zeros(new, np.int32))
+            self._addresses = np.append(self._addresses, np.zeros(new, np.int64))
+            self._spare_ids += range(old + new - 1, old - 1, -1)
+        slab.ids = [self._spare_ids.pop() for _ in range(pages)]
+        slab.free = list(slab.ids)
+        self._addresses[slab.ids] = slab.base + self.page_bytes * np.arange(pages)
+        self._slab_of.update(dict.fromkeys(slab.ids, slab))
+        self._slabs.append(slab)
+        self._open.append(slab)
+
+    def _drop(self, slab: _Slab) -> None:
+        self._slabs = [s for s in self._slabs if s is not slab]
+        self._open = [s for s in self._open if s is not slab]
+        for page in slab.ids:
+            del self._slab_of[page]
+        self._spare_ids += slab.ids

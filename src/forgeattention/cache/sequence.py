@@ -1,0 +1,440 @@
+"""The cache of one layer: exact sinks, packed pages, exact recent tokens, for a batch of rows of any length."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import ops
+from ..codec import PAGE, Codec
+from ..ops.arrays import FLOATS, dtype_of
+from ..ops.table import ExactTokens, PageTable
+from .arrays import Arrays, arrays_of
+from .pages import Ids, PagePool
+
+I64 = NDArray[np.int64]
+
+
+@dataclass
+class _Append:
+    """What an append will do to one row: `pages` new pages, then `tail` follows the first `keep` exact tokens."""
+
+    row: int
+    k: Any
+    v: Any
+    count: int
+    pages: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+class LayerCache:
+    """Keys and values of one layer for a batch of rows.
+
+    A row is [sinks | packed pages | recent tokens]. The first `spec.sinks` tokens and the newest `spec.window` to
+    `spec.window` + 63 are exact; when `spec.window` + 64 recent tokens would be held, the oldest leave in pages of
+    64. What a row holds depends only on what was appended to and trimmed from it. A call that raises leaves the cache
+    as it was.
+
+    The lengths and the page table lie on the device and are mirrored on the host; appending and attending one token
+    waits for no device.
+
+    Args:
+        codec: the layer's codec.
+        batch: rows, all empty.
+        arrays: framework and device; see `arrays_of`.
+        dtype: of the exact tokens: "float32", "float16" or "bfloat16".
+        pool: pages shared with other caches of the same codec, or None for an own pool.
+        max_pages: most pages of an own pool.
+        backend: which kernels encode and attend, "auto" or a name of `ops`.
+    """
+
+    _exact: I64
+    _packed: I64
+    _uniform: bool
+    _exact_max: int
+    _exact_tokens: ExactTokens
+    _table: PageTable | None
+    _exact_device: Any
+    _packed_device: Any
+    _rows: Any
+
+    def __init__(
+        self,
+        codec: Codec,
+        batch: int,
+        arrays: Arrays,
+        dtype: str = "float32",
+        *,
+        pool: PagePool | None = None,
+        max_pages: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if batch < 0 or dtype not in FLOATS:
+            raise ValueError(f"[cache] expected batch >= 0 and dtype in {FLOATS}; got {batch}, {dtype!r}")
+        if pool is not None and pool.page_bytes != codec.page_bytes:
+            raise ValueError(f"[cache] expected a pool of {codec.page_bytes} byte pages; got {pool.page_bytes}")
+        self.codec = codec
+        self.arrays = arrays
+        self.dtype = dtype
+        self.backend = backend
+        self.pool = PagePool(codec.page_bytes, arrays, max_pages) if pool is None else pool
+        self._flush_at = codec.spec.sinks + codec.spec.window + PAGE
+        shape = (batch, codec.kv_heads, self._flush_at, codec.head_dim)
+        self._k, self._v = arrays.zeros(shape, dtype), arrays.zeros(shape, dtype)
+        self._steps = arrays.index(np.arange(self._flush_at))
+        self._ids = np.zeros((batch, 0), np.int64)
+        self._offsets = arrays.zeros((batch, 0), "int64")
+        self._set_lengths(np.zeros(batch, np.int64), np.zeros(batch, np.int64))
+
+    @classmethod
+    def like(cls, k: Any, codec: Codec, **options: Any) -> LayerCache:
+        """An empty cache for keys such as `k` [batch, kv_heads, tokens, head_dim]; `options` as for the constructor."""
+        arrays = arrays_of(k)
+        return cls(codec, k.shape[0], arrays, dtype_of(k), **options)
+
+    @property
+    def batch(self) -> int:
+        return len(self._exact)
+
+    @property
+    def lengths(self) -> I64:
+        """Tokens of each row, on the host, [batch]."""
+        return self._exact + self._packed
+
+    @property
+    def packed_lengths(self) -> I64:
+        """Packed tokens of each row, on the host, [batch]."""
+        return self._packed.copy()
+
+    @property
+    def exact_lengths(self) -> I64:
+        """Exact tokens of each row, sinks and recent, on the host, [batch]."""
+        return self._exact.copy()
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows hold the same numbers of packed and exact tokens."""
+        return self._uniform
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: pages (shared and spare ones included), exact tokens, tables, lengths."""
+        held = (self._k, self._v, self._offsets, self._exact_device, self._packed_device)
+        return self.pool.nbytes + sum(self.arrays.nbytes(a) for a in held)
+
+    @property
+    def table(self) -> PageTable | None:
+        """The packed tokens, or None without any."""
+        return self._table
+
+    @property
+    def exact(self) -> ExactTokens:
+        """The exact tokens of each row, sinks first."""
+        return self._exact_tokens
+
+    def row(self, row: int) -> tuple[PageTable | None, ExactTokens]:
+        """The packed and the exact tokens of one row, as a batch of one."""
+        rows, packed, exact = slice(row, row + 1), int(self._packed[row]), int(self._exact[row])
+        table = PageTable(None, self._offsets[rows], self._packed_device[rows], packed) if packed else None
+        return table, ExactTokens(self._k[rows], self._v[rows], self._exact_device[rows], exact)
+
+    def row_pages(self, row: int) -> Ids:
+        """The row's pages in the pool, [pages]."""
+        return self._ids[row, : self._packed[row] // PAGE]
+
+    def append(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> None:
+        """Adds tokens to every row.
+
+        A long append is encoded from `k` and `v` where they lie; no copy of them is kept.
+
+        Args:
+            k, v: [batch, kv_heads, n, head_dim] in the cache's dtype, on its device, the last axis contiguous.
+            keep: bool [batch, n] on the host: which tokens are real; None for all.
+
+        Raises:
+            ValueError: a wrong shape, dtype or device; NaN or infinity (off the CPU this is looked for where more
+                than 8 tokens are appended, and else left to the encoder); a full pool.
+        """
+        n = self._check(k, v, keep)
+        if keep is None and self._exact_max + n < self._flush_at:
+            self._write(k, v, n)
+        else:
+            self._append_rows(k, v, keep)
+
+    def attend(self, q: Any, scale: float, *, causal: bool = True, sink_logits: Any = None) -> tuple[Any, Any]:
+        """`ops.decode_attention` of q [batch, q_heads, n, head_dim] over the whole cache, in one call."""
+        return ops.decode_attention(
+            q,
+            self.codec,
+            self._table,
+            self._exact_tokens,
+            scale,
+            causal=causal,
+            sink_logits=sink_logits,
+            backend=self.backend,
+        )
+
+    def trim(self, n: int | Sequence[int] | I64) -> None:
+        """Removes the newest `n` tokens of each row (one number, or one per row).
+
+        Where the cut falls inside a page, the page's remaining tokens return from their codes as exact ones. They keep
+        the error that the codes had, and when they are packed again it adds a second one.
+
+        Raises:
+            ValueError: a negative number, or more tokens than a row has.
+        """
+        lengths = self.lengths
+        drop = np.broadcast_to(np.asarray(n, np.int64), lengths.shape)
+        if (drop < 0).any() or (drop > lengths).any():
+            raise ValueError(f"[cache.trim] expected 0 <= n <= tokens {lengths.tolist()}; got {drop.tolist()}")
+        if not drop.any():
+            return
+        sinks = self.codec.spec.sinks
+        recent = np.maximum(self._exact - sinks, 0)
+        packed = np.where(drop <= recent, self._packed, np.maximum(self._packed - (drop - recent), 0))
+        whole = packed // PAGE * PAGE
+        cut = np.flatnonzero(packed > whole)
+        if len(cut):
+            pages = self._ids[cut, whole[cut] // PAGE]
+            decoded = self._decode(pages)
+        exact = lengths - drop - whole
+        for i, row in enumerate(cut.tolist()):
+            count = int(packed[row] - whole[row])
+            for buffer, tokens in zip((self._k, self._v), decoded):
+                buffer[row, :, sinks : sinks + count] = tokens[i, :, :count]
+        for row in np.flatnonzero(whole < self._packed).tolist():
+            self.pool.free(self._ids[row, whole[row] // PAGE : self._packed[row] // PAGE])
+        self._set_lengths(exact, whole)
+
+    def select(self, rows: Iterable[int]) -> None:
+        """Makes row i what row `rows[i]` was: reorders, repeats and removes rows (beam search, a batch row that
+        leaves). Pages are shared, not copied.
+
+        Raises:
+            ValueError: a row that is not there.
+        """
+        index = self._row_index(rows)
+        old = [self.row_pages(row) for row in range(self.batch)]
+        for row in index.tolist():
+            self.pool.share(old[row])
+        for ids in old:
+            self.pool.free(ids)
+        at = self.arrays.index(index)
+        self._k, self._v, self._offsets = self._k[at], self._v[at], self._offsets[at]
+        self._ids = self._ids[index]
+        self._set_lengths(self._exact[index], self._packed[index])
+
+    def fork(self, rows: Iterable[int] | None = None) -> LayerCache:
+        """A cache of the given rows (default: all) that shares this one's pages; either may change without the
+        other."""
+        index = self._row_index(range(self.batch) if rows is None else rows)
+        other = LayerCache(self.codec, 0, self.arrays, self.dtype, pool=self.pool, backend=self.backend)
+        at = self.arrays.index(index)
+        other._k, other._v, other._offsets = self._k[at], self._v[at], self._offsets[at]
+        other._ids = self._ids[index]
+        for row in index.tolist():
+            self.pool.share(self.row_pages(row))
+        other._set_lengths(self._exact[index], self._packed[index])
+        return other
+
+    def join(self, other: LayerCache) -> None:
+        """Adds the rows of another cache behind this one's. Pages of the same pool are shared, others copied.
+
+        Raises:
+            ValueError: another codec, dtype or device; a full pool.
+        """
+        codec, theirs = self.codec.fingerprint, other.codec.fingerprint
+        if codec != theirs or other.dtype != self.dtype or not self.arrays.owns(other._k):
+            raise ValueError(
+                f"[cache.join] expected codec {codec}, {self.dtype} and this device; got {theirs}, {other.dtype}, "
+                f"{type(other._k).__name__}"
+            )
+        total = int((other._packed // PAGE).sum())
+        if other.pool is self.pool:
+            for row in range(other.batch):
+                self.pool.share(other.row_pages(row))
+            ids = other._ids
+        else:
+            new = self.pool.alloc(total)
+            ids, at = np.zeros_like(other._ids), 0
+            for row in range(other.batch):
+                for i, page in enumerate(other.row_pages(row).tolist()):
+                    ids[row, i] = new[at]
+                    self.pool.page(int(new[at]))[...] = other.pool.page(page)
+                    at += 1
+        width = max(self._ids.shape[1], ids.shape[1])
+        self._ids = np.concatenate([_widen(self._ids, width), _widen(ids, width)])
+        self._k = self.arrays.concat([self._k, other._k], 0)
+        self._v = self.arrays.concat([self._v, other._v], 0)
+        self._offsets = self.arrays.zeros(self._ids.shape, "int64")
+        self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
+        self._set_lengths(np.append(self._exact, other._exact), np.append(self._packed, other._packed))
+
+    def restore(self, ids: Ids, table: I64, packed: I64, exact: I64, k: NDArray[Any], v: NDArray[Any]) -> None:
+        """Gives an empty cache its contents: host arrays as `storage` keeps them.
+
+        Args:
+            ids: pages of the pool, to which references are added.
+            table: [batch, most pages], indices into `ids`.
+            packed, exact: tokens of each row.
+            k, v: exact tokens [batch, kv_heads, most exact tokens, head_dim].
+        """
+        self._ids = ids[np.maximum(table, 0)] if len(ids) else np.zeros((self.batch, 0), np.int64)
+        self._offsets = self.arrays.zeros(self._ids.shape, "int64")
+        self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
+        for buffer, tokens in ((self._k, k), (self._v, v)):
+            self.arrays.assign(buffer[:, :, : tokens.shape[2]], tokens)
+        self._set_lengths(exact.copy(), packed.copy())
+        for row in range(self.batch):
+            self.pool.share(self.row_pages(row))
+
+    def clear(self) -> None:
+        """Removes all tokens; the rows stay."""
+        self.trim(self.lengths)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_exact") and not sys.is_finalizing():
+            for row in range(self.batch):
+                self.pool.free(self.row_pages(row))
+            self._packed = np.zeros_like(self._packed)
+
+    def _check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None) -> int:
+        want = (self.batch, self.codec.kv_heads, k.shape[2] if len(k.shape) == 4 else 0, self.codec.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if tuple(x.shape) != want:
+                shape = f"[{want[0]}, {want[1]}, n, {want[3]}]"
+                raise ValueError(f"[cache.append] expected {name} {shape}; got {list(x.shape)}")
+            if not self.arrays.owns(x) or dtype_of(x) != self.dtype:
+                raise ValueError(f"[cache.append] expected {name} in {self.dtype} on the cache's device; got {x.dtype}")
+        n = want[2]
+        if keep is not None and (keep.shape != (self.batch, n) or keep.dtype != np.bool_):
+            got = f"{keep.dtype} {list(keep.shape)}"
+            raise ValueError(f"[cache.append] expected keep bool [{self.batch}, {n}]; got {got}")
+        if self.arrays.on_host or n > 8:
+            for name, x in (("k", k), ("v", v)):
+                if not self.arrays.finite(x):
+                    raise ValueError(f"[cache.append] expected finite {name}; got NaN or infinity")
+        return n
+
+    def _write(self, k: Any, v: Any, n: int) -> None:
+        """Appends to the exact tokens of every row, which have room."""
+        if self._uniform:
+            end = self._exact_max
+            self._k[:, :, end : end + n] = k
+            self._v[:, :, end : end + n] = v
+        else:
+            at = self._exact_device[:, None] + self._steps[:n]
+            self._k[self._rows, :, at] = k.swapaxes(1, 2)
+            self._v[self._rows, :, at] = v.swapaxes(1, 2)
+        self._exact += n
+        self._exact_max += n
+        self._exact_device += n
+        self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
+
+    def _append_rows(self, k: Any, v: Any, keep: NDArray[np.bool_] | None) -> None:
+        plans = []
+        for row in range(self.batch):
+            picked: Any = slice(None)
+            if keep is not None:
+                real = np.flatnonzero(keep[row])
+                contiguous = len(real) == 0 or real[-1] - real[0] + 1 == len(real)
+                start = int(real[0]) if len(real) else 0
+                picked = slice(start, start + len(real)) if contiguous else self.arrays.index(real)
+            row_k, row_v = k[row][:, picked], v[row][:, picked]
+            plans.append(_Append(row, row_k, row_v, row_k.shape[1]))
+        wanted = [max(0, (int(self._exact[p.row]) + p.count - self._flush_at) // PAGE + 1) for p in plans]
+        ids = self.pool.alloc(sum(wanted))
+        try:
+            for plan, count in zip(plans, wanted):
+                plan.pages, ids = ids[:count], ids[count:]
+                self._encode(plan)
+        except BaseException:
+            self.pool.free(np.concatenate([p.pages for p in plans] + [ids]))
+            raise
+        self._commit(plans)
+
+    def _encode(self, plan: _Append) -> None:
+        """Encodes what leaves a row: its oldest recent tokens, joined with the first new ones, then new ones alone."""
+        pages, sinks, held = len(plan.pages), self.codec.spec.sinks, int(self._exact[plan.row])
+        if not pages:
+            return
+        addresses = self.pool.addresses(plan.pages)
+        mixed = min(pages, -(-max(held - sinks, 0) // PAGE))
+        if mixed:
+            end = sinks + mixed * PAGE
+            k, v = (
+                self.arrays.concat([buffer[plan.row, :, sinks : min(held, end)], new[:, : max(end - held, 0)]], 1)
+                for buffer, new in ((self._k, plan.k), (self._v, plan.v))
+            )
+            ops.encode(k, v, self.codec, None, self.arrays.index(addresses[:mixed]), backend=self.backend)
+        if pages > mixed:
+            new = slice(sinks + mixed * PAGE - held, sinks + pages * PAGE - held)
+            at = self.arrays.index(addresses[mixed:])
+            ops.encode(plan.k[:, new], plan.v[:, new], self.codec, None, at, backend=self.backend)
+
+    def _commit(self, plans: list[_Append]) -> None:
+        sinks, exact, packed = self.codec.spec.sinks, self._exact.copy(), self._packed.copy()
+        most = max((int(packed[p.row]) // PAGE + len(p.pages) for p in plans), default=0)
+        if most > self._ids.shape[1]:
+            self._widen(max(most, self._ids.shape[1] * 5 // 4))
+        for p in plans:
+            held, gone = int(exact[p.row]), PAGE * len(p.pages)
+            for buffer, new in ((self._k, p.k), (self._v, p.v)):
+                row = buffer[p.row]
+                if not gone:
+                    row[:, held : held + p.count] = new
+                    continue
+                if held < sinks:
+                    row[:, held:sinks] = new[:, : sinks - held]
+                left = max(held - sinks - gone, 0)
+                if left:
+                    row[:, sinks : sinks + left] = self.arrays.copy(row[:, sinks + gone : held])
+                total = held + p.count - gone
+                row[:, sinks + left : total] = new[:, p.count - (total - sinks - left) :]
+            if gone:
+                first = int(packed[p.row]) // PAGE
+                self._ids[p.row, first : first + len(p.pages)] = p.pages
+                self.arrays.assign(self._offsets[p.row, first : first + len(p.pages)], self.pool.addresses(p.pages))
+            exact[p.row] += p.count - gone
+            packed[p.row] += gone
+        self._set_lengths(exact, packed)
+
+    def _widen(self, width: int) -> None:
+        self._ids = _widen(self._ids, width)
+        offsets = self.arrays.zeros((self.batch, width), "int64")
+        offsets[:, : self._offsets.shape[1]] = self._offsets
+        self._offsets = offsets
+
+    def _set_lengths(self, exact: I64, packed: I64) -> None:
+        self._exact, self._packed = exact, packed
+        if not hasattr(self, "_exact_device") or self._exact_device.shape[0] != len(exact):
+            self._exact_device = self.arrays.zeros((len(exact),), "int32")
+            self._packed_device = self.arrays.zeros((len(exact),), "int32")
+            self._rows = self.arrays.index(np.arange(len(exact)))[:, None]
+        self.arrays.assign(self._exact_device, exact.astype(np.int32))
+        self.arrays.assign(self._packed_device, packed.astype(np.int32))
+        self._exact_max, most = int(exact.max(initial=0)), int(packed.max(initial=0))
+        self._uniform = len(exact) == 0 or bool((exact == exact[0]).all() and (packed == packed[0]).all())
+        self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
+        self._table = PageTable(None, self._offsets, self._packed_device, most) if most else None
+
+    def _decode(self, pages: Ids) -> tuple[Any, Any]:
+        """Keys and values [pages, kv_heads, 64, head_dim] of single pages."""
+        offsets = self.arrays.zeros((len(pages), 1), "int64")
+        self.arrays.assign(offsets, self.pool.addresses(pages)[:, None])
+        lengths = self.arrays.zeros((len(pages),), "int32") + PAGE
+        return ops.decode_pages(self.codec, PageTable(None, offsets, lengths, PAGE), backend=self.backend)
+
+    def _row_index(self, rows: Iterable[int]) -> I64:
+        index = np.fromiter(rows, np.int64)
+        if (index < 0).any() or (index >= self.batch).any():
+            raise ValueError(f"[cache.select] expected rows in [0, {self.batch}); got {index.tolist()}")
+        return index
+
+
+def _widen(ids: Ids, width: int) -> Ids:
+    return np.pad(ids, ((0, 0), (0, width - ids.shape[1])))

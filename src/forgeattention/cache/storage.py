@@ -1,0 +1,168 @@
+"""Saved caches: one safetensors file, replaced whole, with a checksum.
+
+Per layer i the file holds "i.pages" uint8 [pages, page_bytes] (docs/format.md), "i.table" int64 [batch, most pages]
+(indices into "i.pages", -1 past a row's last), "i.packed" and "i.exact" int64 [batch] (tokens), "i.k" and "i.v"
+[batch, kv_heads, most exact tokens, head_dim] (bfloat16 as uint16 bit patterns). The metadata name the format, its
+version, the model, the codecs and the SHA-256 of all else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..codec import PAGE, Codec
+from ..codec.spec import FORMAT_VERSION
+from .arrays import Arrays
+from .pages import PagePool
+from .sequence import LayerCache
+
+FORMAT = "forgeattention cache"
+PARTS = ("pages", "table", "packed", "exact", "k", "v")
+
+Tensors = dict[str, NDArray[Any]]
+
+
+def save(path: str | os.PathLike[str], layers: Mapping[int, LayerCache], model: str, extra: Any = None) -> None:
+    """Writes layers to a file, which is replaced only once the new one is complete on disk.
+
+    Needs host memory for one copy of the packed cache.
+
+    Args:
+        path: the file.
+        layers: by their number in the model.
+        model: fingerprint of the model; `load` wants the same.
+        extra: anything that JSON holds, given back by `load`.
+    """
+    path = Path(path)
+    tensors: Tensors = {}
+    for number, layer in layers.items():
+        tensors |= {f"{number}.{part}": array for part, array in zip(PARTS, _layer_tensors(layer))}
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "model": model,
+        "codecs": json.dumps({str(n): layer.codec.fingerprint for n, layer in layers.items()}, sort_keys=True),
+        "dtypes": json.dumps({str(n): layer.dtype for n, layer in layers.items()}, sort_keys=True),
+        "extra": json.dumps(extra),
+    }
+    metadata["sha256"] = _checksum(tensors, metadata)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync(path.parent)
+
+
+def load(
+    path: str | os.PathLike[str],
+    codecs: Mapping[int, Codec],
+    model: str,
+    arrays: Arrays,
+    *,
+    max_pages: int | None = None,
+    backend: str = "auto",
+) -> tuple[dict[int, LayerCache], Any]:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+        codecs: codec of each layer, as when it was saved.
+        model: fingerprint of the model.
+        arrays: framework and device of the new caches.
+        max_pages, backend: as for `LayerCache`.
+
+    Returns:
+        The layers, and the `extra` of `save`.
+
+    Raises:
+        ValueError: a file that is damaged or not of this format, another format version, model or codec.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"[cache.load] expected a complete safetensors file; got {path}: {error}") from None
+    _expect("format", FORMAT, metadata.get("format"))
+    _expect("format version", str(FORMAT_VERSION), metadata.get("version"))
+    claimed = metadata.pop("sha256", None)
+    _expect("checksum", claimed, _checksum(tensors, metadata))
+    _expect("model", model, metadata.get("model"))
+    saved = {int(n): f for n, f in json.loads(metadata["codecs"]).items()}
+    _expect("codecs", {n: c.fingerprint for n, c in codecs.items()}, saved)
+    dtypes = json.loads(metadata["dtypes"])
+    layers = {}
+    for number, codec in codecs.items():
+        parts = {part: tensors[f"{number}.{part}"] for part in PARTS}
+        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, backend)
+    return layers, json.loads(metadata["extra"])
+
+
+def _expect(what: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise ValueError(f"[cache.load] expected {what} {expected!r}; got {got!r}")
+
+
+def _layer_tensors(layer: LayerCache) -> tuple[NDArray[Any], ...]:
+    rows = [np.zeros(0, np.int64)] + [layer.row_pages(row) for row in range(layer.batch)]
+    ids, index = np.unique(np.concatenate(rows), return_inverse=True)
+    pages = np.empty((len(ids), layer.codec.page_bytes), np.uint8)
+    for i, page in enumerate(ids.tolist()):
+        pages[i] = layer.arrays.to_host(layer.pool.page(page))
+    packed, exact = layer.packed_lengths, layer.exact_lengths
+    counts = packed // PAGE
+    table = np.full((layer.batch, counts.max(initial=0)), -1, np.int64)
+    table[np.arange(table.shape[1]) < counts[:, None]] = index
+    tokens = []
+    for array in (layer.exact.k, layer.exact.v):
+        host = np.array(layer.arrays.to_host(array[:, :, : exact.max(initial=0)]))
+        host[(np.arange(host.shape[2]) >= exact[:, None])[:, None].repeat(host.shape[1], 1)] = 0
+        tokens.append(host)
+    return pages, table, packed, exact, *tokens
+
+
+def _layer_from(
+    parts: Tensors, codec: Codec, arrays: Arrays, dtype: str, max_pages: int | None, backend: str
+) -> LayerCache:
+    pages, table, packed, exact = (parts[name] for name in PARTS[:4])
+    pool = PagePool(codec.page_bytes, arrays, max_pages)
+    ids = pool.alloc(len(pages))
+    for page, data in zip(ids.tolist(), pages):
+        arrays.assign(pool.page(page), data)
+    layer = LayerCache(codec, len(packed), arrays, dtype, pool=pool, backend=backend)
+    layer.restore(ids, table, packed, exact, parts["k"], parts["v"])
+    pool.free(ids)
+    return layer
+
+
+def _checksum(tensors: Tensors, metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
