@@ -24,6 +24,9 @@ class Arrays(Protocol):
 
     def copy(self, array: Any) -> Any: ...
 
+    def take(self, array: Any, rows: NDArray[np.int64]) -> Any:
+        """A copy of the given rows of the first axis."""
+
     def index(self, values: NDArray[np.int64]) -> Any:
         """Host integers as an array to index with."""
 
@@ -66,6 +69,9 @@ class NumpyArrays:
     def copy(self, array: Any) -> Any:
         return array.copy()
 
+    def take(self, array: Any, rows: NDArray[np.int64]) -> Any:
+        return array[rows]
+
     def index(self, values: NDArray[np.int64]) -> Any:
         return values
 
@@ -102,17 +108,24 @@ class TorchArrays:
         self.device = torch.device(device)
         self.on_host = self.device.type == "cpu"
 
+    # Tensors made in inference mode could not be written to outside of it.
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
+        with self._torch.inference_mode(False):
+            return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._torch.zeros(shape, dtype=getattr(self._torch, dtype), device=self.device)
+        with self._torch.inference_mode(False):
+            return self._torch.zeros(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def concat(self, parts: list[Any], axis: int) -> Any:
         return self._torch.cat(parts, axis)
 
     def copy(self, array: Any) -> Any:
         return array.clone()
+
+    def take(self, array: Any, rows: NDArray[np.int64]) -> Any:
+        with self._torch.inference_mode(False):
+            return array.index_select(0, self._upload(rows))
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._upload(values)

@@ -46,9 +46,9 @@ class PagePool:
         self._slabs: list[_Slab] = []
         self._open: list[_Slab] = []
         self._slab_of: dict[int, _Slab] = {}
-        self._refs = np.zeros(0, np.int32)
-        self._addresses = np.zeros(0, np.int64)
-        self._spare_ids: list[int] = []
+        self._refs = np.zeros(16, np.int32)
+        self._addresses = np.zeros(16, np.int64)
+        self._spare_ids = list(range(15, -1, -1))
         self.in_use = 0
 
     @property
@@ -118,11 +118,10 @@ class PagePool:
         data = self.arrays.empty((pages * self.page_bytes,), "uint8")
         slab = _Slab(data, self.arrays.address(data))
         while len(self._spare_ids) < pages:
-            old = len(self._refs)
-            new = max(16, old)
-            self._refs = np.append(self._refs, np.zeros(new, np.int32))
-            self._addresses = np.append(self._addresses, np.zeros(new, np.int64))
-            self._spare_ids += range(old + new - 1, old - 1, -1)
+            known = len(self._refs)
+            self._refs = np.append(self._refs, np.zeros_like(self._refs))
+            self._addresses = np.append(self._addresses, np.zeros_like(self._addresses))
+            self._spare_ids += range(2 * known - 1, known - 1, -1)
         slab.ids = [self._spare_ids.pop() for _ in range(pages)]
         slab.free = list(slab.ids)
         self._addresses[slab.ids] = slab.base + self.page_bytes * np.arange(pages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +159,7 @@ class LayerCache:
             ValueError: a wrong shape, dtype or device; NaN or infinity (off the CPU this is looked for where more
                 than 8 tokens are appended, and else left to the encoder); a full pool.
         """
-        n = self._check(k, v, keep)
+        n = self.check(k, v, keep)
         if keep is None and self._exact_max + n < self._flush_at:
             self._write(k, v, n)
         else:
@@ -223,8 +223,8 @@ class LayerCache:
             self.pool.share(old[row])
         for ids in old:
             self.pool.free(ids)
-        at = self.arrays.index(index)
-        self._k, self._v, self._offsets = self._k[at], self._v[at], self._offsets[at]
+        take = self.arrays.take
+        self._k, self._v, self._offsets = take(self._k, index), take(self._v, index), take(self._offsets, index)
         self._ids = self._ids[index]
         self._set_lengths(self._exact[index], self._packed[index])
 
@@ -233,8 +233,8 @@ class LayerCache:
         other."""
         index = self._row_index(range(self.batch) if rows is None else rows)
         other = LayerCache(self.codec, 0, self.arrays, self.dtype, pool=self.pool, backend=self.backend)
-        at = self.arrays.index(index)
-        other._k, other._v, other._offsets = self._k[at], self._v[at], self._offsets[at]
+        take = self.arrays.take
+        other._k, other._v, other._offsets = take(self._k, index), take(self._v, index), take(self._offsets, index)
         other._ids = self._ids[index]
         for row in index.tolist():
             self.pool.share(self.row_pages(row))
@@ -268,8 +268,12 @@ class LayerCache:
                     at += 1
         width = max(self._ids.shape[1], ids.shape[1])
         self._ids = np.concatenate([_widen(self._ids, width), _widen(ids, width)])
-        self._k = self.arrays.concat([self._k, other._k], 0)
-        self._v = self.arrays.concat([self._v, other._v], 0)
+        buffers = []
+        for ours, theirs in ((self._k, other._k), (self._v, other._v)):
+            both = self.arrays.empty((self.batch + other.batch, *ours.shape[1:]), self.dtype)
+            both[: self.batch], both[self.batch :] = ours, theirs
+            buffers.append(both)
+        self._k, self._v = buffers
         self._offsets = self.arrays.zeros(self._ids.shape, "int64")
         self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
         self._set_lengths(np.append(self._exact, other._exact), np.append(self._packed, other._packed))
@@ -296,13 +300,23 @@ class LayerCache:
         """Removes all tokens; the rows stay."""
         self.trim(self.lengths)
 
+    def __copy__(self) -> LayerCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: object) -> LayerCache:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("[cache] expected forgeattention.cache.save; got pickle, which cannot follow page addresses")
+
     def __del__(self) -> None:
         if hasattr(self, "_exact") and not sys.is_finalizing():
             for row in range(self.batch):
                 self.pool.free(self.row_pages(row))
             self._packed = np.zeros_like(self._packed)
 
-    def _check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None) -> int:
+    def check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> int:
+        """Raises what `append` would raise for these arguments but for a full pool; gives n."""
         want = (self.batch, self.codec.kv_heads, k.shape[2] if len(k.shape) == 4 else 0, self.codec.head_dim)
         for name, x in (("k", k), ("v", v)):
             if tuple(x.shape) != want:

@@ -1,0 +1,299 @@
+"""Hugging Face transformers: a packed `Cache` and the attention implementation "forge".
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="forge")
+    model.generate(**inputs, past_key_values=ForgeCache(model.config))
+
+Importing this module registers the name "forge" with transformers' two interfaces and changes nothing else. A packed
+layer's `update` gives a handle instead of keys and values; the attention function, which knows the padding, appends
+to the cache and attends.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .. import cache as storage
+from ..cache import TorchArrays
+from ..codec import Codec, CodecSpec
+from ..ops.arrays import dtype_of
+from . import hf_attention
+from .hf_layer import Keep, PackedLayer, PackedStates
+
+log = logging.getLogger("forgeattention")
+
+
+class ForgeCache(Cache):
+    """A cache for `past_key_values` whose full-attention layers are packed.
+
+    Sliding-window, linear-attention and hybrid layers keep the stock cache; `report` says which. The model must run
+    with attn_implementation="forge". For inference: no gradient flows through it.
+
+    Args:
+        config: the model's config.
+        spec: how the cache is coded.
+        codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
+        exact_layers: layers to leave to the stock cache.
+        max_pages: most pages of one layer, or None.
+        backend: which kernels run, "auto" or a name of `ops`.
+
+    Raises:
+        ValueError: a layer number that is not in the model.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        spec: CodecSpec | None = None,
+        *,
+        codecs: Mapping[int, Codec] | None = None,
+        exact_layers: Iterable[int] = (),
+        max_pages: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.spec = CodecSpec() if spec is None else spec
+        self.max_pages = max_pages
+        self.backend = backend
+        layers = list(DynamicCache(config=config).layers)
+        own, exact = dict(codecs or {}), set(exact_layers)
+        if not exact | set(own) <= set(range(len(layers))):
+            raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
+        sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or [None] * len(layers)
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer and i not in exact:
+                layers[i] = PackedLayer(self, own.get(i), sharing[i] == "store")
+        self._codecs: dict[tuple[int, int], Codec] = {}
+        self._setup(layers)
+        if not self.packed:
+            log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
+
+    def _setup(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.packed = [i for i, layer in enumerate(layers) if isinstance(layer, PackedLayer)]
+        # Only then is every user of the causal mask a packed layer.
+        self.all_packed = not any(isinstance(x, DynamicLayer) and not x.is_sliding for x in layers)
+        self._seen_mask: tuple[Any, int, Keep | None] | None = None
+
+    def codec(self, head_dim: int, kv_heads: int) -> Codec:
+        """The codec of layers of this shape that were given none of their own."""
+        key = head_dim, kv_heads
+        if key not in self._codecs:
+            self._codecs[key] = Codec(self.spec, head_dim, kv_heads)
+        return self._codecs[key]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedLayer) and layer_idx != self.packed[0]:
+            first = self.layers[self.packed[0]].seen
+            if first != layer.seen + key_states.shape[2]:
+                raise ValueError(
+                    f"[forge_cache] expected {first - key_states.shape[2]} positions in layer {layer_idx}, as in layer "
+                    f"{self.packed[0]}; got {layer.seen}: an earlier step failed midway, reset the cache"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        rows = beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.select(rows)
+            else:
+                layer.reorder_cache(beam_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers."""
+        return sum(entry["bytes"] for entry in self.report()["layers"])
+
+    def report(self) -> dict[str, Any]:
+        """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes;
+        and totals."""
+        entries: list[dict[str, Any]] = []
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, PackedLayer):
+                codec = layer.codec or (layer.cache.codec if layer.cache is not None else None)
+                bits = codec.format.effective_bits if codec is not None else None
+                size = layer.cache.nbytes if layer.cache is not None else 0
+                entries.append({"layer": i, "kind": "packed", "positions": layer.seen, "bits": bits, "bytes": size})
+            else:
+                positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
+                size = hf_attention.tensor_bytes(layer)
+                kind = type(layer).__name__
+                entries.append({"layer": i, "kind": kind, "positions": positions, "bits": None, "bytes": size})
+        total = sum(entry["bytes"] for entry in entries)
+        return {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
+
+    def fork(self, rows: list[int] | None = None) -> ForgeCache:
+        """A cache of the given rows (default: all) that shares this one's pages, as does `copy.deepcopy`."""
+        other = object.__new__(ForgeCache)
+        other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
+        other._codecs = self._codecs
+        layers: list[Any] = []
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layers.append(layer.fork(other, rows))
+            else:
+                layers.append(copy.deepcopy(layer))
+                if rows is not None:
+                    layers[-1].reorder_cache(torch.tensor(rows))
+        other._setup(layers)
+        return other
+
+    def __copy__(self) -> ForgeCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: object) -> ForgeCache:
+        return self.fork()
+
+    def save(self, path: str | os.PathLike[str], model: Any) -> None:
+        """Saves the cache of a model whose layers are all packed (see `forgeattention.cache.save`).
+
+        Raises:
+            ValueError: a layer with a stock cache, or one without tokens.
+        """
+        self._all_packed_or_raise("save")
+        layers = {i: self.layers[i].cache for i in self.packed}
+        if any(cache is None for cache in layers.values()):
+            raise ValueError("[cache.save] expected tokens in every layer; got an empty cache")
+        storage.save(path, layers, fingerprint(model), {str(i): self.layers[i].state() for i in self.packed})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any, spec: CodecSpec | None = None, **options: Any
+    ) -> ForgeCache:
+        """Reads a saved cache; `spec` and `options` as when it was made.
+
+        Raises:
+            ValueError: a damaged file, or another format version, model or codec.
+        """
+        self = cls(model.config, spec, **options)
+        self._all_packed_or_raise("load")
+        text = model.config.get_text_config(decoder=True)
+        heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
+        shape = dim or text.hidden_size // text.num_attention_heads, heads
+        codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
+        where = TorchArrays(model.device)
+        layers, runs = storage.load(
+            path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend
+        )
+        for i, cache in layers.items():
+            self.layers[i].restore(cache, runs[str(i)])
+        return self
+
+    def _all_packed_or_raise(self, what: str) -> None:
+        stock = [i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer | DummyLayer)]
+        if stock:
+            raise ValueError(f"[cache.{what}] expected packed layers only; got stock caches in layers {stock}")
+
+    def new_tokens(self, mask: Any, layer: PackedLayer, n: int, appended: bool) -> Keep | None:
+        """Which of a layer's n new positions hold real tokens, [batch, n]; None for all. All layers of a step share
+        one mask."""
+        if mask is None:
+            return None
+        past = layer.seen - n if appended else layer.seen
+        if self._seen_mask is not None and self._seen_mask[0]() is mask and self._seen_mask[1] == past:
+            return self._seen_mask[2]
+        keep = hf_attention.padding(mask, layer.real(0, past), n)
+        self._seen_mask = weakref.ref(mask), past, keep
+        return keep
+
+
+def forge_mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask for transformers' `AttentionMaskInterface`.
+
+    For packed layers None, or the 2-D padding mask [batch, positions] where a new position is padding; for everything
+    else, and for patterns other than causal, the mask of "sdpa".
+    """
+    layer = getattr(kv_length, "layer", None)
+    if layer is None or mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=int(kv_length), mask_function=mask_function, **kwargs
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    past = layer.cache.lengths if layer.cache is not None else np.zeros(batch_size, np.int64)
+    real = mask[:, :kv_length].sum(1).tolist()
+    return None if real == (past + q_length).tolist() else mask
+
+
+def forge_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function for transformers' `AttentionInterface`: packed attention for packed layers, "sdpa" for others.
+
+    Args:
+        module: the attention module.
+        query: [batch, q_heads, n, head_dim].
+        key, value: tensors, or the handle of a packed layer.
+        attention_mask: of `forge_mask`.
+        dropout, scaling, kwargs: as transformers passes them; `s_aux` are sink logits [q_heads].
+
+    Returns:
+        [batch, n, q_heads, head_dim] and None.
+
+    Raises:
+        ValueError: dropout, a soft cap, a position bias, a sliding window or full attention with a packed layer.
+    """
+    if not isinstance(key, PackedStates):
+        return hf_attention.stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    causal = kwargs.get("is_causal")
+    for name, wrong in (
+        ("no dropout", dropout),
+        ("no softcap", kwargs.get("softcap") is not None),
+        ("no position_bias", kwargs.get("position_bias") is not None),
+        ("no sliding_window", kwargs.get("sliding_window") is not None),
+        ("no output_attentions", kwargs.get("output_attentions")),
+        ("causal attention", not (getattr(module, "is_causal", True) if causal is None else causal)),
+    ):
+        if wrong:
+            raise ValueError(f"[forge] expected {name} in a packed layer; got a {type(module).__name__} without that")
+    sinks = kwargs.get("s_aux")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = key.attend(query.detach(), attention_mask, scale, None if sinks is None else sinks.detach().float())
+    return out.transpose(1, 2).contiguous(), None
+
+
+def fingerprint(model: Any) -> str:
+    """Hex digest that tells models apart: the config, and a sample of every parameter."""
+    config = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, p in model.named_parameters():
+        flat = p.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].double().cpu().numpy()
+        digest.update(f"{name} {list(p.shape)} {dtype_of(p)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def register() -> None:
+    """Makes attn_implementation="forge" known to transformers; importing this module does it."""
+    AttentionInterface.register("forge", forge_attention)
+    AttentionMaskInterface.register("forge", forge_mask)
+
+
+register()
