@@ -83,12 +83,13 @@ def trellis_step(state: int, u: int, states: int) -> tuple[int, int]:
 
 
 def trellis_levels(codes: NDArray[np.uint8], bits: int, states: int) -> NDArray[np.uint8]:
-    """Level index of each code on the paths [..., 32]; every path starts in state 0.
+    """Level index of each code on the paths [..., 32]; every path is a circle (tail-biting): before its first code come
+    its last ones.
 
     A code is (w << 1) | u with w the bits - 1 level bits and u the path bit; its level index is (w << 2) | c1 << 1 | c0.
     """
     u = codes & 1
-    past = [np.concatenate([np.zeros_like(u[..., :i]), u[..., : u.shape[-1] - i]], -1) for i in range(states.bit_length())]
+    past = [np.roll(u, i, -1) for i in range(states.bit_length())]
     index = codes >> 1 << 2
     for shift, taps in zip((1, 0), TRELLIS_TAPS[states]):
         for i, delayed in enumerate(past):
@@ -98,7 +99,7 @@ def trellis_levels(codes: NDArray[np.uint8], bits: int, states: int) -> NDArray[
 
 
 def trellis_encode(x: F64, values: F64, bits: int, states: int) -> NDArray[np.uint8]:
-    """The codes of least squared error on each path (Viterbi 1967).
+    """The codes of least squared error on each path: Viterbi (1967) from every state back to itself.
 
     Args:
         x: paths [n, 32].
@@ -106,39 +107,34 @@ def trellis_encode(x: F64, values: F64, bits: int, states: int) -> NDArray[np.ui
         bits, states: the trellis.
 
     Returns:
-        [n, 32] uint8 codes, (w << 1) | u. Ties go to the lower level and the lower predecessor.
+        [n, 32] uint8 codes, (w << 1) | u. Ties go to the lower level, predecessor and starting state.
     """
     n, length = x.shape
-    w_count = 1 << (bits - 1)
-    distance = (x[:, :, None] - values) ** 2
-    by_subset = distance.reshape(n, length, w_count, 4)
+    by_subset = ((x[:, :, None] - values) ** 2).reshape(n, length, 1 << (bits - 1), 4)
     best_w, best = by_subset.argmin(2), by_subset.min(2)
-    before: list[list[tuple[int, int, int]]] = [[] for _ in range(states)]
-    for state in range(states):
-        for u in (0, 1):
-            after, subset = trellis_step(state, u, states)
-            before[after].append((state, u, subset))
-    cost = np.full((n, states), np.inf)
-    cost[:, 0] = 0
-    choice = np.empty((n, length, states), np.int8)
+    edges = [(state, u, *trellis_step(state, u, states)) for state in range(states) for u in (0, 1)]
+    before = np.array([[e for e in edges if e[2] == after] for after in range(states)])
+    previous, bit, subset = before[..., 0], before[..., 1], before[..., 3]
+
+    # cost[i, a, s]: least cost of a path of row i from state a to state s
+    cost = np.where(np.eye(states, dtype=bool), 0.0, np.inf)[None].repeat(n, 0)
+    choice = np.empty((n, length, states, states), np.int8)
     for t in range(length):
-        options = np.stack([[cost[:, s] + best[:, t, c] for s, _, c in before[after]] for after in range(states)])
-        choice[:, t] = options.argmin(1).T
-        cost = options.min(1).T
-    state = cost.argmin(1)
-    previous = np.array([[s for s, _, _ in b] for b in before])
-    bit = np.array([[u for _, u, _ in b] for b in before])
-    subset_of = np.array([[c for _, _, c in b] for b in before])
-    codes = np.empty((n, length), np.uint8)
+        options = cost[:, :, previous] + best[:, t][:, subset][:, None]
+        choice[:, t] = options.argmin(-1)
+        cost = options.min(-1)
     rows = np.arange(n)
+    start = np.diagonal(cost, axis1=1, axis2=2).argmin(1)
+    state = start
+    codes = np.empty((n, length), np.uint8)
     for t in range(length - 1, -1, -1):
-        pick = choice[rows, t, state]
-        codes[:, t] = best_w[rows, t, subset_of[state, pick]] << 1 | bit[state, pick]
+        pick = choice[rows, t, start, state]
+        codes[:, t] = best_w[rows, t, subset[state, pick]] << 1 | bit[state, pick]
         state = previous[state, pick]
     return codes
 
 
-def train_trellis(bits: int, states: int, samples: int = 20000, rounds: int = 15, seed: int = 1) -> F64:
+def train_trellis(bits: int, states: int, samples: int = 4000, rounds: int = 15, seed: int = 1) -> F64:
     """Levels of a trellis code for N(0, 1) by the generalised Lloyd iteration on samples, made symmetric each round."""
     levels = 1 << (bits + 1)
     x = np.random.default_rng(seed).standard_normal((samples, 32))
@@ -162,10 +158,10 @@ def _normal_quantile(p: float) -> float:
 
 # (bits, states) -> positive int8 levels and unit, as `train_trellis` and `to_int8` give them.
 TRAINED: dict[tuple[int, int], tuple[tuple[int, ...], float]] = {
-    (3, 4): ((4, 16, 26, 39, 51, 68, 90, 127), 0.019024913),
-    (3, 8): ((5, 15, 26, 38, 51, 68, 91, 127), 0.019034840),
-    (2, 4): ((12, 43, 73, 127), 0.014695033),
-    (2, 8): ((13, 42, 74, 127), 0.014642943),
+    (3, 4): ((5, 16, 26, 38, 51, 67, 89, 127), 0.019082061),
+    (3, 8): ((5, 15, 26, 37, 50, 66, 89, 127), 0.019202877),
+    (2, 4): ((12, 43, 72, 127), 0.014721981),
+    (2, 8): ((13, 41, 72, 127), 0.014664750),
 }
 
 

@@ -56,10 +56,10 @@ constexpr FA_FN int v_channel(int lane, int unit, int e) { return 16 * unit + (l
 // unsigned word or a vector of them: the same shifts serve scalars, SIMD registers and GPU threads.
 template <class W>
 FA_FN void trellis_bits(int code, const FA_LOCAL W (&u)[4], FA_LOCAL W (&c)[4]) {
-  W one_back = u[0] ^ u[0], two_back = one_back, three_back = one_back;
+  W one_back, two_back, three_back;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const W last = k ? u[k ? k - 1 : 0] : (u[0] ^ u[0]);
+    const W last = u[(k + 3) & 3];  // the path is a circle: before the first code come the last ones
     one_back = (u[k] << 4) | (last >> 28);
     two_back = (u[k] << 8) | (last >> 24);
     three_back = (u[k] << 12) | (last >> 20);
