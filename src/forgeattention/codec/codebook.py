@@ -1,6 +1,6 @@
 """Codebooks: the int8 levels that codes stand for.
 
-A stored element is worth scale * unit * level, where level is an int8 and unit makes the codebook one for unit variance.
+A stored element is worth scale * unit * level; level is an int8, and unit makes the codebook one for unit variance.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def lloyd_max(levels: int, iterations: int = 20000, tolerance: float = 1e-13) ->
     for _ in range(iterations):
         edge = np.concatenate([[-np.inf], (x[1:] + x[:-1]) / 2, [np.inf]])
         density = np.exp(-edge * edge / 2) / math.sqrt(2 * math.pi)
-        mass = np.array([0.5 * (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2))) for a, b in zip(edge, edge[1:])])
+        mass = np.array(
+            [0.5 * (math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2))) for a, b in zip(edge, edge[1:])]
+        )
         new = (density[:-1] - density[1:]) / mass
         new = (new - new[::-1]) / 2
         if np.abs(new - x).max() < tolerance:
@@ -86,15 +88,16 @@ def trellis_levels(codes: NDArray[np.uint8], bits: int, states: int) -> NDArray[
     """Level index of each code on the paths [..., 32]; every path is a circle (tail-biting): before its first code come
     its last ones.
 
-    A code is (w << 1) | u with w the bits - 1 level bits and u the path bit; its level index is (w << 2) | c1 << 1 | c0.
+    A code is (w << 1) | u with w the bits - 1 level bits and u the path bit; its level index is
+    (w << 2) | c1 << 1 | c0.
     """
     u = codes & 1
     past = [np.roll(u, i, -1) for i in range(states.bit_length())]
-    index = codes >> 1 << 2
+    index: NDArray[np.uint8] = (codes >> 1 << 2).astype(np.uint8)
     for shift, taps in zip((1, 0), TRELLIS_TAPS[states]):
         for i, delayed in enumerate(past):
             if taps >> i & 1:
-                index = index ^ delayed << shift
+                index ^= (delayed << shift).astype(np.uint8)
     return index
 
 

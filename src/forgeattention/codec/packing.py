@@ -7,6 +7,7 @@ padded_dim / 16 units of 32 codes, and a unit is four nibble words of 8 codes.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def pack_unit(codes: U8, bits: int, trellis: bool) -> U32:
     scalar code leaves bit 3 of a nibble spare; a trellis code (level bits w, path bit u) leaves bit 1 spare, so that
     a word masked is already the nibble w1 w0 . u.
     """
-    c = codes.reshape(*codes.shape[:-1], 4, 8).astype(np.uint32)
+    c: NDArray[Any] = codes.reshape(*codes.shape[:-1], 4, 8).astype(np.uint32)
     if bits == 4:
         nibbles = c
     elif bits == 2:
@@ -84,7 +85,12 @@ def words_to_bytes(words: U32) -> U8:
     the number of units is no multiple of 4), so that each lane loads 16 (8) bytes at once."""
     lanes, units, bits = words.shape
     c = 4 if units % 4 == 0 else 2
-    return np.ascontiguousarray(words.reshape(lanes, units // c, c, bits).transpose(1, 3, 0, 2)).astype("<u4").view(np.uint8).reshape(-1)
+    return (
+        np.ascontiguousarray(words.reshape(lanes, units // c, c, bits).transpose(1, 3, 0, 2))
+        .astype("<u4")
+        .view(np.uint8)
+        .reshape(-1)
+    )
 
 
 def bytes_to_words(data: U8, units: int, bits: int) -> U32:

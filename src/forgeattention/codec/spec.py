@@ -146,9 +146,9 @@ class CodecSpec:
         ):
             if value not in known:
                 raise ValueError(f"[codec_spec] expected {name} in {known}; got {value!r}")
-        for name, value in (("sinks", self.sinks), ("window", self.window), ("seed", self.seed)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"[codec_spec] expected {name} >= 0; got {value!r}")
+        for name, number in (("sinks", self.sinks), ("window", self.window), ("seed", self.seed)):
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(f"[codec_spec] expected {name} >= 0; got {number!r}")
         if self.version != FORMAT_VERSION:
             raise ValueError(f"[codec_spec] expected format version {FORMAT_VERSION}; got {self.version!r}")
 

@@ -1,7 +1,7 @@
 """The invertible maps that are folded out of the cache.
 
-The cache stores y = A (x - mu). A score needs only q' = A^-T q and the constant q . mu; an output is mu plus A^-1 of the
-weighted sum of y. So none of this costs anything per cached token.
+The cache stores y = A (x - mu). A score needs only q' = A^-T q and the constant q . mu; an output is mu plus A^-1 of
+the weighted sum of y. So none of this costs anything per cached token.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ class PageTable:
     Attributes:
         base: uint8 array that holds the pages and fixes their device, or None when `offsets` are absolute addresses
             (CPU and CUDA; the owner of the page table keeps the memory alive).
-        offsets: int64 [batch, max_pages], byte offset of each page of kv_heads records from the start of `base`. Entries
-            past a row's last page are never read.
+        offsets: int64 [batch, max_pages], byte offset of each page of kv_heads records from the start of `base`.
+            Entries past a row's last page are never read.
         lengths: int32 [batch], packed tokens of each row; the last page may be partly used.
         max_length: host upper bound of `lengths`, so that no launch waits for the device.
     """

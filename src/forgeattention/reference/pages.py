@@ -109,7 +109,9 @@ def encode_page(k: ArrayLike, v: ArrayLike, codec: Codec, head: int = 0) -> U8:
     for name, scales, base in (("k_scales", k_scales, k_base), ("v_scales", v_scales, v_base)):
         part[name][:] = packing.log8_encode(scales, base) if fmt.scales == "log8" else scales
         if not np.isfinite(part[name].astype(np.float64)).all() or not np.isfinite(step):
-            raise ValueError(f"[encode] expected vectors that fp16 scales can hold; got {name} up to {scales.max():.3g}")
+            raise ValueError(
+                f"[encode] expected vectors that fp16 scales can hold; got {name} up to {scales.max():.3g}"
+            )
     return record
 
 
@@ -136,7 +138,12 @@ def encode(k: ArrayLike, v: ArrayLike, codec: Codec) -> U8:
     pages = k64.shape[1] // PAGE
     return np.stack(
         [
-            np.stack([encode_page(k64[h, p * PAGE :][:PAGE], v64[h, p * PAGE :][:PAGE], codec, h) for h in range(k64.shape[0])])
+            np.stack(
+                [
+                    encode_page(k64[h, p * PAGE :][:PAGE], v64[h, p * PAGE :][:PAGE], codec, h)
+                    for h in range(k64.shape[0])
+                ]
+            )
             for p in range(pages)
         ]
     )
