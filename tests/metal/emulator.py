@@ -38,7 +38,16 @@ __all__ = ["BFloat16", "EmulatorError", "mlx_source", "run_kernel"]
 
 SHIM = Path(__file__).parent / "shim"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=gnu++14", "-O2", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-march=native"]
+FLAGS = [
+    "-std=gnu++14",
+    "-O2",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-ffp-contract=off",
+    "-march=native",
+    "-fsigned-char",
+]
 KERNEL_FLAGS = [
     *FLAGS,
     "-fvisibility=hidden",
@@ -116,6 +125,7 @@ class _Region(ctypes.Structure):
         ("granule", ctypes.c_uint32),
         ("space", ctypes.c_uint8),
         ("initialised", ctypes.c_bool),
+        ("bytes_read", ctypes.c_uint64),
     ]
 
 
@@ -152,6 +162,7 @@ def run_kernel(
     template: Template = (),
     header: str = "",
     init_value: float | None = None,
+    bytes_read: dict[str, int] | None = None,
 ) -> list[Array]:
     """Runs a kernel as `mx.fast.metal_kernel(...)(...)` would launch it.
 
@@ -165,6 +176,7 @@ def run_kernel(
         template: template arguments in order.
         header: text before the kernel.
         init_value: what the outputs hold before the launch; with None every element must be written.
+        bytes_read: gets, for each input by name, how many bytes all threads together loaded from it.
 
     Returns:
         The outputs in order; bfloat16 ones as `BFloat16`.
@@ -183,7 +195,9 @@ def run_kernel(
     def add(key: str, data: NDArray[np.uint8], granule: int, cells: NDArray | None = None, space: int = 0) -> None:
         keep.extend([data] if cells is None else [data, cells])
         at = None if cells is None else cells.ctypes.data
-        regions.append(_Region(data.ctypes.data, data.nbytes, key.encode(), at, granule, space, init_value is not None))
+        regions.append(
+            _Region(data.ctypes.data, data.nbytes, key.encode(), at, granule, space, init_value is not None, 0)
+        )
 
     for key, array in inputs.items():
         data = array.bits if isinstance(array, BFloat16) else np.ascontiguousarray(array)
@@ -214,4 +228,6 @@ def run_kernel(
     launch = _Launch((_Region * len(regions))(*regions), len(regions), grid, threadgroup)
     if library.msl_launch(ctypes.byref(launch)):
         raise EmulatorError(launch.error_kind.decode(), f"{name}: {launch.error.decode()}")
+    if bytes_read is not None:
+        bytes_read.update((r.name.decode(), r.bytes_read) for r in launch.regions[: len(regions)])
     return [BFloat16(r) if dtype == "bfloat16" else r for r, (_, dtype) in zip(results, outputs.values())]

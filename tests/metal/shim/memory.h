@@ -50,6 +50,7 @@ class ptr {
 
   value_type load() const {
     check_access(region_, address_, sizeof(T), alignof(T));
+    region_->bytes_read += sizeof(T);
     if (region_->cells) note_read(region_, address_, sizeof(T));
     return *address_;
   }
@@ -110,7 +111,7 @@ struct threadgroup_storage {
   threadgroup_ptr<T> get(const char* name) {
     if (declared_in != launch_number()) {
       declared_in = launch_number();
-      region = Region{bytes, sizeof(T) * N, name, cells, sizeof(T), kThreadgroup, false};
+      region = Region{bytes, sizeof(T) * N, name, cells, sizeof(T), kThreadgroup, false, 0};
       declare_threadgroup(&region);
     }
     return threadgroup_ptr<T>(reinterpret_cast<T*>(bytes), &region);

@@ -36,6 +36,7 @@ struct Region {
   uint32_t granule;                              // bytes per cell: the element size of the declaration
   Space space;
   bool initialised;                              // filled before the launch (MLX's init_value)
+  mutable uint64_t bytes_read;                   // by all threads of the launch
 };
 
 struct ThreadIds {

@@ -1,0 +1,46 @@
+// qk_scores: queries against packed keys, one score per token.
+//
+// Grid: tiles x row blocks x (batch * kv_heads) threadgroups of 128 threads; a simdgroup takes one page.
+//
+// What limits it, for head_dim 128 at 3 bits: 50 bytes of keys and 4 bytes of scores per row a token, so 120 GB/s (M4) allow
+// 1.8e9 tokens of one KV head a second with 4 rows; 128 codes of 7 instructions (decode_attention.metal) allow 1.9e9: both
+// at once. On an M3 Ultra 12e9 by memory and 16e9 by instructions.
+
+#include "page.metal"
+
+namespace fa {
+
+// q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
+// base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
+// scores: [batch, q_heads, n, max_length] f32, -inf from each row's length on.
+template <class P, int ROWS, class Bias, class Offsets, class Lengths>
+inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
+                      int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
+                      device float* scores, threadgroup float* queries, uint3 group, uint simdgroup, uint lane) {
+  const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
+  const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
+  const int length = lengths[row], page = int(group.x) * TILE_PAGES + int(simdgroup);
+  const long query = long(pair) * all_rows + first;
+  stage_queries<P::D, ROWS>(q + query * P::D, rows, queries, int(simdgroup * 32 + lane));
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float s[2][ROWS];
+  if (page * PAGE < length) {
+    const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
+    page_scores<P, ROWS>(record, queries, k_levels[lane & 15], lane, s);
+  }
+  for (int h = 0; h < 2; ++h) {
+    const int token = page * PAGE + owned_token(lane, h);
+    if (token >= max_length) continue;
+    for (int r = 0; r < ROWS; ++r) {
+      if (r < rows) scores[(query + r) * max_length + token] = token < length ? s[h][r] + bias[query + r] : -INFINITY;
+    }
+  }
+}
+
+}  // namespace fa
+
+//! body
+  threadgroup float queries[ROWS * D];
+  fa::qk_scores<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS>(
+      q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
+      scores, queries, threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
