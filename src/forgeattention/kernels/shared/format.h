@@ -9,10 +9,17 @@ typedef uint fa_u32;
 #if defined(__CUDACC__)
 #define FA_FN __host__ __device__ __forceinline__
 #else
-#define FA_FN inline
+// Always inlined: one binary holds files compiled for different instruction sets, which must not share a function body.
+#define FA_FN inline __attribute__((always_inline))
 #endif
 #define FA_LOCAL
 typedef unsigned int fa_u32;
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define FA_UNROLL _Pragma("GCC unroll 4")
+#else
+#define FA_UNROLL _Pragma("unroll")
 #endif
 
 namespace fa {
@@ -57,7 +64,7 @@ constexpr FA_FN int v_channel(int lane, int unit, int e) { return 16 * unit + (l
 template <class W>
 FA_FN void trellis_bits(int code, const FA_LOCAL W (&u)[4], FA_LOCAL W (&c)[4]) {
   W one_back, two_back, three_back;
-#pragma unroll
+  FA_UNROLL
   for (int k = 0; k < 4; ++k) {
     const W last = u[(k + 3) & 3];  // the path is a circle: before the first code come the last ones
     one_back = (u[k] << 4) | (last >> 28);

@@ -1,0 +1,367 @@
+// Attention over the packed tokens of one KV head, a tile of four pages at a time: integer scores, online softmax in
+// base 2, weights times value scales quantised once per tile, integer value sums.
+#pragma once
+
+#include "numbers.h"
+#include "qk_scores.h"
+#include "value_sum.h"
+
+namespace fa {
+
+enum { MAX_ROWS = 4 };  // rows that share one pass over the codes
+
+template <class Isa>
+struct Attention {
+  using F32 = typename Isa::F32;
+  using I32 = typename Isa::I32;
+  using Operand = typename Isa::Operand;
+  static constexpr int W = Isa::WORDS;
+
+  typedef void (*QkPage)(const uint8_t*, const uint8_t*, int, const int8_t*, const uint8_t*, size_t, int32_t*, size_t);
+  typedef void (*ValueTile)(const uint8_t* const*, const uint8_t* const*, int, int, const int8_t*, const Operand*, size_t,
+                            float*, const float*, const float*);
+  typedef void (*Unpack)(const uint8_t*, int, const int8_t*, uint8_t*);
+
+  template <int CLASS, class S>
+  static QkPage qk_rows(int rows) {
+    static const QkPage table[] = {qk_page<Isa, CLASS, S, 1>, qk_page<Isa, CLASS, S, 2>, qk_page<Isa, CLASS, S, 3>,
+                                   qk_page<Isa, CLASS, S, 4>};
+    return table[rows - 1];
+  }
+  template <int CHUNK, class S>
+  static ValueTile value_rows(int rows) {
+    static const ValueTile table[] = {value_tile<Isa, CHUNK, S, 1>, value_tile<Isa, CHUNK, S, 2>,
+                                      value_tile<Isa, CHUNK, S, 3>, value_tile<Isa, CHUNK, S, 4>};
+    return table[rows - 1];
+  }
+
+  // The one list of sources: F<Source>::get() for a source index.
+  template <class R, template <class> class F, class... Args>
+  static R by_source(int source, Args... args) {
+    switch (source) {
+      case 0: return F<Packed<2, SCALAR>>::get(args...);
+      case 1: return F<Packed<3, SCALAR>>::get(args...);
+      case 2: return F<Packed<4, SCALAR>>::get(args...);
+      case 3: return F<Packed<2, TRELLIS4>>::get(args...);
+      case 4: return F<Packed<3, TRELLIS4>>::get(args...);
+      case 5: return F<Packed<2, TRELLIS8>>::get(args...);
+      case 6: return F<Packed<3, TRELLIS8>>::get(args...);
+      default: return F<Unpacked>::get(args...);
+    }
+  }
+  template <class S>
+  struct Qk {
+    static QkPage get(int key_class, int rows) {
+      return key_class == 0 ? qk_rows<0, S>(rows) : key_class == 1 ? qk_rows<1, S>(rows) : qk_rows<2, S>(rows);
+    }
+  };
+  template <class S>
+  struct Value {
+    static ValueTile get(int chunk, int rows) { return chunk == 4 ? value_rows<4, S>(rows) : value_rows<2, S>(rows); }
+  };
+  template <class S>
+  struct Unpacker {
+    static Unpack get(int chunk, bool keys) {
+      if (chunk == 4) return keys ? Unpack(unpack<Isa, 4, S, true>) : Unpack(unpack<Isa, 4, S, false>);
+      return keys ? Unpack(unpack<Isa, 2, S, true>) : Unpack(unpack<Isa, 2, S, false>);
+    }
+  };
+
+  static void gather(int dim, const int32_t* raw, int32_t* out) {
+    switch (dim) {
+      case 64: return gather_scores<64>(raw, out);
+      case 96: return gather_scores<96>(raw, out);
+      case 128: return gather_scores<128>(raw, out);
+      case 256: return gather_scores<256>(raw, out);
+      default: return gather_scores<512>(raw, out);
+    }
+  }
+  static int raw_words(int dim) { return 2 * dim * (dim == 64 ? 2 : dim == 96 ? 4 : 1); }
+  static int weight_operands(int dim) {
+    return chunk(dim) == 4 ? WeightLayout<Isa, 4>::COUNT : WeightLayout<Isa, 2>::COUNT;
+  }
+
+  static size_t query_bytes(int dim) {
+    switch (key_class(dim)) {
+      case 0: return QueryLayout<Isa, 0>::bytes(dim);
+      case 1: return QueryLayout<Isa, 1>::bytes(dim);
+      default: return QueryLayout<Isa, 2>::bytes(dim);
+    }
+  }
+
+  static void prepare(const Codec& codec, const float* q, float offset, float scale, void* prepared) {
+    const int dim = codec.dim;
+    constexpr float Q_MAX = 32512;  // both bytes of a split stay within int8
+    float top = 0;
+    bool finite = true;
+    for (int i = 0; i < dim; ++i) {
+      const float a = q[i] < 0 ? -q[i] : q[i];
+      finite &= a < INF;
+      top = a > top ? a : top;
+    }
+    // A query that is not finite makes its row's results NaN.
+    const float step = finite ? top / Q_MAX : 0, inverse = step > 0 ? Q_MAX / top : 0;
+    auto* head = static_cast<QueryHead*>(prepared);
+    *head = {step * scale * codec.k.unit, finite ? offset : __builtin_nanf(""), step * scale, 0};
+    auto* q16 = reinterpret_cast<int16_t*>(head + 1);
+    for (int i = 0; i < dim; ++i) q16[i] = finite ? int16_t(__builtin_rintf(q[i] * inverse)) : int16_t(0);
+    uint8_t* out = static_cast<uint8_t*>(prepared);
+    switch (key_class(dim)) {
+      case 0: return prepare_query<Isa, 0>(q16, dim, out);
+      case 1: return prepare_query<Isa, 1>(q16, dim, out);
+      default: return prepare_query<Isa, 2>(q16, dim, out);
+    }
+  }
+
+  // Scratch of the three drivers, carved from one block.
+  struct Scratch {
+    int32_t* raw;       // [MAX_ROWS][raw_words]
+    float* scores;      // [MAX_ROWS][TILE]
+    float *k_scales, *v_scales;  // [TILE]
+    uint16_t* weights;  // [TILE]
+    Operand* operands;  // [MAX_ROWS][TILE_PAGES][weight_operands]
+    uint8_t *keys, *values;  // unpacked, [TILE_PAGES][PAGE * dim]
+    float* acc;         // [rows][4 * dim]
+    uint8_t* end;
+
+    Scratch(void* block, int dim, int rows) {
+      uint8_t* at = static_cast<uint8_t*>(block);
+      const auto take = [&](size_t bytes) {
+        uint8_t* p = at;
+        at += (bytes + 63) / 64 * 64;
+        return p;
+      };
+      raw = reinterpret_cast<int32_t*>(take(sizeof(int32_t) * MAX_ROWS * raw_words(dim)));
+      scores = reinterpret_cast<float*>(take(sizeof(float) * MAX_ROWS * TILE));
+      k_scales = reinterpret_cast<float*>(take(sizeof(float) * TILE));
+      v_scales = reinterpret_cast<float*>(take(sizeof(float) * TILE));
+      weights = reinterpret_cast<uint16_t*>(take(sizeof(uint16_t) * TILE));
+      operands = reinterpret_cast<Operand*>(take(sizeof(Operand) * MAX_ROWS * TILE_PAGES * weight_operands(dim)));
+      keys = take(TILE * dim);
+      values = take(TILE * dim);
+      acc = reinterpret_cast<float*>(take(sizeof(float) * 4 * dim * rows));
+      end = at;
+    }
+  };
+  static size_t scratch_bytes(int dim, int rows) { return size_t(Scratch(nullptr, dim, rows).end - static_cast<uint8_t*>(nullptr)); }
+
+  // A tile: up to four records, the tokens of them that count, and the records after them, fetched ahead.
+  struct Tile {
+    int pages, tokens;
+    const uint8_t *keys[TILE_PAGES], *values[TILE_PAGES], *keys_ahead[TILE_PAGES], *values_ahead[TILE_PAGES];
+    const uint8_t* mean[TILE_PAGES];
+    float mean_step[TILE_PAGES];
+    int key_source, value_source;
+  };
+  static Tile open_tile(const Codec& c, const uint8_t* const* records, int first_page, int tokens, bool with_keys,
+                        bool with_values, bool unpack, Scratch& s) {
+    Tile t;
+    const int all_pages = (tokens + PAGE - 1) / PAGE;
+    t.pages = all_pages - first_page < TILE_PAGES ? all_pages - first_page : int(TILE_PAGES);
+    t.tokens = tokens - first_page * PAGE < TILE ? tokens - first_page * PAGE : int(TILE);
+    const int dim = c.dim, values_at = v_offset(dim, c.k.bits, c.scales);
+    for (int p = 0; p < t.pages; ++p) {
+      const uint8_t* record = records[first_page + p];
+      const int next = first_page + p + TILE_PAGES;
+      const uint8_t* ahead = records[next < all_pages ? next : first_page + p];
+      t.keys[p] = record;
+      t.values[p] = record + values_at;
+      t.keys_ahead[p] = ahead;
+      t.values_ahead[p] = ahead + values_at;
+      t.mean[p] = record + mean_offset(dim, c.k.bits, c.scales);
+      const Header h = read_header(t.mean[p]);
+      t.mean_step[p] = h.mean_step;
+      if (with_keys) read_scales<Isa>(record + k_scale_offset(dim, c.k.bits), c.scales, h.k_base, s.k_scales + p * PAGE);
+      if (with_values)
+        read_scales<Isa>(record + v_scale_offset(dim, c.k.bits, c.v.bits, c.scales), c.scales, h.v_base, s.v_scales + p * PAGE);
+    }
+    for (int i = t.tokens; i < t.pages * PAGE; ++i) s.k_scales[i] = s.v_scales[i] = 0;  // whatever is stored there
+    t.key_source = source_index(c.k);
+    t.value_source = source_index(c.v);
+    if (!unpack) return t;
+    const Unpack keys = by_source<Unpack, Unpacker>(t.key_source, chunk(dim), true);
+    const Unpack values = by_source<Unpack, Unpacker>(t.value_source, chunk(dim), false);
+    const int chunks = units(dim) / chunk(dim);
+    for (int p = 0; p < t.pages; ++p) {
+      if (with_keys) keys(t.keys[p], chunks, c.k.levels, s.keys + p * PAGE * dim);
+      if (with_values) values(t.values[p], chunks, c.v.levels, s.values + p * PAGE * dim);
+      t.keys[p] = s.keys + p * PAGE * dim;
+      t.values[p] = s.values + p * PAGE * dim;
+    }
+    t.key_source = t.value_source = UNPACKED;
+    return t;
+  }
+
+  // Scores of up to MAX_ROWS rows against a tile, [rows][TILE], in base-2 units.
+  static void score_tile(const Codec& c, const Tile& t, const uint8_t* queries, int rows, Scratch& s) {
+    const int dim = c.dim;
+    const size_t bytes = query_bytes(dim);
+    const QkPage qk = by_source<QkPage, Qk>(t.key_source, key_class(dim), rows);
+    const int words = raw_words(dim);
+    for (int p = 0; p < t.pages; ++p) {
+      qk(t.keys[p], t.keys_ahead[p], dim, c.k.levels, queries, bytes, s.raw, words);
+      for (int r = 0; r < rows; ++r) {
+        const auto* head = reinterpret_cast<const QueryHead*>(queries + r * bytes);
+        const auto* q16 = reinterpret_cast<const int16_t*>(head + 1);
+        const auto* mean = reinterpret_cast<const int8_t*>(t.mean[p]);
+        int32_t product = 0;
+        for (int i = 0; i < dim; ++i) product += int32_t(q16[i]) * int32_t(mean[i]);
+        const float base = head->offset + float(product) * (head->step * t.mean_step[p]), factor = head->factor;
+        alignas(64) int32_t integer[PAGE];
+        gather(dim, s.raw + r * words, integer);
+        float* out = s.scores + r * TILE + p * PAGE;
+        const float* k_scales = s.k_scales + p * PAGE;
+        for (int i = 0; i < PAGE; i += W) {
+          const F32 x = __builtin_convertvector(load<I32>(integer + i), F32);
+          put(out + i, x * (load<F32>(k_scales + i) * factor) + base);
+        }
+      }
+    }
+    if (t.tokens < t.pages * PAGE)
+      for (int r = 0; r < rows; ++r)
+        for (int i = t.tokens; i < t.pages * PAGE; ++i) s.scores[r * TILE + i] = -INF;
+  }
+
+  // Weights [pages * 64], in place over `w`, to operands; returns what one unit of them is worth.
+  static float quantise_weights(const float* w, float top, int pages, int dim, Scratch& s, Operand* out) {
+    const float up = top > 0 ? Isa::WEIGHT_MAX / top : 0;
+    for (int i = 0; i < pages * PAGE; ++i) s.weights[i] = uint16_t(int32_t(w[i] * up + 0.5f));
+    const int count = weight_operands(dim);
+    for (int p = 0; p < pages; ++p) {
+      if (chunk(dim) == 4)
+        prepare_weights<Isa, 4>(s.weights + p * PAGE, out + p * count);
+      else
+        prepare_weights<Isa, 2>(s.weights + p * PAGE, out + p * count);
+    }
+    return top / Isa::WEIGHT_MAX;
+  }
+
+  static void attend(const Codec& c, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows,
+                     bool unpack, Partial out, void* scratch) {
+    const int dim = c.dim, count = weight_operands(dim);
+    const size_t bytes = query_bytes(dim);
+    Scratch s(scratch, dim, rows);
+    for (int i = 0; i < rows * 4 * dim; ++i) s.acc[i] = 0;
+    for (int r = 0; r < rows; ++r) {
+      out.max[r] = -INF;
+      out.sum[r] = 0;
+    }
+    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
+      const Tile t = open_tile(c, records, first, tokens, true, true, unpack, s);
+      for (int row = 0, left = (rows + MAX_ROWS - 1) / MAX_ROWS; left; --left) {
+        const int n = (rows - row + left - 1) / left;
+        score_tile(c, t, queries + row * bytes, n, s);
+        float keep[MAX_ROWS], back[MAX_ROWS];
+        for (int r = 0; r < n; ++r) {
+          float* w = s.scores + r * TILE;
+          F32 top = load<F32>(w);
+          for (int i = W; i < t.pages * PAGE; i += W) {
+            const F32 x = load<F32>(w + i);
+            top = x > top ? x : top;
+          }
+          const float before = out.max[row + r], here = max_of(top), now = here > before ? here : before;
+          F32 sum = F32{}, largest = F32{};
+          for (int i = 0; i < t.pages * PAGE; i += W) {
+            const F32 p = exp2<F32, I32>(load<F32>(w + i) - now);
+            const F32 weight = p * load<F32>(s.v_scales + i);
+            sum += p;
+            largest = weight > largest ? weight : largest;
+            put(w + i, weight);
+          }
+          keep[r] = before == -INF ? 0.0f : load_first(exp2<F32, I32>(F32{} + (before - now)));
+          out.max[row + r] = now;
+          out.sum[row + r] = out.sum[row + r] * keep[r] + sum_of(sum);
+          back[r] = quantise_weights(w, max_of(largest), t.pages, dim, s, s.operands + r * TILE_PAGES * count);
+        }
+        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
+                                                                   s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
+        row += n;
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      gather_row(c, s.acc + r * 4 * dim, out.o + r * dim);
+      const float offset = reinterpret_cast<const QueryHead*>(queries + r * bytes)->offset;
+      if (offset != offset) {
+        out.max[r] = 0;
+        out.sum[r] = offset;
+        for (int i = 0; i < dim; ++i) out.o[r * dim + i] = offset;
+      }
+    }
+  }
+
+  static void scores(const Codec& c, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows, float* out,
+                     int64_t stride, void* scratch) {
+    Scratch s(scratch, c.dim, 0);
+    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
+      const Tile t = open_tile(c, records, first, tokens, true, false, false, s);
+      for (int row = 0; row < rows; row += MAX_ROWS) {
+        const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
+        score_tile(c, t, queries + row * query_bytes(c.dim), n, s);
+        for (int r = 0; r < n; ++r)
+          __builtin_memcpy(out + (row + r) * stride + first * PAGE, s.scores + r * TILE, sizeof(float) * t.tokens);
+      }
+    }
+  }
+
+  static void weigh(const Codec& c, const uint8_t* const* records, int tokens, const float* weights, int64_t stride,
+                    int rows, float* o, void* scratch) {
+    const int dim = c.dim, count = weight_operands(dim);
+    Scratch s(scratch, dim, rows);
+    for (int i = 0; i < rows * 4 * dim; ++i) s.acc[i] = 0;
+    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
+      const Tile t = open_tile(c, records, first, tokens, false, true, false, s);
+      for (int row = 0; row < rows; row += MAX_ROWS) {
+        const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
+        float keep[MAX_ROWS], back[MAX_ROWS];
+        for (int r = 0; r < n; ++r) {
+          float* w = s.scores;
+          const float* in = weights + (row + r) * stride + first * PAGE;
+          float top = 0;
+          for (int i = 0; i < t.pages * PAGE; ++i) {
+            w[i] = i < t.tokens ? in[i] * s.v_scales[i] : 0.0f;
+            top = w[i] > top ? w[i] : top;
+          }
+          keep[r] = 1;
+          back[r] = quantise_weights(w, top, t.pages, dim, s, s.operands + r * TILE_PAGES * count);
+        }
+        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
+                                                                   s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
+      }
+    }
+    for (int r = 0; r < rows; ++r) gather_row(c, s.acc + r * 4 * dim, o + r * dim);
+  }
+
+  static void gather_row(const Codec& c, const float* acc, float* o) {
+    if (chunk(c.dim) == 4)
+      gather_values<Isa, 4>(acc, c.dim, c.v.unit, o);
+    else
+      gather_values<Isa, 2>(acc, c.dim, c.v.unit, o);
+  }
+  static float load_first(F32 v) { return v[0]; }
+
+  static void decode(const Codec& c, const uint8_t* record, float* k, float* v, void* scratch) {
+    const int dim = c.dim, chunks = units(dim) / chunk(dim);
+    Scratch s(scratch, dim, 0);
+    const Tile t = open_tile(c, &record, 0, PAGE, true, true, true, s);
+    for (int uc = 0, at = 0; uc < chunks; ++uc)
+      for (int lv = 0; lv < LANES * chunk(dim) / W; ++lv)
+        for (int i = 0; i < 8; ++i)
+          for (int pos = 0; pos < W; ++pos)
+            for (int byte = 0; byte < 4; ++byte, ++at) {
+              const int lane = (lv * W + pos) / chunk(dim), unit = uc * chunk(dim) + pos % chunk(dim);
+              const int token = k_token(dim, lane, unit, i >> 1);
+              const int channel = k_channel(dim, lane, unit, i >> 1, 2 * byte + (i & 1));
+              const float mean = float(reinterpret_cast<const int8_t*>(t.mean[0])[channel]) * t.mean_step[0];
+              const int level = int(Isa::KEY_BIAS ? t.keys[0][at] : int8_t(t.keys[0][at])) - Isa::KEY_BIAS;
+              k[token * dim + channel] = s.k_scales[token] * (c.k.unit * float(level)) + mean;
+              const int half = i & 1, order = byte == 1 ? 2 : byte == 2 ? 1 : byte;
+              const int v_lane = chunk(dim) == 4 ? Layout<Isa, 4>::value_lane(lv, half, pos) : Layout<Isa, 2>::value_lane(lv, half, pos);
+              const int v_unit = chunk(dim) == 4 ? Layout<Isa, 4>::value_unit(uc, half, pos) : Layout<Isa, 2>::value_unit(uc, half, pos);
+              const int e = 4 * (pos & 1) + order;
+              v[v_token(v_lane, i >> 1, e) * dim + v_channel(v_lane, v_unit, e)] =
+                  s.v_scales[v_token(v_lane, i >> 1, e)] * (c.v.unit * float(int8_t(t.values[0][at])));
+            }
+  }
+};
+
+}  // namespace fa

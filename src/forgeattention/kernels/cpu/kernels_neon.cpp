@@ -1,0 +1,8 @@
+#include "isa_neon.h"
+#include "instantiate.h"
+
+namespace fa {
+
+const Kernels& neon_kernels() { return make_kernels<Neon>("neon"); }
+
+}  // namespace fa

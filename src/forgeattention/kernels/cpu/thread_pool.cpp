@@ -1,0 +1,127 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace fa {
+namespace {
+
+// Waiting threads look for work this long before they sleep: longer than the gap between two phases of a call, shorter than
+// what another library's threads would notice.
+constexpr std::chrono::microseconds SPIN{30};
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  void run(int64_t items, int threads, const std::function<void(int64_t, int)>& body) {
+    std::lock_guard<std::mutex> one_call(call_);
+    while (int(workers_.size()) < threads - 1) {
+      const int index = int(workers_.size()) + 1;
+      workers_.emplace_back([this, index] { work(index); });
+      workers_.back().detach();
+    }
+    body_ = &body;
+    items_ = items;
+    next_.store(0, std::memory_order_relaxed);
+    pending_.store(threads - 1, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      signal_.store(((signal_.load(std::memory_order_relaxed) >> 16) + 1) << 16 | uint64_t(threads), std::memory_order_release);
+    }
+    wake_.notify_all();
+    take(0);
+    while (pending_.load(std::memory_order_acquire)) relax();
+  }
+
+ private:
+  void take(int thread) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*body_)(i, thread);
+  }
+
+  void work(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto changed = [&] { return signal_.load(std::memory_order_acquire) != seen; };
+      const auto limit = std::chrono::steady_clock::now() + SPIN;
+      while (!changed() && std::chrono::steady_clock::now() < limit) relax();
+      if (!changed()) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, changed);
+      }
+      seen = signal_.load(std::memory_order_acquire);
+      if (index >= int(seen & 0xFFFF)) continue;
+      take(index);
+      pending_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex call_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  std::atomic<uint64_t> signal_{0};  // number of the call << 16 | its threads
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> pending_{0};
+  const std::function<void(int64_t, int)>* body_ = nullptr;
+  int64_t items_ = 0;
+};
+
+// Never destroyed: workers may outlive static destruction. A forked child has no workers and starts a pool of its own.
+std::atomic<Pool*> pool{nullptr};
+std::once_flag once;
+
+Pool& shared_pool() {
+  std::call_once(once, [] {
+    pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  });
+  return *pool;
+}
+
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { std::free(memory); }
+};
+thread_local Scratch scratch[4];
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t, int)>& body) {
+  if (threads > items) threads = int(items);
+  if (threads > 1) {
+    shared_pool().run(items, threads, body);
+  } else {
+    for (int64_t i = 0; i < items; ++i) body(i, 0);
+  }
+}
+
+void* thread_scratch(int slot, size_t bytes) {
+  Scratch& s = scratch[slot];
+  if (s.bytes < bytes) {
+    std::free(s.memory);
+    s.bytes = 0;
+    bytes = (bytes + 4095) / 4096 * 4096;
+    s.memory = std::aligned_alloc(64, bytes);
+    if (!s.memory) throw std::bad_alloc();
+    s.bytes = bytes;
+  }
+  return s.memory;
+}
+
+}  // namespace fa
