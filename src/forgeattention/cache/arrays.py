@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ops.arrays import is_torch
+from ..ops import dispatch
+from ..ops.arrays import dtype_of, is_mlx, is_torch
 
 
 class Arrays(Protocol):
     """Arrays of one framework on one device. Slicing, slice assignment, indexing by integer arrays and `swapaxes` are
-    those of NumPy and torch; data types go by NumPy's names, and "bfloat16"."""
+    those of NumPy and torch, but that writing to a slice may not write to what it was taken from; data types go by
+    NumPy's names, and "bfloat16"."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialised array."""
@@ -30,8 +33,8 @@ class Arrays(Protocol):
     def index(self, values: NDArray[np.int64]) -> Any:
         """Host integers as an array to index with."""
 
-    def assign(self, target: Any, values: NDArray[Any]) -> None:
-        """Copies a host array of the same shape and dtype into `target`, without waiting for the device."""
+    def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
+        """Copies a host array of the same shape and dtype into `target[at]`, without waiting for the device."""
 
     def to_host(self, array: Any) -> NDArray[Any]:
         """A host copy (or view). bfloat16 comes as uint16 bit patterns."""
@@ -51,11 +54,15 @@ class Arrays(Protocol):
     def on_host(self) -> bool:
         """Whether reading a value costs no wait for a device."""
 
+    @property
+    def addressable(self) -> bool:
+        """Whether pages are found by their address, not by their place in one array that all kernels are given."""
+
 
 class NumpyArrays:
     """NumPy arrays."""
 
-    on_host = True
+    on_host = addressable = True
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return np.empty(shape, dtype)
@@ -75,8 +82,8 @@ class NumpyArrays:
     def index(self, values: NDArray[np.int64]) -> Any:
         return values
 
-    def assign(self, target: Any, values: NDArray[Any]) -> None:
-        target[...] = values
+    def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
+        target[at] = values
 
     def to_host(self, array: Any) -> NDArray[Any]:
         return array
@@ -100,6 +107,8 @@ class TorchArrays:
     Args:
         device: a torch.device or its name.
     """
+
+    addressable = True
 
     def __init__(self, device: Any = "cpu") -> None:
         import torch
@@ -130,7 +139,8 @@ class TorchArrays:
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._upload(values)
 
-    def assign(self, target: Any, values: NDArray[Any]) -> None:
+    def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
+        target = target[at]
         if target.dtype == self._torch.bfloat16:
             target = target.view(self._torch.uint16)
         target.copy_(self._upload(np.ascontiguousarray(values)))
@@ -162,10 +172,59 @@ class TorchArrays:
         return bool(self._torch.isfinite(array).all())
 
 
+class MLXArrays:
+    """MLX arrays, on the device that is MLX's default when this is made."""
+
+    addressable = False
+
+    def __init__(self) -> None:
+        self._mx = importlib.import_module("mlx.core")
+        self.on_host = dispatch.native("mlx") == "cpu"
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._mx.empty(shape, dtype=getattr(self._mx, dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._mx.zeros(shape, dtype=getattr(self._mx, dtype))
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        return self._mx.concatenate(parts, axis)
+
+    def copy(self, array: Any) -> Any:
+        return array
+
+    def take(self, array: Any, rows: NDArray[np.int64]) -> Any:
+        return self._mx.take(array, self.index(rows), axis=0)
+
+    def index(self, values: NDArray[np.int64]) -> Any:
+        return self._mx.array(values)
+
+    def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
+        new = self._mx.array(values)
+        target[at] = new.view(target.dtype) if dtype_of(target) == "bfloat16" else new
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        return np.array(array.view(self._mx.uint16) if dtype_of(array) == "bfloat16" else array, copy=False)
+
+    def address(self, array: Any) -> int:
+        raise ValueError("[cache] expected arrays with addresses; got MLX's, which move")
+
+    def nbytes(self, array: Any) -> int:
+        return array.nbytes
+
+    def owns(self, array: Any) -> bool:
+        return is_mlx(array)
+
+    def finite(self, array: Any) -> bool:
+        return bool(self._mx.isfinite(array).all())
+
+
 def arrays_of(array: Any) -> Arrays:
     """The framework and device of an array. Raises ValueError for an unknown one."""
     if isinstance(array, np.ndarray):
         return NumpyArrays()
     if is_torch(array):
         return TorchArrays(array.device)
-    raise ValueError(f"[cache] expected NumPy arrays or torch tensors; got {type(array).__name__}")
+    if is_mlx(array):
+        return MLXArrays()
+    raise ValueError(f"[cache] expected NumPy arrays, torch tensors or MLX arrays; got {type(array).__name__}")

@@ -14,6 +14,8 @@ Ids = NDArray[np.int64]
 
 GROWTH = 128
 """A pool grows by at least 1 / GROWTH of its pages, so that the spare room stays under one per cent."""
+GROWTH_COPIED = 8
+"""The same where growth copies: the spare room stays under an eighth, and a page is copied about 8 times in all."""
 
 
 @dataclass
@@ -55,6 +57,11 @@ class PagePool:
     def nbytes(self) -> int:
         """Bytes allocated, spare pages included."""
         return sum(self.arrays.nbytes(slab.data) for slab in self._slabs)
+
+    @property
+    def base(self) -> Any | None:
+        """The array that `addresses` count from, or None where they are absolute. Growth replaces it."""
+        return None if self.arrays.addressable or not self._slabs else self._slabs[0].data
 
     def alloc(self, count: int) -> Ids:
         """Takes `count` pages, each with one reference.
@@ -102,32 +109,58 @@ class PagePool:
         return self._refs[ids]
 
     def addresses(self, ids: Ids) -> NDArray[np.int64]:
-        """Absolute byte address of each page."""
+        """Byte address of each page: absolute, or from the start of `base`."""
         return self._addresses[ids]
 
     def page(self, page: int) -> Any:
-        """uint8 [page_bytes], a view."""
+        """uint8 [page_bytes]; a view where pages have addresses."""
+        slab, at = self._find(page)
+        return slab.data[at]
+
+    def write(self, page: int, data: Any) -> None:
+        """Fills a page that nothing has read yet from uint8 [page_bytes], on the pool's device or the host."""
+        slab, at = self._find(page)
+        if self.arrays.owns(data):
+            slab.data[at] = data
+        else:
+            self.arrays.assign(slab.data, data, at)
+
+    def _find(self, page: int) -> tuple[_Slab, slice]:
         slab = self._slab_of[page]
         start = int(self._addresses[page]) - slab.base
-        return slab.data[start : start + self.page_bytes]
+        return slab, slice(start, start + self.page_bytes)
 
     def _grow(self, missing: int) -> None:
-        pages = max(missing, self.in_use // GROWTH)
+        growth = GROWTH if self.arrays.addressable else GROWTH_COPIED
+        pages = max(missing, self.in_use // growth)
         if self.max_pages is not None:
             pages = max(missing, min(pages, self.max_pages - self.in_use))
         data = self.arrays.empty((pages * self.page_bytes,), "uint8")
-        slab = _Slab(data, self.arrays.address(data))
+        if self.arrays.addressable:
+            self._add(_Slab(data, self.arrays.address(data)), pages, 0)
+        elif not self._slabs:
+            self._add(_Slab(data, 0), pages, 0)
+        else:
+            slab = self._slabs[0]
+            slab.data = self.arrays.concat([slab.data, data], 0)
+            self._add(slab, pages, len(slab.ids))
+
+    def _add(self, slab: _Slab, pages: int, first: int) -> None:
+        """Takes the slab's pages from the `first` on into use."""
         while len(self._spare_ids) < pages:
             known = len(self._refs)
             self._refs = np.append(self._refs, np.zeros_like(self._refs))
             self._addresses = np.append(self._addresses, np.zeros_like(self._addresses))
             self._spare_ids += range(2 * known - 1, known - 1, -1)
-        slab.ids = [self._spare_ids.pop() for _ in range(pages)]
-        slab.free = list(slab.ids)
-        self._addresses[slab.ids] = slab.base + self.page_bytes * np.arange(pages)
-        self._slab_of.update(dict.fromkeys(slab.ids, slab))
-        self._slabs.append(slab)
-        self._open.append(slab)
+        ids = [self._spare_ids.pop() for _ in range(pages)]
+        self._addresses[ids] = slab.base + self.page_bytes * np.arange(first, first + pages)
+        self._slab_of.update(dict.fromkeys(ids, slab))
+        if not slab.free:
+            self._open.append(slab)
+        slab.ids += ids
+        slab.free += ids
+        if not first:
+            self._slabs.append(slab)
 
     def _drop(self, slab: _Slab) -> None:
         self._slabs = [s for s in self._slabs if s is not slab]

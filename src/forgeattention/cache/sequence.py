@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -129,6 +129,9 @@ class LayerCache:
     @property
     def table(self) -> PageTable | None:
         """The packed tokens, or None without any."""
+        if self._table is not None and self._table.base is not self.pool.base:
+            # Another cache made the pool grow.
+            self._table = replace(self._table, base=self.pool.base)
         return self._table
 
     @property
@@ -139,7 +142,7 @@ class LayerCache:
     def row(self, row: int) -> tuple[PageTable | None, ExactTokens]:
         """The packed and the exact tokens of one row, as a batch of one."""
         rows, packed, exact = slice(row, row + 1), int(self._packed[row]), int(self._exact[row])
-        table = PageTable(None, self._offsets[rows], self._packed_device[rows], packed) if packed else None
+        table = PageTable(self.pool.base, self._offsets[rows], self._packed_device[rows], packed) if packed else None
         return table, ExactTokens(self._k[rows], self._v[rows], self._exact_device[rows], exact)
 
     def row_pages(self, row: int) -> Ids:
@@ -170,7 +173,7 @@ class LayerCache:
         return ops.decode_attention(
             q,
             self.codec,
-            self._table,
+            self.table,
             self._exact_tokens,
             scale,
             causal=causal,
@@ -264,7 +267,7 @@ class LayerCache:
             for row in range(other.batch):
                 for i, page in enumerate(other.row_pages(row).tolist()):
                     ids[row, i] = new[at]
-                    self.pool.page(int(new[at]))[...] = other.pool.page(page)
+                    self.pool.write(int(new[at]), other.pool.page(page))
                     at += 1
         width = max(self._ids.shape[1], ids.shape[1])
         self._ids = np.concatenate([_widen(self._ids, width), _widen(ids, width)])
@@ -291,7 +294,7 @@ class LayerCache:
         self._offsets = self.arrays.zeros(self._ids.shape, "int64")
         self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
         for buffer, tokens in ((self._k, k), (self._v, v)):
-            self.arrays.assign(buffer[:, :, : tokens.shape[2]], tokens)
+            self.arrays.assign(buffer, tokens, (slice(None), slice(None), slice(tokens.shape[2])))
         self._set_lengths(exact.copy(), packed.copy())
         for row in range(self.batch):
             self.pool.share(self.row_pages(row))
@@ -384,11 +387,12 @@ class LayerCache:
                 self.arrays.concat([buffer[plan.row, :, sinks : min(held, end)], new[:, : max(end - held, 0)]], 1)
                 for buffer, new in ((self._k, plan.k), (self._v, plan.v))
             )
-            ops.encode(k, v, self.codec, None, self.arrays.index(addresses[:mixed]), backend=self.backend)
+            at = self.arrays.index(addresses[:mixed])
+            ops.encode(k, v, self.codec, self.pool.base, at, backend=self.backend)
         if pages > mixed:
             new = slice(sinks + mixed * PAGE - held, sinks + pages * PAGE - held)
             at = self.arrays.index(addresses[mixed:])
-            ops.encode(plan.k[:, new], plan.v[:, new], self.codec, None, at, backend=self.backend)
+            ops.encode(plan.k[:, new], plan.v[:, new], self.codec, self.pool.base, at, backend=self.backend)
 
     def _commit(self, plans: list[_Append]) -> None:
         sinks, exact, packed = self.codec.spec.sinks, self._exact.copy(), self._packed.copy()
@@ -398,21 +402,21 @@ class LayerCache:
         for p in plans:
             held, gone = int(exact[p.row]), PAGE * len(p.pages)
             for buffer, new in ((self._k, p.k), (self._v, p.v)):
-                row = buffer[p.row]
                 if not gone:
-                    row[:, held : held + p.count] = new
+                    buffer[p.row, :, held : held + p.count] = new
                     continue
                 if held < sinks:
-                    row[:, held:sinks] = new[:, : sinks - held]
+                    buffer[p.row, :, held:sinks] = new[:, : sinks - held]
                 left = max(held - sinks - gone, 0)
                 if left:
-                    row[:, sinks : sinks + left] = self.arrays.copy(row[:, sinks + gone : held])
+                    buffer[p.row, :, sinks : sinks + left] = self.arrays.copy(buffer[p.row, :, sinks + gone : held])
                 total = held + p.count - gone
-                row[:, sinks + left : total] = new[:, p.count - (total - sinks - left) :]
+                buffer[p.row, :, sinks + left : total] = new[:, p.count - (total - sinks - left) :]
             if gone:
                 first = int(packed[p.row]) // PAGE
-                self._ids[p.row, first : first + len(p.pages)] = p.pages
-                self.arrays.assign(self._offsets[p.row, first : first + len(p.pages)], self.pool.addresses(p.pages))
+                at = p.row, slice(first, first + len(p.pages))
+                self._ids[at] = p.pages
+                self.arrays.assign(self._offsets, self.pool.addresses(p.pages), at)
             exact[p.row] += p.count - gone
             packed[p.row] += gone
         self._set_lengths(exact, packed)
@@ -434,14 +438,14 @@ class LayerCache:
         self._exact_max, most = int(exact.max(initial=0)), int(packed.max(initial=0))
         self._uniform = len(exact) == 0 or bool((exact == exact[0]).all() and (packed == packed[0]).all())
         self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
-        self._table = PageTable(None, self._offsets, self._packed_device, most) if most else None
+        self._table = PageTable(self.pool.base, self._offsets, self._packed_device, most) if most else None
 
     def _decode(self, pages: Ids) -> tuple[Any, Any]:
         """Keys and values [pages, kv_heads, 64, head_dim] of single pages."""
         offsets = self.arrays.zeros((len(pages), 1), "int64")
         self.arrays.assign(offsets, self.pool.addresses(pages)[:, None])
         lengths = self.arrays.zeros((len(pages),), "int32") + PAGE
-        return ops.decode_pages(self.codec, PageTable(None, offsets, lengths, PAGE), backend=self.backend)
+        return ops.decode_pages(self.codec, PageTable(self.pool.base, offsets, lengths, PAGE), backend=self.backend)
 
     def _row_index(self, rows: Iterable[int]) -> I64:
         index = np.fromiter(rows, np.int64)

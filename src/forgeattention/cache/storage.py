@@ -144,7 +144,7 @@ def _layer_from(
     pool = PagePool(codec.page_bytes, arrays, max_pages)
     ids = pool.alloc(len(pages))
     for page, data in zip(ids.tolist(), pages):
-        arrays.assign(pool.page(page), data)
+        pool.write(page, data)
     layer = LayerCache(codec, len(packed), arrays, dtype, pool=pool, backend=backend)
     layer.restore(ids, table, packed, exact, parts["k"], parts["v"])
     pool.free(ids)

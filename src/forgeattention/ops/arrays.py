@@ -16,13 +16,18 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_mlx(x: Any) -> bool:
+    mx = sys.modules.get("mlx.core")
+    return mx is not None and isinstance(x, mx.array)
+
+
 def device_of(x: Any) -> str:
     """ "cpu", "cuda" or "mlx"; "" for what is not an array of a known framework."""
     if isinstance(x, np.ndarray):
         return "cpu"
     if is_torch(x):
         return str(x.device.type)
-    return "mlx" if type(x).__module__.startswith("mlx.") else ""
+    return "mlx" if is_mlx(x) else ""
 
 
 def dtype_of(x: Any) -> str:

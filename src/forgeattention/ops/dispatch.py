@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypedDict
@@ -13,10 +14,10 @@ from .arrays import device_of
 log = logging.getLogger("forgeattention")
 
 BACKENDS = ("cpu", "cuda", "metal", "reference")
-# Device of the arrays -> the backend that "auto" means.
-NATIVE = {"cpu": "cpu", "cuda": "cuda", "mlx": "metal"}
-# Devices whose memory a backend can read.
-READS = {"cpu": ("cpu",), "cuda": ("cuda",), "metal": ("mlx",), "reference": ("cpu", "cuda", "mlx")}
+# Devices whose memory a backend can read. MLX's lies where processor and GPU both reach it.
+READS = {"cpu": ("cpu", "mlx"), "cuda": ("cuda", "mlx"), "metal": ("mlx",), "reference": ("cpu", "cuda", "mlx")}
+# Modules that launch a backend's kernels on MLX arrays, where they are not the backend's own.
+FOR_MLX = {"cpu": "mlx_cpu", "cuda": "mlx_cuda"}
 
 
 class BackendStatus(TypedDict):
@@ -36,6 +37,17 @@ def load(backend: str) -> tuple[ModuleType | None, str]:
         return None, str(error)
     available, reason = module.available()
     return (module if available else None), reason
+
+
+def native(device: str) -> str:
+    """The backend that "auto" means for arrays of a device; "" for none. MLX arrays have no device of their own: the
+    default device counts, as it does for MLX's own operations."""
+    if device != "mlx":
+        return device if device in ("cpu", "cuda") else ""
+    mx = sys.modules["mlx.core"]
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def report() -> list[BackendStatus]:
@@ -61,14 +73,14 @@ def select(op: str, array: Any, backend: str = "auto") -> tuple[ModuleType, str]
     device = device_of(array)
     name = backend
     if backend == "auto":
-        name = NATIVE.get(device, "")
+        name = native(device)
         if not name:
             raise ValueError(f"[{op}] expected an array of NumPy, torch or MLX; got {_describe(array, device)}")
     elif backend not in BACKENDS:
         raise ValueError(f"[{op}] expected backend 'auto' or one of {BACKENDS}; got {backend!r}")
     elif device not in READS[backend]:
         raise ValueError(f"[{op}] expected arrays that backend {backend!r} reads; got {_describe(array, device)}")
-    module, reason = load(name)
+    module, reason = load(FOR_MLX.get(name, name) if device == "mlx" else name)
     if module is not None and not hasattr(module, op):
         module, reason = None, f"backend {name!r} has no {op}"
     if module is not None:

@@ -1,0 +1,99 @@
+"""MLX arrays in host memory: the native CPU kernels on the arrays' own memory. Every op waits for its arguments."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ..codec.codec import Codec
+from ..ops.arrays import dtype_of
+from ..ops.table import ExactTokens, PageTable
+from . import cpu
+
+available = cpu.available
+
+
+class _Bits:
+    """A bfloat16 array, which NumPy does not have, described to the CPU backend by its bit patterns."""
+
+    dtype = "bfloat16"
+
+    def __init__(self, x: Any) -> None:
+        self._array = np.array(x.view(sys.modules["mlx.core"].uint16), copy=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._array, name)
+
+
+def _host(x: Any) -> Any:
+    """The array's memory, evaluated; nothing is copied, and what is written there is seen by MLX."""
+    return _Bits(x) if dtype_of(x) == "bfloat16" else np.array(x, copy=False)
+
+
+def _rows(x: Any) -> Any:
+    """As `_host`, with a contiguous last axis, which MLX does not promise of a lazy array."""
+    found = _host(x)
+    if x.shape[-1] > 1 and found.strides[-1] != found.itemsize:
+        found = _host(sys.modules["mlx.core"].contiguous(x))
+    return found
+
+
+def _table(table: PageTable) -> PageTable:
+    base = None if table.base is None else _host(table.base)
+    return PageTable(base, np.ascontiguousarray(_host(table.offsets)), _flat(table.lengths), table.max_length)
+
+
+def _flat(x: Any) -> Any:
+    return np.ascontiguousarray(_host(x))
+
+
+def _mlx(x: Any, dtype: str) -> Any:
+    mx = sys.modules["mlx.core"]
+    return mx.array(x).astype(getattr(mx, dtype))
+
+
+def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
+    cpu.encode(_rows(k), _rows(v), codec, None if out is None else _host(out), _flat(offsets))
+
+
+def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
+    made = "float16" if dtype == "float16" else "float32"
+    k, v = cpu.decode_pages(codec, _table(table), made, rotated)
+    return _mlx(k, dtype), _mlx(v, dtype)
+
+
+def decode_attention(
+    q: Any,
+    codec: Codec,
+    table: PageTable | None,
+    exact: ExactTokens | None,
+    scale: float,
+    causal: bool,
+    sink_logits: Any | None,
+) -> tuple[Any, Any]:
+    if exact is not None:
+        exact = ExactTokens(_rows(exact.k), _rows(exact.v), _flat(exact.lengths), exact.max_length)
+    sinks = None if sink_logits is None else _flat(sink_logits)
+    tokens = None if table is None else _table(table)
+    out, lse = cpu.decode_attention(_float(q), codec, tokens, exact, scale, causal, sinks)
+    return _mlx(out, dtype_of(q)), _mlx(lse, "float32")
+
+
+def _float(q: Any) -> Any:
+    """Queries as the kernel reads them, so that its result has a dtype that NumPy knows."""
+    return _rows(q.astype(sys.modules["mlx.core"].float32) if dtype_of(q) == "bfloat16" else q)
+
+
+def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> tuple[Any, Any]:
+    out, lse = cpu.prefill_attention(_float(q), codec, _table(table), scale)
+    return _mlx(out, "float32"), _mlx(lse, "float32")
+
+
+def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    return _mlx(cpu.qk_scores(_float(q), codec, _table(table), scale), "float32")
+
+
+def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
+    return _mlx(cpu.value_sum(_flat(p), codec, _table(table)), "float32")
