@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forgeattention.backends.metal import Launch, kernel_text
+from forgeattention.backends.metal_launch import Launch, kernel_text
 from forgeattention.codec import packing
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import PAGE, CodecSpec
@@ -27,6 +27,8 @@ FORMATS = [
     (2, "trellis8", 3, "trellis4", "log8"),
 ]
 HEAD_DIMS = (64, 80, 96, 128, 256, 512)
+# Every format once and every head_dim twice.
+CASES = [(f, 64) for f in FORMATS] + [(f, d) for f in FORMATS[:2] for d in HEAD_DIMS[1:]]
 
 
 class Emulator:

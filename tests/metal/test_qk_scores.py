@@ -6,7 +6,7 @@ from tolerances import METAL
 
 from forgeattention.backends import metal, reference
 
-from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, queries, relative_error
+from .cases import CASES, Emulator, make_codec, make_table, queries, relative_error
 
 
 def check(rng, codec, lengths, group=2, n=1, slack=0):
@@ -17,8 +17,7 @@ def check(rng, codec, lengths, group=2, n=1, slack=0):
     assert relative_error(scores, reference.qk_scores(q, codec, table, 0.2)) < METAL["float32"]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("fmt", "head_dim"), CASES, ids=str)
 def test_formats_and_head_dims(fmt, head_dim):
     check(np.random.default_rng(1), make_codec(fmt, head_dim), [70, 130])
 

@@ -6,7 +6,7 @@ from tolerances import METAL
 
 from forgeattention.backends import metal, reference
 
-from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, relative_error
+from .cases import CASES, Emulator, make_codec, make_table, relative_error
 
 
 def check(rng, codec, lengths, group=2, n=1, skip=True, keep=1.0):
@@ -21,8 +21,7 @@ def check(rng, codec, lengths, group=2, n=1, skip=True, keep=1.0):
     return p, table, out
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("fmt", "head_dim"), CASES, ids=str)
 def test_formats_and_head_dims(fmt, head_dim):
     check(np.random.default_rng(1), make_codec(fmt, head_dim), [70, 330], skip=head_dim != 128)
 

@@ -1,117 +1,24 @@
-"""MLX arrays on Apple GPUs: launches the kernels of kernels/metal through `mx.fast.metal_kernel`.
+"""MLX arrays on Apple GPUs: the ops by the kernels of kernels/metal.
 
-Rotations, centres and dtype casts are MLX operations around the kernels. The launch arithmetic knows only shapes, so
-the tests run the same code with NumPy arrays and an emulator for a device.
+Rotations, centres and dtype casts are MLX operations around the kernels. What is here knows only shapes, so the tests
+run the same code with NumPy arrays and an emulator for a device.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 
 from ..codec.codec import Codec
-from ..codec.spec import CODES, PAGE, SCALE_FORMATS
+from ..codec.spec import PAGE, SCALE_RULES
 from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
+from .metal_launch import Device, Launch, constants, format_template, mlx_device, packed_queries, unpacked_values
 
-KERNELS = Path(__file__).parent.parent / "kernels" / "metal"
 LOG2E = 1.4426950408889634
 TILE = 4 * PAGE
-THREADS = 128
-"""Threads of a threadgroup: four simdgroups, a page each."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel.
-
-    Attributes:
-        kernel: stem of the file in kernels/metal.
-        inputs: arrays by name, in the order of the kernel's parameters.
-        outputs: (shape, dtype name) by name, likewise.
-        groups: threadgroups in x, y, z.
-        threads: threads of a threadgroup in x, y, z.
-        template: template arguments in order; a string is a dtype's name.
-    """
-
-    kernel: str
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, tuple[tuple[int, ...], str]]
-    groups: tuple[int, int, int]
-    template: Sequence[tuple[str, str | int | bool]]
-    threads: tuple[int, int, int] = (THREADS, 1, 1)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """MLX's grid, which counts threads."""
-        x, y, z = (g * t for g, t in zip(self.groups, self.threads, strict=True))
-        return x, y, z
-
-
-class Device(Protocol):
-    """What runs launches: MLX, or an emulator of it."""
-
-    xp: Any
-    """The array module: mlx.core or numpy."""
-
-    def run(self, launch: Launch) -> list[Any]:
-        """The outputs in order."""
-        ...
-
-
-@cache
-def kernel_text(kernel: str) -> tuple[str, str]:
-    """Header and body of a kernel for `mx.fast.metal_kernel`, with its includes put in place, each once."""
-    seen: set[Path] = set()
-
-    def expand(path: Path) -> str:
-        if path in seen:
-            return ""
-        seen.add(path)
-        text = path.read_text().replace("#pragma once\n", "")
-        return re.sub(r'^#include "(.+)"\n', lambda m: expand((path.parent / m[1]).resolve()), text, flags=re.M)
-
-    header, body = expand((KERNELS / f"{kernel}.metal").resolve()).split("//! body\n")
-    return header, body
-
-
-class MLX:
-    """Runs launches by `mx.fast.metal_kernel`, which compiles a kernel at its first use."""
-
-    def __init__(self) -> None:
-        import mlx.core
-
-        self.xp = mlx.core
-        self._kernels: dict[str, Any] = {}
-
-    def run(self, launch: Launch) -> list[Any]:
-        mx = self.xp
-        if launch.kernel not in self._kernels:
-            header, body = kernel_text(launch.kernel)
-            names = {"input_names": list(launch.inputs), "output_names": list(launch.outputs)}
-            self._kernels[launch.kernel] = mx.fast.metal_kernel(
-                name=f"forgeattention_{launch.kernel}", source=body, header=header, **names
-            )
-        return self._kernels[launch.kernel](
-            inputs=list(launch.inputs.values()),
-            template=[(n, getattr(mx, v) if isinstance(v, str) else v) for n, v in launch.template],
-            grid=launch.grid,
-            threadgroup=launch.threads,
-            output_shapes=[shape for shape, _ in launch.outputs.values()],
-            output_dtypes=[getattr(mx, dtype) for _, dtype in launch.outputs.values()],
-        )
-
-
-@cache
-def mlx_device() -> MLX:
-    return MLX()
+"""Tokens that a threadgroup takes at once, a page for each of its simdgroups."""
 
 
 def available() -> tuple[bool, str]:
@@ -125,92 +32,17 @@ def available() -> tuple[bool, str]:
     return True, f"MLX {mx.__version__} on {mx.metal.device_info()['device_name']}"
 
 
-@dataclass(frozen=True)
-class CodecArrays:
-    """A codec's constants on a device: levels [16] f32, k_inverse and v_inverse [heads, head_dim, padded_dim] f32 with
-    x = inverse y + mu, mu [heads, head_dim, 1] f32 or None."""
-
-    k_levels: Any
-    v_levels: Any
-    k_inverse: Any
-    v_inverse: Any
-    k_mu: Any | None
-    v_mu: Any | None
-
-
-_constants: WeakKeyDictionary[Codec, dict[int, CodecArrays]] = WeakKeyDictionary()
-
-
-def constants(codec: Codec, xp: Any) -> CodecArrays:
-    """The codec's constants as arrays of `xp`, made once."""
-    cached = _constants.setdefault(codec, {})
-    if id(xp) not in cached:
-        levels = [np.resize(b.values, 16).astype(np.float32) for b in (codec.k_codebook, codec.v_codebook)]
-        sides = (codec.k_transform, codec.v_transform)
-        inverse = [np.ascontiguousarray(t.inverse[:, : codec.head_dim]) for t in sides]
-        mu = [None if t.mu is None else np.ascontiguousarray(t.mu[:, : codec.head_dim, None]) for t in sides]
-        cached[id(xp)] = CodecArrays(*(None if a is None else xp.array(a) for a in (*levels, *inverse, *mu)))
-    return cached[id(xp)]
-
-
-def format_template(codec: Codec) -> list[tuple[str, str | int | bool]]:
-    """Template arguments that name the page format: D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES."""
-    f = codec.format
-    return [
-        ("D", f.padded_dim),
-        ("K_BITS", f.k_bits),
-        ("K_CODE", CODES.index(f.k_code)),
-        ("V_BITS", f.v_bits),
-        ("V_CODE", CODES.index(f.v_code)),
-        ("SCALES", SCALE_FORMATS.index(f.scales)),
-    ]
-
-
 def split_count(tiles: int) -> int:
     """Threadgroups over which a sequence of so many tiles is split; `split_count` in page.metal."""
     return min((tiles + 1) // 2, 32)
 
 
-def rows_per_block(rows: int, most: int) -> int:
-    """The size of equal blocks, at most `most` each, that cover the rows with the fewest blocks."""
+def rows_per_block(rows: int, padded_dim: int) -> int:
+    """Rows (queries of the heads of one KV head) that share a read of the pages: the size of the fewest equal blocks
+    whose sums fit in registers."""
+    most = 4 if padded_dim == 512 else 8
     blocks = -(-rows // most)
     return -(-rows // blocks)
-
-
-def packed_queries(q: Any, codec: Codec, factor: float, xp: Any) -> tuple[Any, Any, Any]:
-    """Queries as the kernels take them, for q [batch, q_heads, n, head_dim].
-
-    Returns:
-        A^-T q [batch, q_heads, n, padded_dim], q itself, and q . mu [batch, q_heads, n]: float32, times `factor`.
-    """
-    c = constants(codec, xp)
-    batch, heads, n, dim = q.shape
-    flat = (q.astype(xp.float32) * factor).reshape(batch, codec.kv_heads, -1, dim)
-    rotated = (flat @ c.k_inverse).reshape(batch, heads, n, -1)
-    bias = xp.zeros((batch, heads, n), dtype=xp.float32)
-    if c.k_mu is not None:
-        bias = (flat @ c.k_mu).reshape(batch, heads, n)
-    return rotated, flat.reshape(q.shape), bias
-
-
-def unpacked_values(o: Any, mass: Any, codec: Codec, xp: Any) -> Any:
-    """Weighted sums of stored values in the model's coordinates.
-
-    Args:
-        o: [batch, q_heads, n, padded_dim], sums of stored values.
-        mass: [batch, q_heads, n], sums of their weights.
-        codec: the layer's codec.
-        xp: the array module.
-
-    Returns:
-        [batch, q_heads, n, head_dim].
-    """
-    c = constants(codec, xp)
-    batch, heads, n, width = o.shape
-    x = o.reshape(batch, codec.kv_heads, -1, width) @ c.v_inverse.swapaxes(1, 2)
-    if c.v_mu is not None:
-        x = x + mass.reshape(batch, codec.kv_heads, -1, 1) * c.v_mu.swapaxes(1, 2)
-    return x.reshape(batch, heads, n, codec.head_dim)
 
 
 def _table(table: PageTable | None, batch: int, xp: Any) -> PageTable:
@@ -249,7 +81,7 @@ def decode_attention(
         nothing = xp.zeros((batch, kv_heads, 1, dim), dtype=xp.float32)
         exact = ExactTokens(nothing, nothing, xp.zeros((batch,), dtype=xp.int32), 0)
     splits = max(1, split_count(-(-table.max_length // TILE)))
-    block = rows_per_block(rows, 4 if padded == 512 else 8)
+    block = rows_per_block(rows, padded)
     packed_o, packed_ml, exact_o, exact_ml = device.run(
         Launch(
             "decode_attention",
@@ -261,8 +93,8 @@ def decode_attention(
                 "exact_k": exact.k,
                 "exact_v": exact.v,
                 "exact_lengths": exact.lengths,
-                "k_levels": c.k_levels,
-                "v_levels": c.v_levels,
+                "k_levels": c.k_values,
+                "v_levels": c.v_values,
             },
             {
                 "packed_o": ((batch, kv_heads, splits, rows, padded), "float32"),
@@ -300,27 +132,89 @@ def decode_attention(
     return (unpacked_values(of_packed, mass, codec, xp) + of_exact).astype(q.dtype), lse
 
 
-def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None) -> Any:
-    """See `forgeattention.ops.qk_scores`."""
+def prefill_attention(
+    q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None
+) -> tuple[Any, Any]:
+    """See `forgeattention.ops.prefill_attention`."""
     device = device or mlx_device()
     xp = device.xp
     batch, heads, n, _ = q.shape
-    rows = heads // codec.kv_heads * n
-    block = rows_per_block(rows, 4 if codec.format.padded_dim == 512 else 8)
-    if table.max_length == 0 or batch == 0 or n == 0:
-        return xp.zeros((batch, heads, n, table.max_length), dtype=xp.float32)
-    rotated, _, bias = packed_queries(q, codec, scale, xp)
-    inputs = {"q": rotated, "bias": bias, **_pages(table), "k_levels": constants(codec, xp).k_levels}
-    (scores,) = device.run(
+    rows, padded = heads // codec.kv_heads * n, codec.format.padded_dim
+    if batch == 0 or n == 0:
+        return xp.zeros(q.shape, dtype=xp.float32), xp.zeros(q.shape[:3], dtype=xp.float32)
+    c = constants(codec, xp)
+    rotated, _, bias = packed_queries(q, codec, scale * LOG2E, xp)
+    inputs = {
+        "q": rotated,
+        "bias": bias,
+        **_pages(table),
+        "k_levels": c.k_levels,
+        "v_levels": c.v_levels,
+        "units": c.units,
+    }
+    o, lse = device.run(
         Launch(
-            "qk_scores",
+            "prefill_attention",
+            inputs,
+            {"o": ((batch, heads, n, padded), "float32"), "lse": ((batch, heads, n), "float32")},
+            (-(-rows // 32), batch * codec.kv_heads, 1),
+            [*format_template(codec), ("KV_HEADS", codec.kv_heads)],
+        )
+    )
+    mass = xp.where(lse == -xp.inf, 0.0, 1.0).astype(xp.float32)
+    return unpacked_values(o, mass, codec, xp), lse
+
+
+def _scores(kernel: str, q: Any, codec: Codec, table: PageTable, scale: float, device: Device) -> list[Any]:
+    """Scores [batch, q_heads, n, max_length] and, from "sparse_scores", the maxima [batch, q_heads, n, tiles]."""
+    xp = device.xp
+    batch, heads, n, _ = q.shape
+    rows, tiles = heads // codec.kv_heads * n, -(-table.max_length // TILE)
+    outputs = {"scores": ((batch, heads, n, table.max_length), "float32")}
+    if kernel == "sparse_scores":
+        outputs["tile_max"] = ((batch, heads, n, tiles), "float32")
+    if batch * n * tiles == 0:
+        return [xp.zeros(shape, dtype=xp.float32) for shape, _ in outputs.values()]
+    block = rows_per_block(rows, codec.format.padded_dim)
+    rotated, _, bias = packed_queries(q, codec, scale, xp)
+    inputs = {"q": rotated, "bias": bias, **_pages(table), "k_levels": constants(codec, xp).k_values}
+    return device.run(
+        Launch(
+            kernel,
             {**inputs, "max_length": xp.array(table.max_length, dtype=xp.int32)},
-            {"scores": ((batch, heads, n, table.max_length), "float32")},
-            (-(-table.max_length // TILE), -(-rows // block), batch * codec.kv_heads),
+            outputs,
+            (tiles, -(-rows // block), batch * codec.kv_heads),
             [*format_template(codec), ("ROWS", block), ("KV_HEADS", codec.kv_heads)],
         )
     )
-    return scores
+
+
+def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None) -> Any:
+    """See `forgeattention.ops.qk_scores`."""
+    return _scores("qk_scores", q, codec, table, scale, device or mlx_device())[0]
+
+
+def _sums(
+    kernel: str, weights: dict[str, Any], codec: Codec, table: PageTable, device: Device, *template: tuple[str, bool]
+) -> tuple[Any, Any]:
+    """Sums of stored values [batch, q_heads, n, padded_dim] and of their weights [batch, q_heads, n]. The first array
+    of `weights` is [batch, q_heads, n, max_length]."""
+    batch, heads, n, length = next(iter(weights.values())).shape
+    rows, padded = heads // codec.kv_heads * n, codec.format.padded_dim
+    splits, block = split_count(-(-length // TILE)), rows_per_block(rows, padded)
+    sums, mass = device.run(
+        Launch(
+            kernel,
+            {**weights, **_pages(table), "v_levels": constants(codec, device.xp).v_values},
+            {
+                "sums": ((batch, codec.kv_heads, splits, rows, padded), "float32"),
+                "mass": ((batch, codec.kv_heads, splits, rows), "float32"),
+            },
+            (splits, -(-rows // block), batch * codec.kv_heads),
+            [*format_template(codec), ("ROWS", block), ("KV_HEADS", codec.kv_heads), *template],
+        )
+    )
+    return sums.sum(2).reshape(batch, heads, n, padded), mass.sum(2).reshape(batch, heads, n)
 
 
 def value_sum(p: Any, codec: Codec, table: PageTable, skip: bool = True, device: Device | None = None) -> Any:
@@ -332,27 +226,63 @@ def value_sum(p: Any, codec: Codec, table: PageTable, skip: bool = True, device:
         device: what runs the kernel, MLX if None.
     """
     device = device or mlx_device()
+    if 0 in p.shape:
+        return device.xp.zeros((*p.shape[:3], codec.head_dim), dtype=device.xp.float32)
+    return unpacked_values(*_sums("value_sum", {"p": p}, codec, table, device, ("SKIP", skip)), codec, device.xp)
+
+
+def sparse_scores(
+    q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None
+) -> tuple[Any, Any]:
+    """The first phase of sparse attention.
+
+    Args:
+        q: [batch, q_heads, n, head_dim].
+        codec, table, scale: as for `qk_scores`.
+        device: what runs the kernel, MLX if None.
+
+    Returns:
+        scores float32 [batch, q_heads, n, table.max_length], -inf from each row's length on, and the largest score of
+        each 256 tokens, float32 [batch, q_heads, n, tiles].
+    """
+    scores, tile_max = _scores("sparse_scores", q, codec, table, scale, device or mlx_device())
+    return scores, tile_max
+
+
+def sparse_attention(
+    scores: Any,
+    tile_max: Any,
+    threshold: Any,
+    last: Any,
+    codec: Codec,
+    table: PageTable,
+    device: Device | None = None,
+) -> tuple[Any, Any]:
+    """The second phase of sparse attention: softmax over the tokens that reach their query's threshold.
+
+    Args:
+        scores, tile_max: from `sparse_scores`.
+        threshold: float32 [batch, q_heads, n]; tokens with larger scores are attended.
+        last: int32 [batch, q_heads, n]; of the tokens with just that score, those up to this position are attended.
+        codec, table: as for `sparse_scores`.
+        device: what runs the kernel, MLX if None.
+
+    Returns:
+        out float32 [batch, q_heads, n, head_dim] and lse float32 [batch, q_heads, n]; zeros and -inf where no token is
+        attended.
+    """
+    device = device or mlx_device()
     xp = device.xp
-    batch, heads, n, length = p.shape
-    rows, padded = heads // codec.kv_heads * n, codec.format.padded_dim
-    block = rows_per_block(rows, 4 if padded == 512 else 8)
-    if length == 0 or batch == 0 or n == 0:
-        return xp.zeros((batch, heads, n, codec.head_dim), dtype=xp.float32)
-    splits = split_count(-(-length // TILE))
-    sums, mass = device.run(
-        Launch(
-            "value_sum",
-            {"p": p, **_pages(table), "v_levels": constants(codec, xp).v_levels},
-            {
-                "sums": ((batch, codec.kv_heads, splits, rows, padded), "float32"),
-                "mass": ((batch, codec.kv_heads, splits, rows), "float32"),
-            },
-            (splits, -(-rows // block), batch * codec.kv_heads),
-            [*format_template(codec), ("ROWS", block), ("SKIP", skip), ("KV_HEADS", codec.kv_heads)],
-        )
-    )
-    sums, mass = sums.sum(2).reshape(batch, heads, n, padded), mass.sum(2).reshape(batch, heads, n)
-    return unpacked_values(sums, mass, codec, xp)
+    if 0 in scores.shape:
+        empty = xp.zeros((*scores.shape[:3], codec.head_dim), dtype=xp.float32)
+        return empty, xp.full(scores.shape[:3], -xp.inf, dtype=xp.float32)
+    top = tile_max.max(-1)
+    weights = {"scores": scores, "tile_max": tile_max, "threshold": threshold, "last": last, "top": top}
+    sums, mass = _sums("sparse_attention", weights, codec, table, device)
+    some = mass > 0
+    share = xp.where(some, 1 / xp.where(some, mass, 1.0), 0.0).astype(xp.float32)
+    lse = xp.where(some, top + xp.log(xp.where(some, mass, 1.0)), -xp.inf).astype(xp.float32)
+    return unpacked_values(sums * share[..., None], mass * share, codec, xp), lse
 
 
 def decode_pages(
@@ -373,8 +303,8 @@ def decode_pages(
             "decode_pages",
             {
                 **_pages(table),
-                "k_levels": c.k_levels,
-                "v_levels": c.v_levels,
+                "k_levels": c.k_values,
+                "v_levels": c.v_values,
                 "max_length": xp.array(table.max_length, dtype=xp.int32),
             },
             {"k": (shape, stored), "v": (shape, stored)},
@@ -385,10 +315,54 @@ def decode_pages(
     if rotated:
         return k, v
     valid = (xp.arange(table.max_length) < table.lengths[:, None])[:, None, :, None]
-    out = []
+    out: list[Any] = []
     for y, inverse, mu in ((k, c.k_inverse, c.k_mu), (v, c.v_inverse, c.v_mu)):
         x = y @ inverse.swapaxes(1, 2)
         if mu is not None:
             x = xp.where(valid, x + mu.swapaxes(1, 2), 0.0)
         out.append(x.astype(getattr(xp, dtype)))
     return out[0], out[1]
+
+
+def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
+    """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded."""
+    device = device or mlx_device()
+    xp = device.xp
+    if out is None:
+        raise ValueError("[encode] expected an array that takes the pages; got absolute addresses")
+    where = [int(o) for o in np.asarray(offsets)]
+    if where and not (min(where) >= 0 and max(where) + codec.page_bytes <= out.size):
+        raise ValueError(f"[encode] expected offsets within {out.size} bytes; got {max(where)}")
+    c = constants(codec, xp)
+    y = []
+    for x, forward, mu in ((k, c.k_forward, c.k_mu), (v, c.v_forward, c.v_mu)):
+        x = x.astype(xp.float32)
+        y.append((x if mu is None else x - mu.swapaxes(1, 2)) @ forward)
+    spec, pages = codec.spec, len(where)
+    records, status = device.run(
+        Launch(
+            "encode",
+            {"y_k": y[0], "y_v": y[1], "k_levels": c.k_values, "v_levels": c.v_values},
+            {
+                "records": ((pages, codec.kv_heads, codec.format.record_bytes), "uint8"),
+                "status": ((pages, codec.kv_heads), "uint32"),
+            },
+            (pages, codec.kv_heads, 1),
+            [
+                *format_template(codec),
+                ("K_RULE", SCALE_RULES.index(spec.k_scale_rule)),
+                ("V_RULE", SCALE_RULES.index(spec.v_scale_rule)),
+                ("KEY_MEAN", spec.key_mean),
+            ],
+        )
+    )
+    faults = int(np.bitwise_or.reduce(np.asarray(status), axis=None))
+    if faults & 1:
+        raise ValueError("[encode] expected finite k and v; got NaN or infinity")
+    if faults:
+        raise ValueError(f"[encode] expected vectors that {spec.scales} scales can hold; got larger ones")
+    flat = out if out.ndim == 1 else out.reshape(-1)
+    for page, offset in enumerate(where):
+        flat[offset : offset + codec.page_bytes] = records[page].reshape(-1)
+    if out.ndim != 1:
+        out[...] = flat.reshape(out.shape)

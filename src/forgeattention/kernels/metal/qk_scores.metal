@@ -13,34 +13,49 @@ namespace fa {
 // q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
 // base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
 // scores: [batch, q_heads, n, max_length] f32, -inf from each row's length on.
-template <class P, int ROWS, class Bias, class Offsets, class Lengths>
+// tile_max: [batch, q_heads, n, tiles] f32, the largest score of each tile; written with MAXIMA only.
+template <class P, int ROWS, bool MAXIMA, class Bias, class Offsets, class Lengths>
 inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
                       int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
-                      device float* scores, threadgroup float* queries, uint3 group, uint simdgroup, uint lane) {
+                      device float* scores, device float* tile_max, threadgroup float* scratch, uint3 group, uint3 groups,
+                      uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
   const int length = lengths[row], page = int(group.x) * TILE_PAGES + int(simdgroup);
   const long query = long(pair) * all_rows + first;
-  stage_queries<P::D, ROWS>(q + query * P::D, rows, queries, int(simdgroup * 32 + lane));
+  const int me = int(simdgroup * 32 + lane);
+  stage_queries<P::D, ROWS>(q + query * P::D, rows, scratch, me);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float s[2][ROWS];
   if (page * PAGE < length) {
     const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
-    page_scores<P, ROWS>(record, queries, k_levels[lane & 15], lane, s);
+    page_scores<P, ROWS>(record, scratch, k_levels[lane & 15], lane, s);
   }
   for (int h = 0; h < 2; ++h) {
     const int token = page * PAGE + owned_token(lane, h);
-    if (token >= max_length) continue;
     for (int r = 0; r < ROWS; ++r) {
-      if (r < rows) scores[(query + r) * max_length + token] = token < length ? s[h][r] + bias[query + r] : -INFINITY;
+      s[h][r] = r < rows && token < length ? s[h][r] + bias[query + r] : -INFINITY;
+      if (r < rows && token < max_length) scores[(query + r) * max_length + token] = s[h][r];
     }
   }
+  if (!MAXIMA) return;
+  threadgroup float* tops = scratch + ROWS * P::D;
+  for (int r = 0; r < ROWS; ++r) {
+    const float m = simd_max(max(s[0][r], s[1][r]));
+    if (lane == 0) tops[int(simdgroup) * ROWS + r] = m;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (me >= rows) return;
+  float m = tops[me];
+  for (int k = 1; k < TILE_PAGES; ++k) m = max(m, tops[k * ROWS + me]);
+  tile_max[(query + me) * groups.x + group.x] = m;
 }
 
 }  // namespace fa
 
 //! body
-  threadgroup float queries[ROWS * D];
-  fa::qk_scores<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS>(
+  threadgroup float scratch[ROWS * D];
+  fa::qk_scores<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
       q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
-      scores, queries, threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+      scores, scores, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
+      thread_index_in_simdgroup);

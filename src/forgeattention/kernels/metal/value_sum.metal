@@ -15,12 +15,29 @@ constexpr int value_scratch(int dim, int rows) {
   return larger(rows * TILE + TILE_PAGES * rows, join_scratch(dim, rows));
 }
 
-// p: [batch, q_heads, n, max_length] f32, read up to each row's length; the pages as in qk_scores; v_levels: [16] f32.
-// sums: [batch, kv_heads, splits, rows, D] f32, stored coordinates; mass: [batch, kv_heads, splits, rows] f32, sums of p.
-template <class P, int ROWS, bool SKIP, class Weights, class Offsets, class Lengths>
-inline void value_sum(Weights p, const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,
-                      const device float* v_levels, int kv_heads, int all_rows, int max_length, device float* sums,
-                      device float* mass, threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup, uint lane) {
+// Given weights. p: [batch, q_heads, n, max_length] f32, read up to each row's length. A `row` counts queries of all heads.
+template <class Pointer>
+struct GivenWeights {
+  Pointer p;
+  int max_length;
+  bool tile_used(long row, int tile) const { return true; }
+  float weight(long row, int token) const { return p[row * max_length + token]; }
+};
+template <class Pointer>
+inline GivenWeights<Pointer> given_weights(Pointer p, int max_length) {
+  GivenWeights<Pointer> weights;
+  weights.p = p;
+  weights.max_length = max_length;
+  return weights;
+}
+
+// source: where the weights come from; a tile that none of a block's rows use is left out. The pages as in qk_scores;
+// v_levels: [16] f32. sums: [batch, kv_heads, splits, rows, D] f32, stored coordinates; mass: [batch, kv_heads, splits,
+// rows] f32, sums of the weights.
+template <class P, int ROWS, bool SKIP, class Source, class Offsets, class Lengths>
+inline void value_sum(Source source, const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,
+                      const device float* v_levels, int kv_heads, int all_rows, device float* sums, device float* mass,
+                      threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
   const int length = lengths[row], page_count = (length + PAGE - 1) / PAGE, tiles = (length + TILE - 1) / TILE;
@@ -36,6 +53,9 @@ inline void value_sum(Weights p, const device uchar* base, Offsets offsets, Leng
     for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] = 0.0f;
   }
   for (int tile = begin; tile < end; ++tile) {
+    bool tile_used = false;
+    for (int r = 0; r < rows; ++r) tile_used = tile_used || source.tile_used(query + r, tile);
+    if (!tile_used) continue;
     const int page = tile * TILE_PAGES + int(simdgroup);
     const bool present = page < page_count;
     const device uchar* record = base + (present ? pages[page] + long(head) * P::BYTES : 0);
@@ -44,7 +64,7 @@ inline void value_sum(Weights p, const device uchar* base, Offsets offsets, Leng
       const int i = int(lane) + 32 * k, token = page * PAGE + i;
       const float scale = token < length ? token_scale<P::SCALES>(record + P::V_SCALES, i, exponent) : 0.0f;
       for (int r = 0; r < ROWS; ++r) {
-        const float w = r < rows && token < length ? p[(query + r) * max_length + token] : 0.0f;
+        const float w = r < rows && token < length ? source.weight(query + r, token) : 0.0f;
         total[r] += w;
         weights[r * TILE + int(simdgroup) * PAGE + i] = w * scale;
       }
@@ -76,6 +96,6 @@ inline void value_sum(Weights p, const device uchar* base, Offsets offsets, Leng
 //! body
   threadgroup float scratch[fa::value_scratch(D, ROWS)];
   fa::value_sum<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
-      p, base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS, p_shape[1] / KV_HEADS * p_shape[2], p_shape[3], sums,
-      mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup);
+      fa::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
+      p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
+      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

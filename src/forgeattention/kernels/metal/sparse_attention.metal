@@ -1,0 +1,51 @@
+// sparse_attention: the second phase of sparse attention: softmax over the tokens that reach their row's threshold.
+// A tile without survivors is left by its maximum alone; of other tiles only pages and groups of 16 tokens with survivors
+// are unpacked. Grid as in value_sum.
+//
+// What limits it: 4 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for the
+// scores and the values of the pages that hold survivors (3,200 bytes each for head_dim 128 at 3 bits).
+
+#include "value_sum.metal"
+
+namespace fa {
+
+// Weights exp2(score log2 e - top) of the survivors: scores above the threshold, and of those equal to it the ones up to
+// token `last`. scores: [batch, q_heads, n, max_length] f32; tile_max: [batch, q_heads, n, tiles] f32; threshold, last
+// (i32), top (row maximum): [batch, q_heads, n].
+template <class Scores, class Maxima, class Floats, class Ints>
+struct Survivors {
+  Scores scores;
+  Maxima tile_max;
+  Floats threshold;
+  Ints last;
+  Floats top;
+  int max_length, tiles;
+  bool tile_used(long row, int tile) const { return tile_max[row * tiles + tile] >= threshold[row]; }
+  float weight(long row, int token) const {
+    const float s = scores[row * max_length + token];
+    const bool survives = s > threshold[row] || (s == threshold[row] && token <= last[row]);
+    return survives ? exp2((s - finite_or_zero(top[row])) * M_LOG2E_F) : 0.0f;
+  }
+};
+template <class Scores, class Maxima, class Floats, class Ints>
+inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima tile_max, Floats threshold, Ints last,
+                                                         Floats top, int max_length, int tiles) {
+  Survivors<Scores, Maxima, Floats, Ints> s;
+  s.scores = scores;
+  s.tile_max = tile_max;
+  s.threshold = threshold;
+  s.last = last;
+  s.top = top;
+  s.max_length = max_length;
+  s.tiles = tiles;
+  return s;
+}
+
+}  // namespace fa
+
+//! body
+  threadgroup float scratch[fa::value_scratch(D, ROWS)];
+  fa::value_sum<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
+      fa::survivors(scores, tile_max, threshold, last, top, scores_shape[3], tile_max_shape[3]), base, offsets, lengths,
+      offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
+      threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
