@@ -15,7 +15,7 @@ from forgeattention.codec import PAGE, Codec
 
 @dataclass
 class Row:
-    """Tokens [kv_heads, head_dim] of one sequence: exact sinks, packed tokens as their codes decode, exact recent ones."""
+    """Tokens, (k, v) each [kv_heads, head_dim]: exact sinks, packed ones as their codes decode, exact recent ones."""
 
     codec: Codec
     sinks: list[Any] = field(default_factory=list)
@@ -29,10 +29,8 @@ class Row:
             if len(self.recent) == spec.window + PAGE:
                 page, self.recent = self.recent[:PAGE], self.recent[PAGE:]
                 k, v = (np.stack([t[side] for t in page], 1) for side in (0, 1))
-                k, v = (
-                    x.astype(np.float32) for x in reference.decode_pages(reference.encode(k, v, self.codec), self.codec)
-                )
-                self.packed += [(k[:, i], v[:, i]) for i in range(PAGE)]
+                k, v = reference.decode_pages(reference.encode(k, v, self.codec), self.codec)
+                self.packed += [(k[:, i].astype(np.float32), v[:, i].astype(np.float32)) for i in range(PAGE)]
 
     def trim(self, n: int) -> None:
         for _ in range(n):

@@ -169,7 +169,7 @@ def test_a_copy_is_a_fork() -> None:
     for other in (copy.copy(cache), copy.deepcopy(cache)):
         other.trim(300)
         assert (cache.lengths[0], other.lengths[0]) == (300, 0)
-    with pytest.raises(TypeError, match="expected forgeattention.cache.save; got pickle"):
+    with pytest.raises(TypeError, match=r"expected forgeattention\.cache\.save; got pickle"):
         pickle.dumps(cache)
 
 

@@ -217,11 +217,14 @@ def forge_mask(
 ) -> torch.Tensor | None:
     """The mask for transformers' `AttentionMaskInterface`.
 
-    For packed layers None, or the 2-D padding mask [batch, positions] where a new position is padding; for everything
-    else, and for patterns other than causal, the mask of "sdpa".
+    For packed layers None, or a `PaddingMask` where a new position is padding; for everything else, and for patterns
+    other than causal, the mask of "sdpa".
     """
     layer = getattr(kv_length, "layer", None)
     if layer is None or mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
+        if q_length > 1 and "reuse" in (getattr(kwargs.get("config"), "kv_sharing_modes", None) or ()):
+            # Such models drop queries half way, so that a missing mask could no longer mean a causal one.
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=int(kv_length), mask_function=mask_function, **kwargs
         )
@@ -229,8 +232,9 @@ def forge_mask(
     if mask is None:
         return None
     past = layer.cache.lengths if layer.cache is not None else np.zeros(batch_size, np.int64)
-    real = mask[:, :kv_length].sum(1).tolist()
-    return None if real == (past + q_length).tolist() else mask
+    if mask[:, :kv_length].sum(1).tolist() == (past + q_length).tolist():
+        return None
+    return mask[:, None, None].expand(-1, 1, q_length, -1).as_subclass(hf_attention.PaddingMask)
 
 
 def forge_attention(

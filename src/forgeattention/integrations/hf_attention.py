@@ -72,14 +72,14 @@ def chunk(
 
     Args:
         past: the cache, without the new tokens.
-        q: [batch, q_heads, n, head_dim].
+        q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
         k, v: [batch, kv_heads, n, head_dim].
         keep: bool [batch, n], which tokens are real; None for all.
         scale: softmax scale.
         sinks: extra logits float32 [q_heads], or None.
 
     Returns:
-        [batch, q_heads, n, head_dim] in q's dtype, zero where a token is not real.
+        [batch, q_heads, m, head_dim] in q's dtype, zero where a token is not real.
     """
     if keep is None and past.uniform:
         return _chunk(past, past.table, past.exact, q, k, v, scale, sinks)
@@ -88,10 +88,12 @@ def chunk(
         rows = slice(row, row + 1)
         if keep is None:
             out[rows] = _chunk(past, *past.row(row), q[rows], k[rows], v[rows], scale, sinks)
-        elif keep[row].any():
-            real = torch.from_numpy(np.flatnonzero(keep[row])).to(q.device)
-            rq, rk, rv = (x[rows].index_select(2, real) for x in (q, k, v))
-            out[rows, :, real] = _chunk(past, *past.row(row), rq, rk, rv, scale, sinks)
+        elif keep[row, -q.shape[2] :].any():
+            asked, real = (
+                torch.from_numpy(np.flatnonzero(x)).to(q.device) for x in (keep[row, -q.shape[2] :], keep[row])
+            )
+            rq, rk, rv = (x[rows].index_select(2, at) for x, at in ((q, asked), (k, real), (v, real)))
+            out[rows, :, asked] = _chunk(past, *past.row(row), rq, rk, rv, scale, sinks)
     return out
 
 
@@ -105,7 +107,11 @@ def _chunk(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    o, lse = attention(q, k, v, scale, causal=True)
+    m, n = q.shape[2], k.shape[2]
+    bias = None
+    if 1 < m < n:
+        bias = q.new_full((1, 1, m, n), -torch.inf).triu_(n - m + 1)
+    o, lse = attention(q, k, v, scale, causal=m == n, bias=bias)
     held = exact.max_length
     if held:
         o, lse = ops.merge(o.float(), lse, *attention(q, exact.k[:, :, :held], exact.v[:, :, :held], scale))
@@ -147,11 +153,19 @@ def stock(
     return with_sinks(o, lse, sinks.float()).to(q.dtype).transpose(1, 2).contiguous()
 
 
+class PaddingMask(torch.Tensor):
+    """Which positions are real, bool [batch, 1, n, positions], the same for all n queries (without memory for them).
+
+    Has the shape of a full mask, since models slice masks by query; a class of its own, since it says nothing of
+    causality.
+    """
+
+
 def padding(mask: torch.Tensor, past: NDArray[np.bool_], n: int) -> NDArray[np.bool_] | None:
     """Which of n new positions are real, by a padding mask or by a 4-D mask that is causal up to padding.
 
     Args:
-        mask: bool [batch, positions], or bool or additive [batch or 1, heads or 1, n, positions].
+        mask: `PaddingMask`, or bool or additive [batch or 1, heads or 1, m, positions] for the last m of the n.
         past: bool [batch, positions before], which of them are real.
         n: new positions.
 
@@ -163,21 +177,21 @@ def padding(mask: torch.Tensor, past: NDArray[np.bool_], n: int) -> NDArray[np.b
     """
     batch, seen = past.shape
     total = seen + n
-    if mask.ndim == 2:
-        given = mask[:, :total].cpu().numpy().astype(np.bool_)
+    if isinstance(mask, PaddingMask):
+        given = mask[:, 0, -1, :total].cpu().numpy()
         given = np.pad(given, ((0, 0), (0, total - given.shape[1])))
-    elif mask.ndim == 4 and mask.shape[2] == n and mask.shape[3] >= total:
+    elif mask.ndim == 4 and mask.shape[2] <= n and mask.shape[3] >= total:
         shown = mask[..., :total] if mask.dtype == torch.bool else mask[..., :total] == 0
         plain = mask.dtype == torch.bool or bool((shown | (mask[..., :total] <= torch.finfo(mask.dtype).min / 2)).all())
         real = shown[:, 0, -1].expand(batch, total)
-        causal = torch.ones(n, total, dtype=torch.bool, device=mask.device).tril(seen)
-        same = (shown == (causal & real[:, None, None])) | ~real[:, None, seen:, None]
+        m = mask.shape[2]
+        causal = torch.ones(m, total, dtype=torch.bool, device=mask.device).tril(total - m)
+        same = (shown == (causal & real[:, None, None])) | ~real[:, None, total - m :, None]
         if not plain or not bool(same.all()):
             raise ValueError("[forge] expected a mask that is causal up to padding; got another pattern")
         given = real.cpu().numpy()
     else:
-        want = f"[{batch}, {total}] or [{batch}, 1, {n}, {total}]"
-        raise ValueError(f"[forge] expected a mask {want}; got {list(mask.shape)}")
+        raise ValueError(f"[forge] expected a mask [{batch}, 1, {n}, {total}]; got {list(mask.shape)}")
     if past.shape[0] and not (given[:, :seen] == past).all():
         raise ValueError("[forge] expected the padding of earlier steps unchanged; got another mask for the past")
     keep = given[:, seen:]

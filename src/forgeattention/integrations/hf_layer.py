@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -46,13 +47,13 @@ class PackedStates:
         """Attention of the new tokens over the whole sequence; the first call appends them.
 
         Args:
-            q: [batch, q_heads, n, head_dim].
-            mask: what `forge_mask` gave, or a 4-D mask that says the same.
+            q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+            mask: what `forge_mask` gave, or a mask that says the same.
             scale: softmax scale.
             sinks: extra logits [q_heads], or None.
 
         Returns:
-            [batch, q_heads, n, head_dim] in q's dtype.
+            [batch, q_heads, m, head_dim] in q's dtype.
         """
         layer, n = self.layer, self.k.shape[2]
         cache = layer.cache
@@ -61,7 +62,7 @@ class PackedStates:
         step = min(DECODE_TOKENS, cache.codec.spec.window)
         if keep is None and (n == 1 or (n <= step and (layer.seen or self.appended))) and self.past is None:
             self._append(keep)
-            return cache.attend(q, scale, causal=n > 1, sink_logits=sinks)[0]
+            return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sinks)[0]
         if not self.appended:
             cache.check(self.k, self.v, keep)
         # Layers that share these keys attend later, when the cache has moved on.
@@ -96,13 +97,20 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, owner: ForgeCache, codec: Codec | None = None, shared: bool = False) -> None:
         super().__init__()
-        self.owner = owner
+        # Weak, so that a dropped cache gives its pages back at once and not at the next garbage collection.
+        self._owner = weakref.ref(owner)
         self.codec = codec
         self.shared = shared
         self.cache: LayerCache | None = None
         self.seen = 0
         # Runs of positions: a number where all rows have real tokens, else bool [batch, positions].
         self._runs: list[int | Keep] = []
+
+    @property
+    def owner(self) -> ForgeCache:
+        owner = self._owner()
+        assert owner is not None
+        return owner
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         k, v = key_states, value_states

@@ -1,0 +1,452 @@
+"""ForgeCache in a model: masks, stock layers, refusals, copies, files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_slow import model, slow_cache
+from tolerances import HF
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from forgeattention import CodecSpec
+from forgeattention.codec import PAGE
+from forgeattention.integrations import hf, hf_attention
+from forgeattention.integrations.hf import ForgeCache
+
+SPEC = CodecSpec(k_bits=3, v_bits=2, sinks=3, window=12)
+ALL_EXACT = CodecSpec(window=4096)
+N = 150
+
+SHARED: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": 16}
+MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "llama": ({}, ["packed"] * 2),
+    "qwen3": ({}, ["packed"] * 2),
+    "mistral": ({"sliding_window": 16}, ["DynamicSlidingWindowLayer"] * 2),
+    "gemma3_text": (
+        {**SHARED, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        ["DynamicSlidingWindowLayer", "packed"] * 2,
+    ),
+    "gpt_oss": (
+        {
+            **SHARED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        ["DynamicSlidingWindowLayer", "packed"] * 2,
+    ),
+    "gemma4_text": (
+        {
+            **SHARED,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 128,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 32,
+        },
+        ["DynamicSlidingWindowLayer", "packed", "DummyLayer", "DummyLayer"],
+    ),
+    "lfm2": (
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+        ["LinearAttentionLayer", "packed"] * 2,
+    ),
+    "falcon_h1": (
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16},
+        ["LinearAttentionAndFullAttentionLayer"] * 2,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return model()
+
+
+def tokens(rows: int = 2, n: int = N, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and their mask; row i starts with i * pad padded ones."""
+    ids = torch.randint(1, 97, (rows, n), generator=torch.Generator().manual_seed(n))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : row * pad] = 0
+    return ids, mask
+
+
+def read(
+    made: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any, steps: list[int], **options: Any
+) -> torch.Tensor:
+    """Logits [batch, n, vocabulary] of tokens read in steps of the given lengths, the last one for the rest."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits, at = [], 0
+    for n in [*steps, ids.shape[1] - sum(steps)]:
+        now = slice(at, at + n)
+        at += n
+        step = {"attention_mask": mask[:, :at], "position_ids": positions[:, now], **options}
+        logits.append(made(ids[:, now], past_key_values=cache, **step).logits)
+    return torch.cat(logits, 1)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
+    real = mask.bool()
+    return float((found - expected)[real].abs().max() / expected[real].abs().max())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_layers_that_are_not_full_attention_stay_stock_and_right(kind: str) -> None:
+    changes, kinds = MODELS[kind]
+    made = model(kind, **changes)
+    ids, mask = tokens(pad=17)
+    steps = [60, 40, 1, 1, 5]
+    made.set_attn_implementation("eager")
+    expected = read(made, ids, mask, DynamicCache(config=made.config), steps)
+    made.set_attn_implementation("forge")
+    cache = ForgeCache(made.config, ALL_EXACT, backend="reference")
+    assert error(read(made, ids, mask, cache, steps), expected, mask) < HF["same_values"]
+    report = cache.report()
+    assert [entry["kind"] for entry in report["layers"]] == kinds
+    assert report["packed"] == kinds.count("packed")
+    # With a stock cache, or none, "forge" is "sdpa".
+    stock = DynamicCache(config=made.config)
+    assert error(read(made, ids, mask, stock, steps), expected, mask) < HF["same_values"]
+    without = read(made, ids, mask, None, [], use_cache=False)
+    assert error(without, expected, mask) < HF["same_values"]
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma4_text", "gemma3_text"])
+def test_packed_layers_among_stock_ones(kind: str) -> None:
+    made = model(kind, **MODELS[kind][0])
+    ids, mask = tokens(pad=23)
+    steps = [100, 1, 7, 20]
+    cache = ForgeCache(made.config, SPEC, backend="reference")
+    found = read(made, ids, mask, cache, steps)
+    made.set_attn_implementation("eager")
+    expected = read(made, ids, mask, slow_cache(made.config, SPEC, [0, 23]), steps)
+    assert error(found, expected, mask) < HF["codes"]
+    assert cache.layers[1].cache.packed_lengths.min() >= PAGE
+
+
+def test_queries_of_the_last_tokens_only() -> None:
+    made = model("gemma4_text", **MODELS["gemma4_text"][0])
+    ids, mask = tokens(pad=11)
+    for keep in (0, 1, 9):
+        logits = []
+        for implementation in ("eager", "forge"):
+            made.set_attn_implementation(implementation)
+            cache = ForgeCache(made.config, SPEC, backend="reference")
+            if implementation == "eager":
+                cache = slow_cache(made.config, SPEC, [0, 11])  # type: ignore[assignment]
+            read(made, ids[:, :-30], mask[:, :-30], cache, [])
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -30:]
+            rest = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            logits.append(made(ids[:, -30:], logits_to_keep=keep, **rest).logits)
+        last = torch.ones(logits[0].shape[:2])
+        assert error(logits[1], logits[0], last) < HF["codes"]
+
+
+@pytest.mark.parametrize("steps", [[], [40, 60], [149], [100, 5, 30], [1] * 20], ids=str)
+def test_native_kernels_in_a_model(llama: Any, steps: list[int]) -> None:
+    ids, mask = tokens(rows=3, pad=21)
+    cache = ForgeCache(llama.config, SPEC)
+    found = read(llama, ids, mask, cache, steps)
+    llama.set_attn_implementation("sdpa")
+    expected = read(llama, ids, mask, slow_cache(llama.config, SPEC, [0, 21, 42], "cpu"), steps)
+    llama.set_attn_implementation("forge")
+    assert error(found, expected, mask) < HF["codes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    made = model().to(dtype)
+    ids, mask = tokens(pad=21)
+    steps = [70, 1, 1, 60]
+    cache = ForgeCache(made.config, SPEC)
+    found = read(made, ids, mask, cache, steps).float()
+    assert cache.layers[0].cache.dtype == str(dtype).removeprefix("torch.")
+    made.set_attn_implementation("sdpa")
+    own = read(made, ids, mask, slow_cache(made.config, SPEC, [0, 21], "cpu"), steps).float()
+    exact = made.float()
+    best = read(exact, ids, mask, slow_cache(made.config, SPEC, [0, 21], "cpu"), steps)
+    assert error(found, best, mask) < 2 * error(own, best, mask) + HF["codes"]
+
+
+def test_chunks_hold_what_one_prompt_holds(llama: Any) -> None:
+    ids, mask = tokens(pad=13)
+    one, many = (ForgeCache(llama.config, SPEC, backend="reference") for _ in range(2))
+    read(llama, ids, mask, one, [])
+    read(llama, ids, mask, many, [30] * 4)
+    a, b = one.layers[0].cache, many.layers[0].cache
+    assert a.lengths.tolist() == b.lengths.tolist() == [N, N - 13]
+    assert a.packed_lengths.tolist() == b.packed_lengths.tolist()
+    # Keys and values of the first layer do not depend on the cache.
+    for row in range(2):
+        for x, y in zip(a.row_pages(row).tolist(), b.row_pages(row).tolist()):
+            assert torch.equal(a.pool.page(x), b.pool.page(y))
+    exact_one, exact_many = (ForgeCache(llama.config, ALL_EXACT) for _ in range(2))
+    whole, parts = read(llama, ids, mask, exact_one, []), read(llama, ids, mask, exact_many, [30] * 4)
+    assert error(parts, whole, mask) < HF["same_values"]
+
+
+def sees_the_future(made: Any, make: Any, steps: list[int]) -> bool:
+    """Whether logits of early tokens change when late ones do."""
+    ids, mask = tokens(pad=5)
+    other = ids.clone()
+    other[:, -20:] = other[:, -20:] % 96 + 1
+    early = slice(0, N - 20)
+    a, b = (read(made, x, mask, make(), steps)[:, early] for x in (ids, other))
+    return not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [[], [90], [90, 1, 1]], ids=str)
+def test_the_model_is_causal(llama: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    makers = {
+        "packed": lambda: ForgeCache(llama.config, SPEC),
+        "stock": lambda: DynamicCache(config=llama.config),
+    }
+    for make in makers.values():
+        assert not sees_the_future(llama, make, steps)
+    # The same test notices attention without a causal mask.
+    right = hf_attention.attention
+    monkeypatch.setattr(hf_attention, "attention", lambda *a, **k: right(*a, **{**k, "causal": False}))
+    assert sees_the_future(llama, makers["packed"], steps)
+
+
+def test_no_cache_is_causal(llama: Any) -> None:
+    ids, mask = tokens(pad=5)
+    other = ids.clone()
+    other[:, -1] = other[:, -1] % 96 + 1
+    a, b = (read(llama, x, mask, None, [], use_cache=False) for x in (ids, other))
+    assert torch.equal(a[:, :-1], b[:, :-1])
+    assert not torch.equal(a[:, -1], b[:, -1])
+
+
+def test_padding_in_the_middle_and_at_the_end(llama: Any) -> None:
+    ids, mask = tokens()
+    mask[0, 80:95] = 0
+    mask[1, 120:] = 0
+    cache = ForgeCache(llama.config, SPEC, backend="reference")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for at in (slice(0, 90), slice(90, 97), slice(97, 98), slice(98, N)):
+        step = {"attention_mask": mask[:, : at.stop], "position_ids": positions[:, at], "past_key_values": cache}
+        found = llama(ids[:, at], **step).logits
+    assert cache.layers[0].cache.lengths.tolist() == [N - 15, 120]
+    for row, real in enumerate(mask.bool()):
+        alone = ForgeCache(llama.config, SPEC, backend="reference")
+        short = ids[row : row + 1, real]
+        # The same steps, less the padding.
+        steps = [int(real[a:b].sum()) for a, b in ((0, 90), (90, 97), (97, 98))]
+        expected = read(llama, short, torch.ones_like(short), alone, [n for n in steps if n])
+        n = int(real[98:].sum())
+        assert error(found[row, real[98:]], expected[0, -n:], torch.ones(n)) < HF["same_values"]
+    cache.crop(-40)
+    assert cache.layers[0].cache.lengths.tolist() == [N - 40 - 15, 110]
+
+
+def test_a_four_dimensional_mask(llama: Any) -> None:
+    ids, mask = tokens(pad=9)
+    expected = read(llama, ids, mask, ForgeCache(llama.config, SPEC), [])
+    full = torch.ones(N, N, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    additive = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for given in (full, additive):
+        cache = ForgeCache(llama.config, SPEC)
+        found = llama(ids, attention_mask=given, position_ids=positions, past_key_values=cache).logits
+        assert torch.equal(found[mask.bool()], expected[mask.bool()])
+    window = full & torch.ones(N, N, dtype=torch.bool).triu(-20)
+    for wrong in (window, torch.ones_like(full), additive / 1e9):
+        cache = ForgeCache(llama.config, SPEC)
+        with pytest.raises(ValueError, match=r"\[forge\] expected a mask that is causal up to padding; got another"):
+            llama(ids, attention_mask=wrong, position_ids=positions, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_another_mask_for_the_past(llama: Any) -> None:
+    ids, mask = tokens()
+    cache = ForgeCache(llama.config, SPEC)
+    llama(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache)
+    mask[0, 50] = 0
+    with pytest.raises(ValueError, match=r"\[forge\] expected the padding of earlier steps unchanged; got another"):
+        llama(ids[:, 100:], attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 100
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_model_without_forge_is_refused(llama: Any, implementation: str) -> None:
+    cache = ForgeCache(llama.config, SPEC)
+    llama.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=r"\[forge\] expected attn_implementation='forge' with a ForgeCache; got"):
+        llama(tokens()[0], past_key_values=cache)
+    llama.set_attn_implementation("forge")
+    assert cache.get_seq_length() == 0
+    llama(tokens()[0], past_key_values=cache)
+    assert cache.get_seq_length() == N
+
+
+def test_features_that_packed_layers_lack() -> None:
+    soft = model("gemma2", layer_types=["full_attention"] * 2)
+    with pytest.raises(ValueError, match=r"\[forge\] expected no softcap in a packed layer; got a Gemma2Attention"):
+        soft(tokens()[0], past_key_values=ForgeCache(soft.config, SPEC))
+    dropping = model(attention_dropout=0.5).train()
+    with pytest.raises(ValueError, match=r"\[forge\] expected no dropout in a packed layer"):
+        dropping(tokens()[0], past_key_values=ForgeCache(dropping.config, SPEC))
+    odd = model(head_dim=48)
+    with pytest.raises(ValueError, match=r"\[page_format\] expected head_dim in .*; got 48"):
+        odd(tokens()[0], past_key_values=ForgeCache(odd.config, SPEC))
+
+
+@pytest.mark.parametrize("n", [1, 5, 50])
+def test_a_bad_step_changes_no_layer_that_sees_it(llama: Any, n: int) -> None:
+    ids, _ = tokens()
+    cache = ForgeCache(llama.config, SPEC)
+    llama(ids[:, :100], past_key_values=cache)
+    before = [(x.seen, x.cache.lengths.tolist(), x.cache.nbytes) for x in cache.layers]
+    expected = llama(ids[:, 100:], past_key_values=copy.deepcopy(cache)).logits
+    bad = llama.get_input_embeddings()(ids[:, 100 : 100 + n])
+    bad[1, n // 2] = torch.nan
+    with pytest.raises(ValueError, match=r"\[cache.append\] expected finite k; got NaN or infinity"):
+        llama(inputs_embeds=bad, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"\[cache.append\] expected k \[2, 2, n, 64\]; got \[1, 2,"):
+        llama(ids[:1, 100 : 100 + n], past_key_values=cache)
+    assert [(x.seen, x.cache.lengths.tolist(), x.cache.nbytes) for x in cache.layers] == before
+    assert torch.equal(llama(ids[:, 100:], past_key_values=cache).logits, expected)
+
+
+def test_layers_out_of_step_are_noticed(llama: Any) -> None:
+    ids, _ = tokens()
+    cache = ForgeCache(llama.config, SPEC)
+    llama(ids[:, :100], past_key_values=cache)
+    cache.layers[1].crop(-3)
+    with pytest.raises(ValueError, match=r"\[forge_cache\] expected 100 positions in layer 1, as in layer 0; got 97"):
+        llama(ids[:, 100:], past_key_values=cache)
+
+
+def test_exact_layers_and_their_masks(llama: Any) -> None:
+    ids, mask = tokens(pad=14)
+    steps = [60, 50, 1]
+    for exact in (0, 1):
+        cache = ForgeCache(llama.config, SPEC, exact_layers=[exact], backend="reference")
+        found = read(llama, ids, mask, cache, steps)
+        assert cache.report()["layers"][exact]["kind"] == "DynamicLayer"
+        slow = slow_cache(llama.config, SPEC, [0, 14])
+        slow.layers[exact] = DynamicCache(config=llama.config).layers[exact]
+        llama.set_attn_implementation("sdpa")
+        expected = read(llama, ids, mask, slow, steps)
+        llama.set_attn_implementation("forge")
+        assert error(found, expected, mask) < HF["same_values"]
+    with pytest.raises(ValueError, match=r"\[forge_cache\] expected layers in \[0, 2\); got \[2\]"):
+        ForgeCache(llama.config, exact_layers=[2])
+
+
+def test_a_copy_shares_pages_and_nothing_else(llama: Any) -> None:
+    ids, mask = tokens(pad=14)
+    cache = ForgeCache(llama.config, SPEC)
+    read(llama, ids[:, :120], mask[:, :120], cache, [])
+    pages = cache.layers[0].cache.pool.in_use
+    forks = [copy.deepcopy(cache), cache.fork(), cache]
+    assert cache.layers[0].cache.pool.in_use == pages
+    positions = (mask.cumsum(-1) - 1)[:, 120:]
+    step = {"attention_mask": mask, "position_ids": positions}
+    logits = [llama(ids[:, 120:], past_key_values=fork, **step).logits for fork in forks]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    row = cache.fork([1])
+    assert (row.layers[0].cache.lengths.tolist(), row.get_seq_length()) == ([N - 14], N)
+
+
+def test_a_dropped_cache_gives_its_pages_back_at_once(llama: Any) -> None:
+    cache = ForgeCache(llama.config, SPEC)
+    llama(tokens()[0], past_key_values=cache)
+    pool = cache.layers[0].cache.pool
+    gc.disable()
+    del cache
+    gc.enable()
+    assert pool.in_use == 0
+
+
+def test_rows_of_a_batch(llama: Any) -> None:
+    ids, mask = tokens(rows=3, pad=14)
+    cache = ForgeCache(llama.config, SPEC)
+    read(llama, ids, mask, cache, [])
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[1].cache.lengths.tolist() == [150, 150, 136, 136, 122, 122]
+    cache.batch_select_indices(torch.tensor([True, False, False, True, False, True]))
+    assert cache.layers[1].cache.lengths.tolist() == [150, 136, 122]
+    cache.reorder_cache(torch.tensor([2, 2, 0]))
+    assert cache.layers[1].cache.lengths.tolist() == [122, 122, 150]
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    read(llama, ids[:1], mask[:1], cache, [])
+    assert cache.layers[1].cache.lengths.tolist() == [150]
+
+
+def test_save_and_load(llama: Any, tmp_path: Path) -> None:
+    ids, mask = tokens(pad=14)
+    cache = ForgeCache(llama.config, SPEC)
+    with pytest.raises(ValueError, match=r"\[cache.save\] expected tokens in every layer; got an empty cache"):
+        cache.save(tmp_path / "cache", llama)
+    read(llama, ids[:, :120], mask[:, :120], cache, [])
+    cache.save(tmp_path / "cache", llama)
+    loaded = ForgeCache.load(tmp_path / "cache", llama, SPEC)
+    positions = (mask.cumsum(-1) - 1)[:, 120:]
+    step = {"attention_mask": mask, "position_ids": positions}
+    a, b = (llama(ids[:, 120:], past_key_values=x, **step).logits for x in (cache, loaded))
+    assert torch.equal(a, b)
+    loaded.crop(-140)
+    assert loaded.layers[0].cache.lengths.tolist() == [10, 0]
+    with pytest.raises(ValueError, match=r"\[cache.load\] expected codecs"):
+        ForgeCache.load(tmp_path / "cache", llama, dataclasses.replace(SPEC, window=13))
+    other = model()
+    other.lm_head.weight[5, 5] += 1
+    other.model.norm.weight += 1e-3
+    with pytest.raises(ValueError, match=r"\[cache.load\] expected model"):
+        ForgeCache.load(tmp_path / "cache", other, SPEC)
+    made = model("gemma3_text", **MODELS["gemma3_text"][0])
+    with pytest.raises(
+        ValueError, match=r"\[cache.save\] expected packed layers only; got stock caches in layers \[0, 2"
+    ):
+        ForgeCache(made.config).save(tmp_path / "other", made)
+
+
+def test_with_and_without_inference_mode_and_gradients() -> None:
+    made = model()
+    ids, _ = tokens(rows=1, n=400)
+    cache, expected = ForgeCache(made.config, SPEC), ForgeCache(made.config, SPEC)
+    at = 0
+    made.requires_grad_(True)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            made(ids[:, at : at + 75], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([0]))
+            cache.crop(-5)
+        at += 70
+    made.requires_grad_(False)
+    for first in range(0, 350, 70):
+        made(ids[:, first : first + 75], past_key_values=expected)
+        expected.crop(-5)
+    assert torch.equal(
+        made(ids[:, 350:], past_key_values=cache).logits, made(ids[:, 350:], past_key_values=expected).logits
+    )
+
+
+def test_bytes_are_measured_and_close_to_the_format(llama: Any) -> None:
+    ids, mask = tokens(rows=1, n=4000)
+    short, long = ForgeCache(llama.config), ForgeCache(llama.config)
+    read(llama, ids[:, :200], mask[:, :200], short, [])
+    read(llama, ids, mask, long, [1000, 1500])
+    layer = long.layers[0].cache
+    packed = int(layer.packed_lengths[0])
+    per_token = (long.nbytes - short.nbytes) / 2 / (packed - int(short.layers[0].cache.packed_lengths[0]))
+    assert per_token == pytest.approx(layer.codec.page_bytes / PAGE, rel=0.01)
+    assert long.report()["layers"][0]["bits"] == layer.codec.format.effective_bits
+
+
+def test_names_are_added_and_none_is_touched() -> None:
+    assert AttentionInterface._global_mapping["forge"] is hf.forge_attention
+    assert AttentionMaskInterface._global_mapping["forge"] is hf.forge_mask
+    assert AttentionInterface._global_mapping["sdpa"].__module__.startswith("transformers.")
+    assert AttentionMaskInterface._global_mapping["sdpa"].__module__.startswith("transformers.")
