@@ -1,0 +1,265 @@
+"""CUDA backend: launches of kernels/cuda on torch tensors, on torch's current stream.
+
+No op waits for the device, and all can be captured in CUDA graphs: lengths and page tables are read by the kernels, and
+launch shapes follow from the host's upper bounds. Captured launches share a small buffer of counters with the stream they
+were captured on: do not replay two graphs captured on one stream at the same time.
+
+`encode` therefore cannot raise for values: a page with NaN or infinity is left undefined and sets a flag on the device,
+which `encode_failed` reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..codec.codec import Codec
+from ..codec.spec import PAGE
+from ..codec.transform import Transform, random_signs
+from ..ops.arrays import dtype_of
+from ..ops.table import ExactTokens, PageTable
+from . import cuda_args as args
+from . import nvrtc
+
+LOG2E = math.log2(math.e)
+available = nvrtc.available
+
+
+@lru_cache
+def limits(device: int) -> args.Limits:
+    from cuda.bindings import driver
+
+    names = driver.CUdevice_attribute
+    wanted = (
+        names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+    )
+    values = []
+    for name in wanted:
+        error, value = driver.cuDeviceGetAttribute(name, device)
+        if int(error):
+            raise RuntimeError(f"[cuda] reading device {device} failed: {error.name}")
+        values.append(int(value))
+    return args.Limits(*values)
+
+
+class _Constants:
+    """A codec's transforms on a device."""
+
+    def __init__(self, codec: Codec, device: Any) -> None:
+        self._device = device
+        self._keep: list[Any] = []
+        spec, dim = codec.spec, codec.format.padded_dim
+        signs = self._put(random_signs(dim, spec.seed)) if spec.rotation == "hadamard" else 0
+        matrices = args.ROTATIONS[spec.rotation] == 2
+        self.encode, self.attend = [], []
+        for t in (codec.k_transform, codec.v_transform):
+            out = self._put(t.inverse.transpose(0, 2, 1)) if matrices else 0
+            mu = self._put(t.mu) if t.mu is not None else 0
+            for target, matrix in ((self.encode, t.forward.transpose(0, 2, 1)), (self.attend, t.inverse)):
+                target.append(self._args(t, signs, self._put(matrix) if matrices else 0, out, mu))
+
+    def _put(self, array: Any) -> int:
+        import torch
+
+        tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
+        self._keep.append(tensor)
+        return int(tensor.data_ptr())
+
+    @staticmethod
+    def _args(t: Transform, signs: int, matrix: int, out: int, mu: int) -> args.TransformArgs:
+        _, rows, columns = t.forward.shape
+        own = t.forward.shape[0] > 1
+        own_mu = t.mu is not None and t.mu.shape[0] > 1
+        return args.TransformArgs(signs, matrix, out, mu, rows * columns if own else 0, rows if own_mu else 0)
+
+
+_constants: weakref.WeakKeyDictionary[Codec, dict[Any, _Constants]] = weakref.WeakKeyDictionary()
+_counters: dict[tuple[int, int], Any] = {}
+_bad: dict[int, Any] = {}
+
+
+def _constants_of(codec: Codec, device: Any) -> _Constants:
+    per_device = _constants.setdefault(codec, {})
+    if device not in per_device:
+        per_device[device] = _Constants(codec, device)
+    return per_device[device]
+
+
+def _counters_of(device: Any, stream: int, count: int) -> Any:
+    """Zeroed counters that every launch leaves zero. One buffer per stream, as launches on one stream do not overlap."""
+    import torch
+
+    key = (device.index, stream)
+    have = _counters.get(key)
+    if have is None or have.numel() < count:
+        have = _counters[key] = torch.zeros(max(count, 65536), dtype=torch.int32, device=device)
+    return have
+
+
+def _bad_of(device: Any) -> Any:
+    import torch
+
+    if device.index not in _bad:
+        _bad[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _bad[device.index]
+
+
+def encode_failed(device: Any) -> bool:
+    """Whether an `encode` since the last call met NaN, infinity or a scale that does not fit. Waits for the device."""
+    import torch
+
+    flag = _bad_of(torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device))
+    failed = bool(flag.item())
+    if failed:
+        flag.zero_()
+    return failed
+
+
+def _address(x: Any) -> int:
+    return 0 if x is None else int(x.data_ptr())
+
+
+def _rows(x: Any) -> Any:
+    """The tensor with a contiguous last axis and rows that start at multiples of 16 bytes; a copy if it is not so."""
+    size = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(s % size == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=_contiguous())
+
+
+def _contiguous() -> Any:
+    import torch
+
+    return torch.contiguous_format
+
+
+def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
+    import torch
+
+    fmt, dtype = codec.format, dtype_of(k)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    with torch.cuda.device(k.device):
+        kernel = nvrtc.kernel("encode", args.encode_macros(codec, dtype), k.device.index, args.encode_shared_bytes(fmt))
+        constants = _constants_of(codec, k.device)
+        params = args.EncodeParams(
+            *map(_address, (k, v, out, offsets, _bad_of(k.device))),
+            *constants.encode,
+            (ctypes.c_int64 * 2)(*k.stride()[:2]),
+            (ctypes.c_int64 * 2)(*v.stride()[:2]),
+            codec.k_codebook.unit,
+            codec.v_codebook.unit,
+        )
+        pages = k.shape[1] // PAGE
+        kernel.launch((pages, codec.kv_heads, 1), 256, torch.cuda.current_stream().cuda_stream, params)
+
+
+def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
+    import torch
+
+    fmt, device = codec.format, table.lengths.device
+    width = fmt.padded_dim if rotated else codec.head_dim
+    shape = (table.lengths.shape[0], codec.kv_heads, table.max_length, width)
+    k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    if k.numel() == 0:
+        return k, v
+    extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
+    if rotated:
+        extra["FA_ROTATION"] = 0
+    with torch.cuda.device(device):
+        kernel = nvrtc.kernel(
+            "decode_pages",
+            args.macros(codec, args.DecodePagesParams, **extra),
+            device.index,
+            args.decode_pages_shared_bytes(fmt),
+        )
+        constants = _constants_of(codec, device)
+        transforms = constants.attend if not rotated else [_without_mu(t) for t in constants.attend]
+        params = args.DecodePagesParams(
+            *map(_address, (table.base, table.offsets, table.lengths, k, v)),
+            *transforms,
+            table.offsets.stride(0),
+            codec.kv_heads,
+            table.max_length,
+            codec.k_codebook.unit,
+            codec.v_codebook.unit,
+        )
+        grid = (-(-table.max_length // PAGE), codec.kv_heads, shape[0])
+        kernel.launch(grid, 256, torch.cuda.current_stream().cuda_stream, params)
+    return k, v
+
+
+def _without_mu(t: args.TransformArgs) -> args.TransformArgs:
+    return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.matrix_stride, 0)
+
+
+@lru_cache(maxsize=None)
+def _decode_plan(fmt: Any, kv_heads: int, queries: int, device: int) -> args.DecodePlan:
+    return args.decode_plan(fmt, kv_heads, queries, limits(device))
+
+
+def decode_attention(
+    q: Any,
+    codec: Codec,
+    table: PageTable | None,
+    exact: ExactTokens | None,
+    scale: float,
+    causal: bool,
+    sink_logits: Any | None,
+) -> tuple[Any, Any]:
+    import torch
+
+    batch, q_heads, n, head_dim = q.shape
+    device, kv_heads = q.device, codec.kv_heads
+    group = q_heads // kv_heads
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = torch.empty((batch, q_heads, n, head_dim), dtype=q.dtype, device=device)
+    lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
+    if out.numel() == 0:
+        return out, lse
+    exact_k, exact_v = (None, None) if exact is None else (_rows(exact.k), _rows(exact.v))
+    with torch.cuda.device(device):
+        plan = _decode_plan(codec.format, kv_heads, group * n, device.index)
+        exact_dtype = dtype_of(q) if exact is None else dtype_of(exact.k)
+        kernel = nvrtc.kernel(
+            "decode_attention", plan.macros(codec, dtype_of(q), exact_dtype), device.index, plan.shared_bytes
+        )
+        stream = torch.cuda.current_stream().cuda_stream
+        heads = batch * kv_heads * plan.blocks
+        part = torch.empty(heads * plan.slots * plan.queries * (codec.format.padded_dim + 2), dtype=torch.float32, device=device)
+        sums = part.data_ptr() + 4 * heads * plan.slots * plan.queries * codec.format.padded_dim
+        constants = _constants_of(codec, device)
+        strides = [(ctypes.c_int64 * 3)(*(x.stride()[:3] if x is not None else ())) for x in (q, exact_k, exact_v)]
+        params = args.DecodeParams(
+            q.data_ptr(),
+            *(map(_address, (table.base, table.offsets, table.lengths)) if table is not None else (0, 0, 0)),
+            _address(exact_k),
+            _address(exact_v),
+            _address(None if exact is None else exact.lengths),
+            _address(sink_logits),
+            out.data_ptr(),
+            lse.data_ptr(),
+            part.data_ptr(),
+            sums,
+            _counters_of(device, stream, heads).data_ptr(),
+            *constants.attend,
+            *strides,
+            0 if table is None else table.offsets.stride(0),
+            *(batch, kv_heads, group, n, group * n, plan.blocks, int(causal)),
+            *(plan.chunks_short, plan.chunks_long, plan.long_pages, plan.min_pages, plan.exact_per_page, plan.slots),
+            *(scale * LOG2E, codec.k_codebook.unit, codec.v_codebook.unit),
+        )
+        grid = plan.grid(
+            limits(device.index).processors,
+            batch,
+            kv_heads,
+            0 if table is None else table.max_length,
+            0 if exact is None else exact.max_length,
+        )
+        kernel.launch((grid, 1, 1), 32 * plan.warps, stream, params)
+    return out, lse

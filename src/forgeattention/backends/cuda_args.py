@@ -1,0 +1,198 @@
+"""What the CUDA kernels are told: macros, parameter structures, and the shape of a decode launch.
+
+Nothing here needs a GPU, so it is tested without one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from ..codec.codec import Codec
+from ..codec.spec import CODES, PAGE, SCALE_FORMATS, SCALE_RULES, PageFormat
+from .nvrtc import Macros
+
+TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+ROTATIONS = {"none": 0, "hadamard": 1, "planar": 2, "custom": 2}
+P, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class TransformArgs(ctypes.Structure):
+    _fields_ = [
+        ("signs", P),
+        ("in_matrix", P),
+        ("out_matrix", P),
+        ("mu", P),
+        ("matrix_stride", I64),
+        ("mu_stride", I64),
+    ]
+
+
+class DecodeParams(ctypes.Structure):
+    """Params of kernels/cuda/decode_args.cuh."""
+
+    _fields_ = [
+        *((name, P) for name in ("q", "base", "offsets", "lengths", "exact_k", "exact_v", "exact_lengths")),
+        *((name, P) for name in ("sink_logits", "out", "lse", "part", "part_ml", "counter")),
+        ("k_transform", TransformArgs),
+        ("v_transform", TransformArgs),
+        *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
+        ("max_pages", I64),
+        *((name, I32) for name in ("batch", "kv_heads", "group", "n", "queries", "blocks", "causal")),
+        *((name, I32) for name in ("chunks_short", "chunks_long", "long_pages", "min_pages", "exact_per_page", "slots")),
+        *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
+    ]
+
+
+class EncodeParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("k", "v", "base", "offsets", "bad")),
+        ("k_transform", TransformArgs),
+        ("v_transform", TransformArgs),
+        ("k_stride", I64 * 2),
+        ("v_stride", I64 * 2),
+        ("k_unit", F32),
+        ("v_unit", F32),
+    ]
+
+
+class DecodePagesParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("base", "offsets", "lengths", "k", "v")),
+        ("k_transform", TransformArgs),
+        ("v_transform", TransformArgs),
+        ("max_pages", I64),
+        ("kv_heads", I32),
+        ("max_length", I32),
+        ("k_unit", F32),
+        ("v_unit", F32),
+    ]
+
+
+def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
+    """The macros of page.cuh, and the kernel's own."""
+    fmt = codec.format
+    common = {
+        "FA_DIM": fmt.padded_dim,
+        "FA_HEAD_DIM": fmt.head_dim,
+        "FA_K_BITS": fmt.k_bits,
+        "FA_V_BITS": fmt.v_bits,
+        "FA_K_CODE": CODES.index(fmt.k_code),
+        "FA_V_CODE": CODES.index(fmt.v_code),
+        "FA_SCALES": SCALE_FORMATS.index(fmt.scales),
+        "FA_K_LEVELS": ",".join(map(str, codec.k_codebook.levels)),
+        "FA_V_LEVELS": ",".join(map(str, codec.v_codebook.levels)),
+        "FA_ROTATION": ROTATIONS[codec.spec.rotation],
+        "FA_PARAMS_BYTES": ctypes.sizeof(params),
+    }
+    return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
+def encode_macros(codec: Codec, dtype: str) -> Macros:
+    spec = codec.spec
+    return macros(
+        codec,
+        EncodeParams,
+        FA_TYPE=TYPES[dtype],
+        FA_KEY_MEAN=int(spec.key_mean),
+        FA_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
+        FA_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
+    )
+
+
+def encode_shared_bytes(fmt: PageFormat) -> int:
+    d = fmt.padded_dim
+    return 4 * (PAGE * (d + 1) + d + 3 * PAGE + 32 + 8) + PAGE * d
+
+
+def decode_pages_shared_bytes(fmt: PageFormat) -> int:
+    return 4 * (PAGE * (fmt.padded_dim + 1) + PAGE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers to one launch. Defaults: H100."""
+
+    processors: int = 132
+    shared_per_block: int = 232448
+    shared_per_processor: int = 233472
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so that
+    a row's result is the same alone and in a batch."""
+
+    queries: int  # of one KV head that a CTA holds
+    blocks: int  # CTAs' worth of queries
+    warps: int
+    stages: int
+    ctas: int  # per multiprocessor
+    chunks_short: int
+    chunks_long: int
+    long_pages: int
+    min_pages: int
+    exact_per_page: int
+    slots: int
+    shared_bytes: int
+
+    def macros(self, codec: Codec, dtype: str, exact_dtype: str) -> Macros:
+        return macros(
+            codec,
+            DecodeParams,
+            FA_QUERIES=self.queries,
+            FA_WARPS=self.warps,
+            FA_STAGES=self.stages,
+            FA_CTAS=self.ctas,
+            FA_TYPE=TYPES[dtype],
+            FA_EXACT_TYPE=TYPES[exact_dtype],
+        )
+
+    def grid(self, processors: int, batch: int, kv_heads: int, max_length: int, max_exact: int) -> int:
+        """CTAs: no more than fit at once, nor than the longest rows allowed could use."""
+        pages = -(-max_length // PAGE) + -(-max_exact // self.exact_per_page)
+        most = max(self.chunks_short, self.chunks_long) + 1
+        chunks = min(most, 2 + pages // self.min_pages)
+        return min(processors * self.ctas, batch * kv_heads * self.blocks * chunks)
+
+
+def decode_plan(
+    fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, warps: int | None = None, ctas: int | None = None
+) -> DecodePlan:
+    """The launch shape for `queries` query vectors per KV head (group times tokens).
+
+    A fragment holds 8 queries, so up to 4 are doubled to use both halves of a 16-bit weight at once; two fragments fit
+    the registers up to head_dim 128. Sixteen warps of 128 registers share a multiprocessor where accumulators allow.
+    """
+    d = fmt.padded_dim
+    held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
+    blocks = -(-queries // held)
+    many = d <= 128 and held <= 8
+    warps = warps or 8
+    ctas = ctas or (2 if many else 1)
+    chunks = max(1, limits.processors * ctas // (kv_heads * blocks))
+    chunks_long = chunks
+    for k in range(1, 9):
+        if limits.processors * ctas * k % (kv_heads * blocks) == 0:
+            chunks_long = limits.processors * ctas * k // (kv_heads * blocks)
+            break
+    slots = max(chunks, chunks_long) + 2 + warps
+    held_blocks = 1 if held <= 8 else held // 8
+    kept = d // 8 if held == 4 else held_blocks * d // 4
+    merge_warps = 2 if warps > 2 else warps // 2
+    scratch = max(
+        merge_warps * (kept + 2 * held_blocks) * 128,
+        warps * 512 + held * fmt.head_dim * 4,
+        warps * (d + slots + warps) * 4,
+    )
+    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 96 + scratch
+    per_stage = warps * (fmt.record_bytes + 16)
+    room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
+    stages = min(4, room // per_stage)
+    if stages < 1:
+        if warps > 2:
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas)
+        raise ValueError(f"[decode_attention] expected {fixed + per_stage} bytes of shared memory; got {room + fixed}")
+    return DecodePlan(
+        held, blocks, warps, stages, ctas, chunks, chunks_long, 6 * warps * chunks_long, warps, 8, slots, fixed + stages * per_stage
+    )

@@ -1,0 +1,169 @@
+"""CUDA kernels compiled at run time by NVRTC, kept on disk, and launched on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+Macros = tuple[tuple[str, str], ...]
+
+
+@lru_cache
+def available() -> tuple[bool, str]:
+    """Whether kernels can be compiled and run here, and what on or why not."""
+    try:
+        import torch
+    except ImportError:
+        return False, "PyTorch is not installed"
+    if not torch.cuda.is_available():
+        return False, "PyTorch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if major < 8:
+        return False, f"{name} has compute capability {major}.{minor}; 8.0 or newer is needed"
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        _compiler()
+        _, *version = nvrtc.nvrtcVersion()
+        error, api = driver.cuDriverGetVersion()
+    except (ImportError, OSError, RuntimeError) as failure:
+        return False, f"cuda-core and NVRTC do not load ({failure}); install forgeattention[cuda]"
+    if int(error):
+        return False, f"the CUDA driver does not answer ({error.name})"
+    return True, f"{name}, sm_{major}{minor}, NVRTC {'.'.join(map(str, version))}, driver API {api // 1000}.{api % 1000 // 10}"
+
+
+def _compiler() -> tuple[Any, Any]:
+    """Program and ProgramOptions of cuda-core, whose module was named "experimental" before version 1."""
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError:
+        from cuda.core.experimental import Program, ProgramOptions
+    return Program, ProgramOptions
+
+
+def architecture(major: int, minor: int) -> str:
+    """The compile target of a device; "a" for Hopper's own instructions."""
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+@lru_cache
+def sources(stem: str) -> tuple[str, str]:
+    """The text of a kernel and the SHA-256 of all that it may include."""
+    text = (KERNELS / "cuda" / f"{stem}.cu").read_text()
+    digest = hashlib.sha256(text.encode())
+    for path in sorted([*(KERNELS / "cuda").glob("*.cuh"), *(KERNELS / "shared").glob("*.h")]):
+        digest.update(path.read_bytes())
+    return text, digest.hexdigest()
+
+
+def compile_kernel(stem: str, macros: Macros, arch: str) -> bytes:
+    """The cubin of kernels/cuda/<stem>.cu under these macros. Needs NVRTC but no device.
+
+    Raises:
+        RuntimeError: the compiler's log.
+    """
+    program_type, options_type = _compiler()
+    options = options_type(
+        std="c++17",
+        arch=arch,
+        include_path=[str(KERNELS), str(KERNELS / "cuda")],
+        define_macro=[(name, value) for name, value in macros],
+    )
+    try:
+        return bytes(program_type(sources(stem)[0], "c++", options).compile("cubin").code)
+    except Exception as failure:
+        raise RuntimeError(f"[{stem}] NVRTC failed for {arch} with {dict(macros)}: {failure}") from failure
+
+
+def cache_folder() -> Path:
+    """Where cubins are kept: $FORGEATTENTION_CACHE, or the user's cache folder."""
+    root = os.environ.get("FORGEATTENTION_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "forgeattention" / "cuda"
+
+
+def cubin(stem: str, macros: Macros, arch: str) -> bytes:
+    """As `compile_kernel`, from the disk if it was compiled before by this NVRTC from these sources."""
+    from cuda.bindings import nvrtc
+
+    _, *version = nvrtc.nvrtcVersion()
+    key = hashlib.sha256(repr((sources(stem)[1], macros, arch, version)).encode()).hexdigest()[:40]
+    path = cache_folder() / f"{stem}-{arch}-{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    code = compile_kernel(stem, macros, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return code
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"[cuda] {what} failed: {error.name}")
+    return values[0] if len(values) == 1 else values
+
+
+class Kernel:
+    """A loaded kernel. `launch` passes one structure, which the kernel takes as its only parameter."""
+
+    def __init__(self, stem: str, macros: Macros, arch: str, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self.stem, self.shared_bytes = stem, shared_bytes
+        code = cubin(stem, macros, arch)
+        self._library = _check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"loading {stem}")
+        kernel = _check(driver.cuLibraryGetKernel(self._library, stem.encode()), f"finding {stem}")
+        self._function = _check(driver.cuKernelGetFunction(kernel), f"finding {stem}")
+        attribute = driver.CUfunction_attribute
+        if shared_bytes > 48 * 1024:
+            _check(
+                driver.cuFuncSetAttribute(
+                    self._function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+                ),
+                f"asking for {shared_bytes} bytes of shared memory for {stem}",
+            )
+        self.registers = _check(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, self._function), stem)
+        self.local_bytes = _check(
+            driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, self._function), stem
+        )
+
+    def occupancy(self, threads: int) -> int:
+        """CTAs of this many threads that fit a multiprocessor."""
+        return int(
+            _check(
+                self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self.shared_bytes),
+                self.stem,
+            )
+        )
+
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, params: ctypes.Structure) -> None:
+        argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        (error,) = self._driver.cuLaunchKernel(
+            self._function, *grid, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(argument), 0
+        )
+        if int(error):
+            raise RuntimeError(f"[{self.stem}] launch failed: {error.name}")
+
+
+@lru_cache(maxsize=None)
+def kernel(stem: str, macros: Macros, device: int, shared_bytes: int) -> Kernel:
+    """The kernel for a device, compiled or read from disk on first use. Call it under that device."""
+    import torch
+
+    return Kernel(stem, macros, architecture(*torch.cuda.get_device_capability(device)), shared_bytes)

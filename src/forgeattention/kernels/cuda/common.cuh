@@ -1,0 +1,172 @@
+// PTX helpers and element types. No toolkit header is needed, so NVRTC alone compiles every kernel.
+#pragma once
+#include "shared/format.h"
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+#define NEG_INF __int_as_float(0xff800000)
+// Stands for "no token yet" where -inf would make inf - inf.
+constexpr float NO_MAX = -1e30f;
+
+enum Type { HALF = 0, BFLOAT = 1, FLOAT = 2 };
+enum Rotation { IDENTITY = 0, HADAMARD = 1, MATRIX = 2 };
+
+__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float half_to_float(u32 bits) {
+  float f;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(bits));
+  return f;
+}
+__device__ __forceinline__ u32 float_to_half(float f) {
+  u32 bits;
+  asm("{.reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(f));
+  return bits;
+}
+__device__ __forceinline__ u32 float_to_bfloat(float f) {
+  u32 bits;
+  asm("{.reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(bits) : "f"(f));
+  return bits;
+}
+// Two floats to f16x2, a in the low half.
+__device__ __forceinline__ u32 half2(float a, float b) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
+  return d;
+}
+
+template <int T>
+constexpr FA_FN int type_bytes() {
+  return T == FLOAT ? 4 : 2;
+}
+template <int T>
+__device__ __forceinline__ float load_element(const void* p, i64 i) {
+  if constexpr (T == FLOAT) return __ldg((const float*)p + i);
+  const u32 bits = __ldg((const unsigned short*)p + i);
+  return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
+}
+template <int T>
+__device__ __forceinline__ void store_element(void* p, i64 i, float x) {
+  if constexpr (T == FLOAT) {
+    ((float*)p)[i] = x;
+  } else {
+    ((unsigned short*)p)[i] = (unsigned short)(T == HALF ? float_to_half(x) : float_to_bfloat(x));
+  }
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int i = 16; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+
+// ---- int8 tensor cores. Sums start at MAGIC_BITS, so that an accumulator read as a float is MAGIC + sum, exactly, while
+// |sum| < 2^22: 127 * 128 * 256 for the sums of one chain here.
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23
+constexpr int MAGIC_BITS = 0x4B400000;
+
+struct Sums {
+  int c[4];
+  __device__ __forceinline__ float operator[](int i) const { return __int_as_float(c[i]); }
+};
+// d = a b + c, a and b signed; a chain starts with c = start().
+__device__ __forceinline__ Sums start() { return {{MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}}; }
+__device__ __forceinline__ void mma_ss(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
+}
+// b unsigned.
+__device__ __forceinline__ void mma_su(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
+}
+
+// ---- a warp's ring of record halves in shared memory (K part, V part), filled asynchronously
+#if __CUDA_ARCH__ >= 900 && !defined(FA_NO_BULK)
+// Bulk copies (PTX ISA, cp.async.bulk), one per half, that complete on a barrier of their own.
+template <int STAGES, int K_BYTES, int V_BYTES>
+struct Ring {
+  u8* data;      // [STAGES][K_BYTES + V_BYTES], 16-byte aligned
+  u32 barriers;  // [STAGES][2] of 8 bytes, shared address
+
+  __device__ __forceinline__ void init(u8* data_, u64* barriers_, int lane) {
+    data = data_;
+    barriers = smem_address(barriers_);
+    if (lane == 0) {
+      for (int i = 0; i < 2 * STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+  }
+  // half 0: K, 1: V. A null source fills nothing.
+  __device__ __forceinline__ void fill(int stage, int half, const u8* record, int lane) {
+    if (lane != 0 || record == nullptr) return;
+    const u32 barrier = barriers + 16 * stage + 8 * half;
+    const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
+    const int bytes = half ? V_BYTES : K_BYTES;
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(record + half * K_BYTES), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+  }
+  __device__ __forceinline__ void wait(int stage, int half, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred P1;\nW_%=:\nmbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra D_%=;\nbra W_%=;\nD_%=:\n}" ::"r"(
+            barriers + 16 * stage + 8 * half),
+        "r"(phase)
+        : "memory");
+  }
+};
+#else
+// 16-byte cp.async by every lane. Each fill commits one group, empty or not, so that a wait is for a fixed distance.
+template <int STAGES, int K_BYTES, int V_BYTES>
+struct Ring {
+  u8* data;
+  __device__ __forceinline__ void init(u8* data_, u64*, int) { data = data_; }
+  __device__ __forceinline__ void fill(int stage, int half, const u8* record, int lane) {
+    if (record != nullptr) {
+      const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
+      const u8* from = record + half * K_BYTES;
+      const int bytes = half ? V_BYTES : K_BYTES;
+      for (int i = lane * 16; i < bytes; i += 512)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  __device__ __forceinline__ void wait(int, int, u32) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(2 * STAGES - 1) : "memory");
+    __syncwarp();
+  }
+};
+#endif

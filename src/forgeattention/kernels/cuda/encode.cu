@@ -1,0 +1,399 @@
+// Encode: 64 tokens of one KV head to a page record, from the model's dtype. One CTA per page and head.
+//
+// Macros besides those of page.cuh: FA_ROTATION, FA_TYPE, FA_KEY_MEAN, FA_K_RULE, FA_V_RULE (0 unbiased, 1 least squares, 2 norm),
+// FA_PARAMS_BYTES. The meaning of every step is reference/pages.py.
+#include "page.cuh"
+#include "transform.cuh"
+
+constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
+constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
+
+struct Params {
+  const void *k, *v;  // FA_TYPE [kv_heads, 64 pages, head_dim]
+  u8* base;           // added to offsets; null if they are addresses
+  const i64* offsets;  // [pages] bytes
+  int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
+  TransformArgs k_transform, v_transform;
+  i64 k_stride[2], v_stride[2];  // elements: head, token
+  float k_unit, v_unit;
+};
+static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+
+struct Shared {
+  float* y;         // [64][ROW] rotated vectors
+  signed char* levels;  // [64][DIM] of the last quantisation
+  float* mean;      // [DIM] key mean in steps, then as rounded
+  float* norm;      // [64] root mean square
+  float* inverse;   // [64] its inverse, 0 for 0
+  float* scale;     // [64]
+  float* edges;     // [2][4][4] trellis: between the levels of a subset; of K, then V
+  float* reduce;    // [WARPS]
+  __device__ __forceinline__ Shared(u8* at) {
+    y = (float*)at;
+    mean = y + 64 * ROW;
+    norm = mean + DIM;
+    inverse = norm + 64;
+    scale = inverse + 64;
+    edges = scale + 64;
+    reduce = edges + 32;
+    levels = (signed char*)(reduce + WARPS);
+  }
+};
+
+__device__ __forceinline__ float block_max(float x, float* reduce) {
+  x = warp_max(x);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) reduce[threadIdx.x >> 5] = x;
+  __syncthreads();
+  x = reduce[0];
+  for (int i = 1; i < WARPS; ++i) x = fmaxf(x, reduce[i]);
+  return x;
+}
+
+// Rotated vectors to shared memory; true if a value is not finite.
+__device__ __forceinline__ bool rotate(const void* x, i64 at, i64 stride, const TransformArgs& t, int head, const Shared& sh, int warp, int lane) {
+  bool bad = false;
+  for (int token = warp; token < fa::PAGE; token += WARPS) {
+    float v[E];
+#pragma unroll
+    for (int k = 0; k < E; ++k) {
+      const int c = 32 * k + lane;
+      v[k] = c < HEAD_DIM ? load_element<FA_TYPE>(x, at + token * stride + c) : 0.f;
+      bad |= !(fabsf(v[k]) < __int_as_float(0x7f800000));
+      if (t.mu) v[k] -= __ldg(t.mu + head * t.mu_stride + c);
+    }
+    transform_in<DIM, FA_ROTATION>(v, t, head, lane);
+#pragma unroll
+    for (int k = 0; k < E; ++k) sh.y[token * ROW + 32 * k + lane] = v[k];
+  }
+  return bad;
+}
+
+// Trellis search over the 32 codes of a unit (Viterbi 1967). The path is a circle; the best one starts and ends in one of STATES
+// states. Costs of half the circle before and after the seam rank these states, and the two best are searched in full:
+// within 0.3 % of the least squared error of all states.
+// value(i) is code i's number in units of level 1. The codes are taken in runs that share a word of choices; a run is a real
+// loop, so that the compiler does not spread 32 steps over more registers than there are.
+template <int BITS, int STATES, int COUNT, class Value>
+struct Trellis {
+  static constexpr int W = 1 << (BITS - 1), HALF = STATES / 2;  // levels of a subset
+  static constexpr int RUN = 32 / STATES;
+  static constexpr u32 TAPS1 = STATES == 4 ? 5 : 11, TAPS0 = STATES == 4 ? 2 : 4;
+  const int (&levels)[COUNT];
+  Value value;
+
+  static __device__ __forceinline__ u32 subset(u32 path) { return (__popc(path & TAPS1) & 1) << 1 | (__popc(path & TAPS0) & 1); }
+  // Least squared error of code i within each subset.
+  __device__ __forceinline__ void errors(int i, float (&best)[4]) const {
+    const float x = value(i);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float level = levels[c];
+#pragma unroll
+      for (int w = 1; w < W; ++w) level = x > 0.5f * (levels[4 * w + c] + levels[4 * w - 4 + c]) ? levels[4 * w + c] : level;
+      best[c] = (x - level) * (x - level);
+    }
+  }
+  // Costs after code i from those before it; the bit of the result at a state says which predecessor it has.
+  __device__ __forceinline__ u32 step(int i, float (&cost)[STATES]) const {
+    float best[4], next[STATES];
+    u32 choices = 0;
+    errors(i, best);
+#pragma unroll
+    for (int after = 0; after < STATES; ++after) {
+      const int from = after >> 1, u = after & 1;
+      const float a = cost[from] + best[subset(from << 1 | u)], b = cost[from + HALF] + best[subset((from + HALF) << 1 | u)];
+      next[after] = fminf(a, b);
+      if (b < a) choices |= 1u << after;
+    }
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
+    return choices;
+  }
+  __device__ __forceinline__ void step_back(int i, float (&cost)[STATES]) const {
+    float best[4], next[STATES];
+    errors(i, best);
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) {
+      const int to = (s << 1) & (STATES - 1);
+      next[s] = fminf(cost[to] + best[subset(s << 1)], cost[to | 1] + best[subset(s << 1 | 1)]);
+    }
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
+  }
+  // Least cost of a path from `seam` to itself, and its choices, STATES bits a code.
+  __device__ __forceinline__ float around(int seam, u32 (&choices)[STATES]) const {
+    float cost[STATES];
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) cost[s] = s == seam ? 0.f : 1e30f;
+#pragma unroll
+    for (int word = 0; word < STATES; ++word) {
+      choices[word] = 0;
+#pragma unroll 1
+      for (int k = 0; k < RUN; ++k) choices[word] |= step(word * RUN + k, cost) << (k * STATES);
+    }
+    float out = cost[0];
+#pragma unroll
+    for (int s = 1; s < STATES; ++s) out = s == seam ? cost[s] : out;
+    return out;
+  }
+  // Calls put(nibble word, i, code, level index) for i = 31 .. 0.
+  template <class Put>
+  __device__ __forceinline__ void search(const float* edges, Put put) const {
+    float before[STATES], after[STATES];
+#pragma unroll
+    for (int s = 0; s < STATES; ++s) before[s] = after[s] = 0.f;
+#pragma unroll 1
+    for (int i = 16; i < 32; ++i) {
+      step(i, before);
+      step_back(31 - i, after);
+    }
+    int seam = 0, second = 1;
+    float least = before[0] + after[0], next = 1e30f;
+#pragma unroll
+    for (int s = 1; s < STATES; ++s) {
+      const float c = before[s] + after[s];
+      if (c < least) {
+        next = least, second = seam;
+        least = c, seam = s;
+      } else if (c < next) {
+        next = c, second = s;
+      }
+    }
+    u32 choices[STATES], other[STATES];
+    const float cost = around(seam, choices);
+    if (around(second, other) < cost) {
+      seam = second;
+#pragma unroll
+      for (int s = 0; s < STATES; ++s) choices[s] = other[s];
+    }
+    u32 state = seam;
+#pragma unroll
+    for (int word = STATES - 1; word >= 0; --word)
+#pragma unroll 1
+      for (int k = RUN - 1; k >= 0; --k) {
+        const int i = word * RUN + k;
+        const u32 from = (state >> 1) + (choices[word] >> (k * STATES + state) & 1) * HALF;
+        const u32 u = state & 1, c = subset(from << 1 | u);
+        const float x = value(i);
+        u32 w = 0;
+#pragma unroll
+        for (int e = 0; e < W - 1; ++e) w += x > edges[4 * c + e];
+        put(word * RUN / 8, i, w << 1 | u, w << 2 | c);
+        state = from;
+      }
+  }
+};
+
+// 32 codes to the words of a unit; the codes arrive in descending order of i.
+template <int BITS, int CODE>
+struct Packer {
+  u32 words[BITS];
+  __device__ __forceinline__ Packer() {
+#pragma unroll
+    for (int b = 0; b < BITS; ++b) words[b] = 0;
+  }
+  // n = i >> 3, known to the compiler.
+  __device__ __forceinline__ void put(int n, int i, u32 code) {
+    const int shift = 4 * (i & 7);
+    if constexpr (BITS == 4) {
+      words[n] |= code << shift;
+    } else if constexpr (BITS == 2) {
+      words[n >> 1] |= code << (shift + 2 * (n & 1));
+    } else if constexpr (CODE == fa::SCALAR) {
+      if (n < 3) {
+        words[n < 3 ? n : 0] |= code << shift;
+      } else {
+#pragma unroll
+        for (int b = 0; b < 3; ++b) words[b] |= (code >> b & 1) << (shift + 3);
+      }
+    } else {
+      if (n < 3) {
+        words[n < 3 ? n : 0] |= ((code & 6) << 1 | (code & 1)) << shift;
+      } else {
+#pragma unroll
+        for (int b = 0; b < 3; ++b) words[b] |= (code >> (2 - b) & 1) << (shift + 1);
+      }
+    }
+  }
+};
+
+// Quantises the vectors in shared memory (keys minus their mean row) and writes codes; leaves norms, levels and scales.
+template <bool KEYS, int BITS, int CODE, int RULE, int COUNT>
+__device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
+  for (int token = warp; token < fa::PAGE; token += WARPS) {
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < E; ++k) {
+      const int c = 32 * k + lane;
+      const float x = sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f);
+      sum = fmaf(x, x, sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      const float n = sqrtf(sum * (1.f / DIM));
+      sh.norm[token] = n;
+      sh.inverse[token] = n > 0.f ? 1.f / n : 0.f;
+    }
+  }
+  __syncthreads();
+  const float inverse_unit = 1.f / unit;
+  for (int unit_at = warp; unit_at < UNITS; unit_at += WARPS) {
+    auto where = [&](int i, int& token, int& channel) {
+      if constexpr (KEYS) {
+        token = fa::k_token(DIM, lane, unit_at, i >> 3);
+        channel = fa::k_channel(DIM, lane, unit_at, i >> 3, i & 7);
+      } else {
+        token = fa::v_token(lane, i >> 3, i & 7);
+        channel = fa::v_channel(lane, unit_at, i & 7);
+      }
+    };
+    auto value = [&](int i) {
+      int token, c;
+      where(i, token, c);
+      return (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * (sh.inverse[token] * inverse_unit);
+    };
+    Packer<BITS, CODE> packer;
+    auto put = [&](int n, int i, u32 code, u32 index) {
+      int token, c;
+      where(i, token, c);
+      packer.put(n, i, code);
+      int level = levels[0];
+#pragma unroll
+      for (int l = 1; l < COUNT; ++l) level = index == l ? levels[l] : level;
+      sh.levels[token * DIM + c] = (signed char)level;
+    };
+    if constexpr (CODE == fa::SCALAR) {
+#pragma unroll
+      for (int i = 31; i >= 0; --i) {
+        const float x = value(i);
+        u32 code = 0;
+#pragma unroll
+        for (int l = 1; l < COUNT; ++l) code += x > 0.5f * (levels[l] + levels[l - 1]);
+        put(i >> 3, i, code, code);
+      }
+    } else {
+      const Trellis<BITS, CODE == fa::TRELLIS4 ? 4 : 8, COUNT, decltype(value)> trellis{levels, value};
+      trellis.search(sh.edges + (KEYS ? 0 : 16), put);
+    }
+#pragma unroll
+    for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * fa::word_index(DIM, BITS, lane, unit_at, b)) = packer.words[b];
+  }
+  __syncthreads();
+  for (int token = warp; token < fa::PAGE; token += WARPS) {
+    const float n = sh.norm[token], inverse = sh.inverse[token];
+    float uu = 0.f, uc = 0.f, cc = 0.f;
+#pragma unroll
+    for (int k = 0; k < E; ++k) {
+      const int c = 32 * k + lane;
+      const float u = (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * inverse, level = sh.levels[token * DIM + c] * unit;
+      uu = fmaf(u, u, uu);
+      uc = fmaf(u, level, uc);
+      cc = fmaf(level, level, cc);
+    }
+    uu = warp_sum(uu), uc = warp_sum(uc), cc = warp_sum(cc);
+    const float gain = RULE == 2 ? sqrtf(uu / cc) : RULE == 1 ? uc / cc : uu / (uc > 0.f ? uc : 1.f);
+    if (lane == 0) sh.scale[token] = n * gain;
+  }
+  __syncthreads();
+}
+
+// As codec/packing.py, log8_base.
+__device__ __forceinline__ int log8_base(float top) {
+  return top > 0.f ? max(-128, min(127, (int)ceilf(log2f(top) - 254.5f / fa::LOG8_STEPS))) : 0;
+}
+// Stores the scales; true if one does not fit.
+__device__ __forceinline__ bool store_scales(u8* to, int base, const Shared& sh) {
+  if (threadIdx.x >= fa::PAGE) return false;
+  const float s = sh.scale[threadIdx.x];
+  if constexpr (FA_SCALES == fa::FP16) {
+    const u32 bits = float_to_half(s);
+    ((unsigned short*)to)[threadIdx.x] = (unsigned short)bits;
+    return (bits & 0x7C00u) == 0x7C00u;
+  } else {
+    const float b = rintf((log2f(s) - base) * fa::LOG8_STEPS) + 1.f;
+    to[threadIdx.x] = s < exp2f((float)(base - 1)) ? 0 : (u8)fminf(fmaxf(b, 1.f), 255.f);
+    return !(s < __int_as_float(0x7f800000)) || b > 255.5f;
+  }
+}
+
+// The mean row with its header, as codec/packing.py, pack_header; `mean` is in steps. Bytes stay in `rounded` (may be `mean`).
+__device__ __forceinline__ float header_byte(float mean, u32 header, int channel) {
+  if (channel >= fa::HEADER_BYTES) return rintf(mean);
+  const float bit = (float)(header >> channel & 1), x = rintf((mean - bit) * 0.5f) * 2.f + bit;
+  return x > 127.f ? x - 2.f : x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) encode(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) u8 shared[];
+  const Shared sh(shared);
+  const int page = blockIdx.x, head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  u8* record = p.base + __ldg(p.offsets + page) + (i64)head * RECORD;
+  if (threadIdx.x < 32) {
+    const int c = threadIdx.x >> 2 & 3, e = threadIdx.x & 3;
+    const bool keys = threadIdx.x < 16;
+    float edge = 1e30f;
+#pragma unroll
+    for (int i = 0; i + 4 < K_COUNT; ++i)
+      if (keys && i == 4 * e + c) edge = 0.5f * (K_LEVELS[i + 4] + K_LEVELS[i]);
+#pragma unroll
+    for (int i = 0; i + 4 < V_COUNT; ++i)
+      if (!keys && i == 4 * e + c) edge = 0.5f * (V_LEVELS[i + 4] + V_LEVELS[i]);
+    sh.edges[threadIdx.x] = edge;
+  }
+  bool bad = rotate(p.v, head * p.v_stride[0] + (i64)page * fa::PAGE * p.v_stride[1], p.v_stride[1], p.v_transform, head, sh, warp, lane);
+  if (__syncthreads_or(bad)) {
+    if (threadIdx.x == 0) *p.bad = 1;
+    return;
+  }
+  quantize<false, FA_V_BITS, FA_V_CODE, FA_V_RULE>(V_LEVELS, p.v_unit, 0.f, record + K_BYTES, sh, warp, lane);
+  int v_base = 0;
+  if constexpr (FA_SCALES == fa::LOG8) v_base = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+  bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
+  __syncthreads();
+
+  bad |= rotate(p.k, head * p.k_stride[0] + (i64)page * fa::PAGE * p.k_stride[1], p.k_stride[1], p.k_transform, head, sh, warp, lane);
+  __syncthreads();
+  float top = 0.f;
+  for (int c = threadIdx.x; c < DIM; c += THREADS) {
+    float sum = 0.f;
+    if constexpr (FA_KEY_MEAN)
+      for (int token = 0; token < fa::PAGE; ++token) sum += sh.y[token * ROW + c];
+    sh.mean[c] = sum * (1.f / fa::PAGE);
+    top = fmaxf(top, fabsf(sh.mean[c]));
+  }
+  top = block_max(top, sh.reduce);
+  const u32 step_bits = float_to_half(top / 126.5f);
+  const float step = half_to_float(step_bits);
+  bad |= (step_bits & 0x7C00u) == 0x7C00u;
+  // Thread c keeps the exact means of channels c and c + THREADS, so that the row can be rounded twice.
+  float exact[(DIM + THREADS - 1) / THREADS];
+  auto round = [&](u32 header) {
+#pragma unroll
+    for (int i = 0; i < (DIM + THREADS - 1) / THREADS; ++i) {
+      const int c = threadIdx.x + i * THREADS;
+      if (c < DIM) sh.mean[c] = header_byte(exact[i], header, c);
+    }
+    __syncthreads();
+  };
+#pragma unroll
+  for (int i = 0; i < (DIM + THREADS - 1) / THREADS; ++i) {
+    const int c = threadIdx.x + i * THREADS;
+    exact[i] = c < DIM ? (step > 0.f ? sh.mean[c] / step : sh.mean[c]) : 0.f;
+  }
+  __syncthreads();
+  u32 header = step_bits;
+  round(header);
+  quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+  int k_base = 0;
+  if constexpr (FA_SCALES == fa::LOG8) {
+    // The base follows from the residual, and its bits move some bytes of the row by a step: hence the margin and the second go.
+    k_base = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
+    header |= (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24;
+    round(header);
+    quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+  }
+  bad |= store_scales(record + SCALE_OFFSET_K, k_base, sh);
+  for (int c = threadIdx.x; c < DIM; c += THREADS) record[MEAN_OFFSET + c] = (u8)(signed char)(int)sh.mean[c];
+  if (bad) *p.bad = 1;
+}

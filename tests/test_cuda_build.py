@@ -1,0 +1,103 @@
+"""What can be said of the CUDA kernels without a GPU: they compile, they do not spill, launches are shaped right."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import pytest
+from cuda_cases import CASES, Case, kernels, unique_kernels
+
+from forgeattention.backends import cuda_args as args
+from forgeattention.backends import nvrtc
+from forgeattention.codec import CodecSpec
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Stack frame of the kernel in a cubin (an ELF file): EIATTR_FRAME_SIZE of its .nv.info section."""
+    sections, names = _sections(cubin)
+    info = next(data for name, data in zip(names, sections, strict=True) if name == ".nv.info")
+    at, found = 0, []
+    while at + 4 <= len(info):
+        form, attribute, size = info[at], info[at + 1], struct.unpack_from("<H", info, at + 2)[0]
+        body = info[at + 4 : at + 4 + size] if form == 4 else b""
+        if attribute == 0x11 and form == 4:
+            found.append(struct.unpack_from("<II", body)[1])
+        at += 4 + len(body)
+    assert found
+    return max(found)
+
+
+def _sections(elf: bytes) -> tuple[list[bytes], list[str]]:
+    table, = struct.unpack_from("<Q", elf, 0x28)
+    size, count, strings = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    data = [elf[h[4] : h[4] + h[5]] if h[1] != 8 else b"" for h in headers]
+    name_of = [data[strings][h[0] :].split(b"\0", 1)[0].decode() for h in headers]
+    return data, name_of
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_every_kernel_compiles_without_spills(arch: str) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    spilled = []
+    for stem, macros in unique_kernels():
+        size = local_bytes(nvrtc.cubin(stem, macros, arch))
+        if size:
+            spilled.append((stem, size, dict(macros)))
+    assert not spilled
+
+
+def test_structures_have_no_gaps_that_differ() -> None:
+    assert ctypes.sizeof(args.DecodeParams) % 8 == 0
+    assert ctypes.sizeof(args.TransformArgs) == 48
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plan_fits_the_device(case: Case) -> None:
+    fmt = case.spec().page_format(case.head_dim)
+    for shared, per_processor in ((232448, 233472), (166912, 167936), (101376, 102400)):
+        for kv_heads in (1, 2, 3, 8, 32):
+            limits = args.Limits(108, shared, per_processor)
+            plan = args.decode_plan(fmt, kv_heads, case.group * case.n, limits)
+            assert plan.queries * plan.blocks >= case.group * case.n
+            assert plan.shared_bytes <= shared
+            assert plan.ctas * (plan.shared_bytes + 1024) <= per_processor
+            assert 1 <= plan.chunks_short <= plan.slots - plan.warps - 2
+            assert plan.chunks_long <= plan.slots - plan.warps - 2
+
+
+def cut(plan: args.DecodePlan, length: int, exact: int) -> list[tuple[int, int]]:
+    """Pages of each chunk, as kernels/cuda/decode_args.cuh cuts a row."""
+    pages, cost = -(-length // 64), -(-exact // plan.exact_per_page)
+    wanted = plan.chunks_long if pages >= plan.long_pages else plan.chunks_short
+    count = max(1, min(wanted, (pages + cost) // plan.min_pages))
+    size = max(1, -(-(pages + cost) // count))
+    first = max(0, min(pages, size - cost))
+    chunks = 1 + -(-(pages - first) // size)
+    return [(0, first)] + [(first + i * size, min(pages, first + (i + 1) * size)) for i in range(chunks - 1)]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 8, 32])
+def test_chunks_cover_every_page_within_the_slots(kv_heads: int) -> None:
+    plan = args.decode_plan(CodecSpec().page_format(128), kv_heads, 4, args.Limits())
+    for length in [*range(0, 5000, 37), 32768, 131072, 524288, 1 << 20]:
+        for exact in (0, 1, 132, 195, 4000):
+            chunks = cut(plan, length, exact)
+            assert len(chunks) <= plan.slots - plan.warps
+            assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
+            bound = plan.grid(132, 1, kv_heads, length, exact)
+            assert bound == 132 * plan.ctas or bound >= kv_heads * len(chunks)
+
+
+def test_sources_name_no_toolkit_header() -> None:
+    for path in (nvrtc.KERNELS / "cuda").iterdir():
+        includes = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert all(name.startswith('"') for name in includes), path
+
+
+def test_missing_cuda_is_a_reason() -> None:
+    available, reason = nvrtc.available()
+    assert isinstance(available, bool)
+    assert reason
+    assert kernels(CASES[0])
