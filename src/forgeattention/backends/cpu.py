@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..codec.codec import Codec
 from ..codec.spec import CODES, SCALE_FORMATS, SCALE_RULES
@@ -16,11 +18,10 @@ from ..ops.table import ExactTokens, PageTable
 from ..ops.threads import get_num_threads
 
 try:
-    from .. import _native
+    _native: Any = importlib.import_module("forgeattention._native")
+    _missing = ""
 except ImportError as error:
     _native, _missing = None, f"the native module is not built ({error})"
-else:
-    _missing = ""
 
 DTYPES = {name: i for i, name in enumerate(FLOATS)}
 _codecs: WeakKeyDictionary[Codec, Any] = WeakKeyDictionary()
@@ -40,6 +41,11 @@ def isas() -> list[str]:
 def use_isa(name: str) -> None:
     """Use one of `isas()` from now on; the environment variable FORGEATTN_CPU_ISA does it from the start."""
     _native.use_isa(name)
+
+
+def read_pass(data: NDArray[np.uint8]) -> int:
+    """Reads every byte of a contiguous array once with the kernels' threads: the yardstick of the benchmarks."""
+    return _native.read_pass(_address(data), data.size, get_num_threads())
 
 
 def _native_codec(codec: Codec) -> Any:
@@ -97,7 +103,7 @@ def _view(op: str, name: str, x: Any) -> tuple[int, int, int, int, int]:
     if strides[-1] != 1 and x.shape[-1] > 1:
         raise fail(op, f"{name} with a contiguous last axis", f"strides {list(strides)}")
     lead = strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
-    return (_address(x), DTYPES[dtype_of(x)], *lead)
+    return _address(x), DTYPES[dtype_of(x)], lead[0], lead[1], lead[2]
 
 
 def _flat(op: str, name: str, x: Any) -> int:

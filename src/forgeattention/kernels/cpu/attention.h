@@ -8,8 +8,6 @@
 
 namespace fa {
 
-enum { MAX_ROWS = 4 };  // rows that share one pass over the codes
-
 template <class Isa>
 struct Attention {
   using F32 = typename Isa::F32;
@@ -17,7 +15,7 @@ struct Attention {
   using Operand = typename Isa::Operand;
   static constexpr int W = Isa::WORDS;
 
-  typedef void (*QkPage)(const uint8_t*, const uint8_t*, int, const int8_t*, const uint8_t*, size_t, int32_t*, size_t);
+  typedef void (*QkPage)(const uint8_t*, const uint8_t*, int, const int8_t*, void*, int32_t*, size_t);
   typedef void (*ValueTile)(const uint8_t* const*, const uint8_t* const*, int, int, const int8_t*, const Operand*, size_t,
                             float*, const float*, const float*);
   typedef void (*Unpack)(const uint8_t*, int, const int8_t*, uint8_t*);
@@ -81,7 +79,7 @@ struct Attention {
     return chunk(dim) == 4 ? WeightLayout<Isa, 4>::COUNT : WeightLayout<Isa, 2>::COUNT;
   }
 
-  static size_t query_bytes(int dim) {
+  static size_t group_bytes(int dim) {
     switch (key_class(dim)) {
       case 0: return QueryLayout<Isa, 0>::bytes(dim);
       case 1: return QueryLayout<Isa, 1>::bytes(dim);
@@ -89,7 +87,13 @@ struct Attention {
     }
   }
 
-  static void prepare(const Codec& codec, const float* q, float offset, float scale, void* prepared) {
+  static size_t queries_bytes(int dim, int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS * group_bytes(dim); }
+  static uint8_t* group_of(uint8_t* queries, int dim, int row) { return queries + row / MAX_ROWS * group_bytes(dim); }
+  static QueryHead* head_of(uint8_t* queries, int dim, int row) {
+    return reinterpret_cast<QueryHead*>(group_of(queries, dim, row) + row % MAX_ROWS * query_head_bytes(dim));
+  }
+
+  static void prepare(const Codec& codec, const float* q, float offset, float scale, uint8_t* queries, int row) {
     const int dim = codec.dim;
     constexpr float Q_MAX = 32512;  // both bytes of a split stay within int8
     float top = 0;
@@ -101,15 +105,15 @@ struct Attention {
     }
     // A query that is not finite makes its row's results NaN.
     const float step = finite ? top / Q_MAX : 0, inverse = step > 0 ? Q_MAX / top : 0;
-    auto* head = static_cast<QueryHead*>(prepared);
+    QueryHead* head = head_of(queries, dim, row);
     *head = {step * scale * codec.k.unit, finite ? offset : __builtin_nanf(""), step * scale, 0};
     auto* q16 = reinterpret_cast<int16_t*>(head + 1);
     for (int i = 0; i < dim; ++i) q16[i] = finite ? int16_t(__builtin_rintf(q[i] * inverse)) : int16_t(0);
-    uint8_t* out = static_cast<uint8_t*>(prepared);
+    uint8_t* group = group_of(queries, dim, row);
     switch (key_class(dim)) {
-      case 0: return prepare_query<Isa, 0>(q16, dim, out);
-      case 1: return prepare_query<Isa, 1>(q16, dim, out);
-      default: return prepare_query<Isa, 2>(q16, dim, out);
+      case 0: return prepare_query<Isa, 0>(q16, dim, row % MAX_ROWS, group);
+      case 1: return prepare_query<Isa, 1>(q16, dim, row % MAX_ROWS, group);
+      default: return prepare_query<Isa, 2>(q16, dim, row % MAX_ROWS, group);
     }
   }
 
@@ -192,16 +196,14 @@ struct Attention {
     return t;
   }
 
-  // Scores of up to MAX_ROWS rows against a tile, [rows][TILE], in base-2 units.
-  static void score_tile(const Codec& c, const Tile& t, const uint8_t* queries, int rows, Scratch& s) {
-    const int dim = c.dim;
-    const size_t bytes = query_bytes(dim);
+  // Scores of the `rows` rows from `first`, a multiple of MAX_ROWS, against a tile: [rows][TILE], in base-2 units.
+  static void score_tile(const Codec& c, const Tile& t, uint8_t* queries, int first, int rows, Scratch& s) {
+    const int dim = c.dim, words = raw_words(dim);
     const QkPage qk = by_source<QkPage, Qk>(t.key_source, key_class(dim), rows);
-    const int words = raw_words(dim);
     for (int p = 0; p < t.pages; ++p) {
-      qk(t.keys[p], t.keys_ahead[p], dim, c.k.levels, queries, bytes, s.raw, words);
+      qk(t.keys[p], t.keys_ahead[p], dim, c.k.levels, group_of(queries, dim, first), s.raw, words);
       for (int r = 0; r < rows; ++r) {
-        const auto* head = reinterpret_cast<const QueryHead*>(queries + r * bytes);
+        const QueryHead* head = head_of(queries, dim, first + r);
         const auto* q16 = reinterpret_cast<const int16_t*>(head + 1);
         const auto* mean = reinterpret_cast<const int8_t*>(t.mean[p]);
         int32_t product = 0;
@@ -236,10 +238,9 @@ struct Attention {
     return top / Isa::WEIGHT_MAX;
   }
 
-  static void attend(const Codec& c, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows,
+  static void attend(const Codec& c, const uint8_t* const* records, int tokens, uint8_t* queries, int rows,
                      bool unpack, Partial out, void* scratch) {
     const int dim = c.dim, count = weight_operands(dim);
-    const size_t bytes = query_bytes(dim);
     Scratch s(scratch, dim, rows);
     for (int i = 0; i < rows * 4 * dim; ++i) s.acc[i] = 0;
     for (int r = 0; r < rows; ++r) {
@@ -248,9 +249,9 @@ struct Attention {
     }
     for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
       const Tile t = open_tile(c, records, first, tokens, true, true, unpack, s);
-      for (int row = 0, left = (rows + MAX_ROWS - 1) / MAX_ROWS; left; --left) {
-        const int n = (rows - row + left - 1) / left;
-        score_tile(c, t, queries + row * bytes, n, s);
+      for (int row = 0; row < rows; row += MAX_ROWS) {
+        const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
+        score_tile(c, t, queries, row, n, s);
         float keep[MAX_ROWS], back[MAX_ROWS];
         for (int r = 0; r < n; ++r) {
           float* w = s.scores + r * TILE;
@@ -275,12 +276,11 @@ struct Attention {
         }
         by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
                                                                    s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
-        row += n;
       }
     }
     for (int r = 0; r < rows; ++r) {
       gather_row(c, s.acc + r * 4 * dim, out.o + r * dim);
-      const float offset = reinterpret_cast<const QueryHead*>(queries + r * bytes)->offset;
+      const float offset = head_of(queries, dim, r)->offset;
       if (offset != offset) {
         out.max[r] = 0;
         out.sum[r] = offset;
@@ -289,14 +289,14 @@ struct Attention {
     }
   }
 
-  static void scores(const Codec& c, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows, float* out,
+  static void scores(const Codec& c, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, float* out,
                      int64_t stride, void* scratch) {
     Scratch s(scratch, c.dim, 0);
     for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
       const Tile t = open_tile(c, records, first, tokens, true, false, false, s);
       for (int row = 0; row < rows; row += MAX_ROWS) {
         const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
-        score_tile(c, t, queries + row * query_bytes(c.dim), n, s);
+        score_tile(c, t, queries, row, n, s);
         for (int r = 0; r < n; ++r)
           __builtin_memcpy(out + (row + r) * stride + first * PAGE, s.scores + r * TILE, sizeof(float) * t.tokens);
       }

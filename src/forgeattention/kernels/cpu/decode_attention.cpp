@@ -55,7 +55,7 @@ struct Queries {
   float* q;
   uint8_t* prepared;
   static size_t bytes(const Call& c, int rows) {
-    return aligned(rows * c.codec.dim * sizeof(float)) + rows * c.kernel.query_bytes(c.codec.dim);
+    return aligned(rows * c.codec.dim * sizeof(float)) + c.kernel.queries_bytes(c.codec.dim, rows);
   }
   Queries(const Call& c, int rows, void* block)
       : q(static_cast<float*>(block)),
@@ -75,7 +75,7 @@ struct Queries {
       double offset = 0;
       for (int i = 0; mu && i < dim; ++i) offset += double(q[r * dim + i]) * mu[i];
       const float scale = c.scale * LOG2_E;
-      c.kernel.prepare_query(c.codec, rotated + r * dim, float(offset) * scale, scale, prepared + r * c.kernel.query_bytes(dim));
+      c.kernel.prepare_query(c.codec, rotated + r * dim, float(offset) * scale, scale, prepared, r);
     }
   }
 };

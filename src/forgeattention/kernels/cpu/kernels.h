@@ -65,19 +65,20 @@ struct Partial {
 struct Kernels {
   const char* name;
 
-  // Bytes of one prepared query, a multiple of 64.
-  size_t (*query_bytes)(int dim);
-  // q [dim] rotated; offset is added to every score, in base-2 units; scale is softmax scale times log2 e.
-  void (*prepare_query)(const Codec&, const float* q, float offset, float scale, void* prepared);
+  // Bytes of prepared queries, a multiple of 64.
+  size_t (*queries_bytes)(int dim, int rows);
+  // Puts q [dim], rotated, into a row of prepared queries; offset is added to every score, in base-2 units; scale is the
+  // softmax scale times log2 e.
+  void (*prepare_query)(const Codec&, const float* q, float offset, float scale, uint8_t* queries, int row);
 
   // Bytes of scratch for `rows` rows of the three functions below.
   size_t (*scratch_bytes)(int dim, int rows);
   // Attention of prepared queries over `tokens` tokens in the pages whose records of one head are given. With `unpack`, each
   // tile is unpacked once for all rows (worth it from about 16 rows).
-  void (*attend)(const Codec&, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows, bool unpack,
+  void (*attend)(const Codec&, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, bool unpack,
                  Partial out, void* scratch);
   // Scores in base-2 units, row r to out + r * stride.
-  void (*scores)(const Codec&, const uint8_t* const* records, int tokens, const uint8_t* queries, int rows, float* out,
+  void (*scores)(const Codec&, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, float* out,
                  int64_t stride, void* scratch);
   // o [rows][dim] = sums of values (rotated) with non-negative weights, row r at weights + r * stride.
   void (*weigh)(const Codec&, const uint8_t* const* records, int tokens, const float* weights, int64_t stride, int rows,

@@ -134,6 +134,11 @@ NB_MODULE(_native, m) {
               pointer<float>(out), threads);
   });
 
+  m.def("read_pass", [](uintptr_t data, int64_t bytes, int threads) {
+    const nb::gil_scoped_release release;
+    return read_pass(pointer<const uint8_t>(data), bytes, threads);
+  });
+
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* k : available_kernels()) names.push_back(k->name);

@@ -51,4 +51,7 @@ void qk_scores(const Codec&, Shape, const Array4& q, const Table&, float scale, 
 // p contiguous [batch][q_heads][n][max_length], out [batch][q_heads][n][head_dim].
 void value_sum(const Codec&, Shape, const float* p, const Table&, float* out, int threads);
 
+// Reads every byte once and returns a combination of them: what the benchmarks hold kernels against.
+uint64_t read_pass(const uint8_t* data, int64_t bytes, int threads);
+
 }  // namespace fa

@@ -116,4 +116,22 @@ void decode_pages(const Codec& codec, const Table& table, int batch, bool rotate
   });
 }
 
+uint64_t read_pass(const uint8_t* data, int64_t bytes, int threads) {
+  constexpr int64_t PART = 1 << 18;
+  std::atomic<uint64_t> all{0};
+  parallel_for((bytes + PART - 1) / PART, threads, [&](int64_t part, int) {
+    const int64_t end = (part + 1) * PART < bytes ? (part + 1) * PART : bytes;
+    uint64_t mixed[8] = {};
+    for (int64_t i = part * PART; i + 64 <= end; i += 64) {
+      uint64_t line[8];
+      std::memcpy(line, data + i, 64);
+      for (int j = 0; j < 8; ++j) mixed[j] ^= line[j];
+    }
+    uint64_t one = 0;
+    for (const uint64_t m : mixed) one ^= m;
+    all ^= one;
+  });
+  return all;
+}
+
 }  // namespace fa

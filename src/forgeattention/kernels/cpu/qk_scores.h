@@ -16,36 +16,45 @@ struct KeyClass {
   static constexpr int segment(int n) { return n * SEGMENTS / 4; }
 };
 
-// A prepared query: head, then int16 q [dim], then per period and variant eight Operands and SEGMENTS initial vectors.
+// Prepared queries lie in groups of MAX_ROWS: their heads, each followed by int16 q [dim]; then per period and variant eight
+// Operands and SEGMENTS initial vectors, each for all rows of the group side by side.
+enum { MAX_ROWS = 4 };
 struct QueryHead {
   float factor;  // base-2 score of one unit of integer product and unit k scale
   float offset;  // added to every score
   float step;    // base-2 score of one unit of the product with a mean row of step 1
   float pad;
 };
+inline size_t query_head_bytes(int dim) { return (sizeof(QueryHead) + 2 * dim + 63) / 64 * 64; }
 template <class Isa, int CLASS>
 struct QueryLayout {
-  using L = Layout<Isa, KeyClass<CLASS>::CHUNK>;
-  using U32 = typename Isa::U32;
-  static constexpr size_t GROUP = 8 * sizeof(typename Isa::Operand) + KeyClass<CLASS>::SEGMENTS * sizeof(U32);
-  static size_t operands(int dim) { return (sizeof(QueryHead) + 2 * dim + 63) / 64 * 64; }
+  using C = KeyClass<CLASS>;
+  using L = Layout<Isa, C::CHUNK>;
+  using Operand = typename Isa::Operand;
+  struct Part {
+    Operand operands[8][MAX_ROWS];
+    typename Isa::U32 initial[C::SEGMENTS][MAX_ROWS];
+  };
   static size_t bytes(int dim) {
-    return (operands(dim) + KeyClass<CLASS>::PERIOD * L::VARIANTS * GROUP + 63) / 64 * 64;
+    return (MAX_ROWS * query_head_bytes(dim) + C::PERIOD * L::VARIANTS * sizeof(Part) + 63) / 64 * 64;
+  }
+  static Part* parts(void* group, int dim) {
+    return reinterpret_cast<Part*>(static_cast<uint8_t*>(group) + MAX_ROWS * query_head_bytes(dim));
   }
 };
 
 template <class Isa, int CLASS>
-void prepare_query(const int16_t* q, int dim, uint8_t* out) {
+void prepare_query(const int16_t* q, int dim, int row, void* group) {
   using C = KeyClass<CLASS>;
   using Q = QueryLayout<Isa, CLASS>;
   using L = typename Q::L;
-  uint8_t* at = out + Q::operands(dim);
+  typename Q::Part* part = Q::parts(group, dim);
   for (int period = 0; period < C::PERIOD; ++period)
-    for (int variant = 0; variant < L::VARIANTS; ++variant) {
+    for (int variant = 0; variant < L::VARIANTS; ++variant, ++part) {
       uint32_t initial[C::SEGMENTS][Isa::WORDS] = {};
       for (int n = 0; n < 4; ++n)
         for (int parity = 0; parity < 2; ++parity) {
-          uint32_t words[2][Isa::WORDS];
+          uint32_t first[Isa::WORDS], second[Isa::WORDS];
           for (int pos = 0; pos < Isa::WORDS; ++pos) {
             const int lane = L::lane(variant, pos), unit = period * C::CHUNK + pos % C::CHUNK;
             int16_t x[4];
@@ -54,45 +63,42 @@ void prepare_query(const int16_t* q, int dim, uint8_t* out) {
               x[i] = q[k_channel(dim, lane, unit, n, 2 * order[i] + parity)];
               initial[C::segment(n)][pos] -= uint32_t(Isa::KEY_BIAS * x[i]);
             }
-            Isa::split(x, words[0][pos], words[1][pos]);
+            Isa::split(x, first[pos], second[pos]);
           }
-          for (int i = 0; i < 2; ++i, at += sizeof(typename Isa::U32)) __builtin_memcpy(at, words[i], sizeof(words[i]));
+          put(&part->operands[2 * n + parity][row].first, first);
+          put(&part->operands[2 * n + parity][row].second, second);
         }
-      __builtin_memcpy(at, initial, sizeof(initial));
-      at += sizeof(initial);
+      for (int segment = 0; segment < C::SEGMENTS; ++segment) put(&part->initial[segment][row], initial[segment]);
     }
 }
 
 // raw: per row [segment][uc][lane][CHUNK] products summed over the channels of the word's lane.
 template <class Isa, int CLASS, class Source, int ROWS>
-void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* levels, const uint8_t* queries,
-             size_t query_bytes, int32_t* raw, size_t raw_stride) {
+void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* levels, void* group, int32_t* raw,
+             size_t raw_stride) {
   using C = KeyClass<CLASS>;
   using Q = QueryLayout<Isa, CLASS>;
   using L = typename Q::L;
   using U32 = typename Isa::U32;
   const int chunks = units(dim) / C::CHUNK;
   const typename Isa::Table table = key_table<Isa>(levels);
-  const uint8_t* operands = queries + Q::operands(dim);
+  const typename Q::Part* parts = Q::parts(group, dim);
   for (int uc = 0; uc < chunks; ++uc)
     for (int lv = 0; lv < L::LANE_VECTORS; ++lv) {
       U32 b[8];
       Source::template keys<Isa, C::CHUNK>(codes, ahead, uc, lv, table, b);
-      const uint8_t* group = operands + (uc % C::PERIOD * L::VARIANTS + lv % L::VARIANTS) * Q::GROUP;
-      const auto* initial = reinterpret_cast<const U32*>(group + 8 * sizeof(typename Isa::Operand));
+      const typename Q::Part& part = parts[uc % C::PERIOD * L::VARIANTS + lv % L::VARIANTS];
       typename Isa::Acc acc[ROWS];
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         const int segment = C::segment(n);
         if (n == 0 || segment != C::segment(n - 1))
-          for (int r = 0; r < ROWS; ++r)
-            acc[r] = Isa::start(*reinterpret_cast<const U32*>(reinterpret_cast<const uint8_t*>(initial + segment) + r * query_bytes));
+          for (int r = 0; r < ROWS; ++r) acc[r] = Isa::start(part.initial[segment][r]);
 #pragma GCC unroll 2
         for (int parity = 0; parity < 2; ++parity) {
           const typename Isa::Codes c = Isa::widen(b[2 * n + parity]);
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r)
-            Isa::dot_key(acc[r], c, reinterpret_cast<const typename Isa::Operand*>(group + r * query_bytes)[2 * n + parity]);
+          for (int r = 0; r < ROWS; ++r) Isa::dot_key(acc[r], c, part.operands[2 * n + parity][r]);
         }
         if (n == 3 || segment != C::segment(n + 1))
           for (int r = 0; r < ROWS; ++r)
@@ -101,28 +107,63 @@ void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* 
     }
 }
 
-// Sums raw over lanes and words of a token: out [64] in token order.
+typedef uint32_t Four __attribute__((vector_size(16)));
+FA_INLINE Four interleave_low(Four a, Four b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+  return __builtin_shuffle(a, b, Four{0, 4, 1, 5});
+#endif
+}
+FA_INLINE Four interleave_high(Four a, Four b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  return __builtin_shuffle(a, b, Four{2, 6, 3, 7});
+#endif
+}
+
+// Sums raw over the four lanes of a group and the words of a token: out [64] in token order.
 template <int DIM>
 void gather_scores(const int32_t* raw, int32_t* out) {
   using C = KeyClass<key_class(DIM)>;
-  constexpr int CHUNKS = DIM / 16 / C::CHUNK;
-  constexpr bool ONCE = DIM == 64 || DIM == 128;  // one word a token and lane
-  if (!ONCE)
-    for (int i = 0; i < PAGE; ++i) out[i] = 0;
-  for (int segment = 0; segment < C::SEGMENTS; ++segment)
-    for (int uc = 0; uc < CHUNKS; ++uc)
-      for (int g = 0; g < 8; ++g) {
-        const int32_t* p = raw + ((segment * CHUNKS + uc) * LANES + 4 * g) * C::CHUNK;
-        int32_t sum[C::CHUNK];
-        for (int i = 0; i < C::CHUNK; ++i) {
-          const uint32_t s = uint32_t(p[i]) + uint32_t(p[C::CHUNK + i]) + uint32_t(p[2 * C::CHUNK + i]) + uint32_t(p[3 * C::CHUNK + i]);
-          sum[i] = int32_t(s);
-        }
-        for (int i = 0; i < C::CHUNK; ++i) {
-          const int token = k_token(DIM, 4 * g, uc * C::CHUNK + i, segment * 4 / C::SEGMENTS);
-          out[token] = ONCE ? sum[i] : int32_t(uint32_t(out[token]) + uint32_t(sum[i]));
-        }
+  constexpr int CHUNKS = DIM / 16 / C::CHUNK, GROUP = 4 * C::CHUNK;
+  const auto group = [&](int segment, int uc, int g) {
+    const int32_t* p = raw + (segment * CHUNKS + uc) * LANES * C::CHUNK + g * GROUP;
+    if constexpr (C::CHUNK == 4)
+      return load<Four>(p) + load<Four>(p + 4) + load<Four>(p + 8) + load<Four>(p + 12);
+    else
+      return load<Four>(p) + load<Four>(p + 4);  // two lanes of two units each
+  };
+  if constexpr (DIM == 128) {  // tokens 16 (g / 2) + 2 j + g % 2, j = 4 uc + word
+    for (int g = 0; g < 8; g += 2)
+      for (int uc = 0; uc < 2; ++uc) {
+        const Four even = group(0, uc, g), odd = group(0, uc, g + 1);
+        put(out + 8 * g + 8 * uc, interleave_low(even, odd));
+        put(out + 8 * g + 8 * uc + 4, interleave_high(even, odd));
       }
+  } else if constexpr (DIM == 64) {  // the same with j = 2 word + segment
+    typedef uint64_t Two __attribute__((vector_size(16)));
+    for (int g = 0; g < 8; g += 2) {
+      const Four even[2] = {group(0, 0, g), group(1, 0, g)}, odd[2] = {group(0, 0, g + 1), group(1, 0, g + 1)};
+      for (int high = 0; high < 2; ++high) {
+        const Two a = Two(high ? interleave_high(even[0], odd[0]) : interleave_low(even[0], odd[0]));
+        const Two b = Two(high ? interleave_high(even[1], odd[1]) : interleave_low(even[1], odd[1]));
+        put(out + 8 * g + 8 * high, Two{a[0], b[0]});
+        put(out + 8 * g + 8 * high + 4, Two{a[1], b[1]});
+      }
+    }
+  } else {
+    uint32_t sum[PAGE] = {};
+    for (int segment = 0; segment < C::SEGMENTS; ++segment)
+      for (int uc = 0; uc < CHUNKS; ++uc)
+        for (int g = 0; g < 8; ++g) {
+          const Four s = group(segment, uc, g);
+          for (int i = 0; i < 4; ++i)
+            sum[k_token(DIM, 4 * g, uc * C::CHUNK + i % C::CHUNK, segment * 4 / C::SEGMENTS)] += s[i];
+        }
+    __builtin_memcpy(out, sum, sizeof(sum));
+  }
 }
 
 }  // namespace fa

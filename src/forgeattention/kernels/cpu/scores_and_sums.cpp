@@ -42,8 +42,7 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
   parallel_for(int64_t(blocks.size()), threads, [&](int64_t item, int) {
     const Block& block = blocks[item];
     const int dim = codec.dim, group = shape.q_heads / codec.kv_heads;
-    const size_t bytes = kernel.query_bytes(dim);
-    auto* prepared = static_cast<uint8_t*>(thread_scratch(3, block.rows * bytes));
+    auto* prepared = static_cast<uint8_t*>(thread_scratch(3, kernel.queries_bytes(dim, block.rows)));
     float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(dim) * sizeof(float)));
     for (int r = 0; r < block.rows; ++r) {
       const int row = block.first + r;
@@ -52,7 +51,7 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
       const float* mu = codec.mu(codec.k_mu, block.head);
       double offset = 0;
       for (int i = 0; mu && i < dim; ++i) offset += double(x[i]) * mu[i];
-      kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared + r * bytes);
+      kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared, r);
     }
     const int length = table.lengths[block.b];
     const int64_t first = int64_t(block.b) * shape.q_heads * shape.n + int64_t(block.head) * group * shape.n + block.first;
