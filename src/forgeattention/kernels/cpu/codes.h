@@ -13,7 +13,7 @@ FA_INLINE V load(const void* p) {
   return v;
 }
 template <class V>
-FA_INLINE void put(void* p, V v) {
+FA_INLINE void put(void* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 

@@ -65,10 +65,11 @@ void prepare_query(const int16_t* q, int dim, int row, void* group) {
             }
             Isa::split(x, first[pos], second[pos]);
           }
-          put(&part->operands[2 * n + parity][row].first, first);
-          put(&part->operands[2 * n + parity][row].second, second);
+          __builtin_memcpy(&part->operands[2 * n + parity][row].first, first, sizeof(first));
+          __builtin_memcpy(&part->operands[2 * n + parity][row].second, second, sizeof(second));
         }
-      for (int segment = 0; segment < C::SEGMENTS; ++segment) put(&part->initial[segment][row], initial[segment]);
+      for (int segment = 0; segment < C::SEGMENTS; ++segment) 
+        __builtin_memcpy(&part->initial[segment][row], initial[segment], sizeof(initial[segment]));
     }
 }
 
