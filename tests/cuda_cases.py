@@ -35,6 +35,7 @@ class Case:
             scales=self.scales,  # type: ignore[arg-type]
             rotation=self.rotation,  # type: ignore[arg-type]
             key_mean=self.key_mean,
+            refine=False,
         )
 
     def codec(self, kv_heads: int = 2, **extra: Any) -> Codec:

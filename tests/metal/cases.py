@@ -68,7 +68,7 @@ def make_codec(fmt: tuple = FORMATS[0], head_dim: int = 64, kv_heads: int = 2, *
 @cache
 def _make_codec(fmt: tuple, head_dim: int, kv_heads: int, **kwargs: Any) -> Codec:
     k_bits, k_code, v_bits, v_code, scales = fmt
-    spec = CodecSpec(k_bits=k_bits, k_code=k_code, v_bits=v_bits, v_code=v_code, scales=scales)
+    spec = CodecSpec(k_bits=k_bits, k_code=k_code, v_bits=v_bits, v_code=v_code, scales=scales, refine=False)
     return Codec(spec, head_dim, kv_heads, **kwargs)
 
 

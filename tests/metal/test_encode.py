@@ -77,7 +77,9 @@ def test_head_dims(fmt, head_dim):
 @pytest.mark.parametrize("rule", SCALE_RULES)
 @pytest.mark.parametrize("key_mean", [True, False])
 def test_scale_rules(rule, key_mean):
-    spec = CodecSpec(k_scale_rule=rule, v_scale_rule=rule, key_mean=key_mean, scales="log8")
+    spec = CodecSpec(
+        k_code="scalar", k_scale_rule=rule, v_scale_rule=rule, key_mean=key_mean, scales="log8", refine=False
+    )
     check(np.random.default_rng(3), Codec(spec, 64, 1))
 
 
@@ -93,7 +95,8 @@ def test_centred_and_custom():
     rng = np.random.default_rng(5)
     check(rng, make_codec(k_mu=rng.standard_normal((2, 64)), v_mu=rng.standard_normal(64)))
     matrices = rng.standard_normal((2, 2, 64, 64)) / 8 + 2 * np.eye(64)
-    check(rng, Codec(CodecSpec(rotation="custom"), 64, 2, k_matrix=matrices[0], v_matrix=matrices[1]))
+    spec = CodecSpec(k_code="scalar", rotation="custom", scales="fp16", refine=False)
+    check(rng, Codec(spec, 64, 2, k_matrix=matrices[0], v_matrix=matrices[1]))
 
 
 @pytest.mark.parametrize("scales", ["fp16", "log8"])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .codebook import Codebook, codebook
-from .spec import CodecSpec, PageFormat
+from .shaping import Shaping, make_shaping
+from .spec import CodecSpec, PageFormat, Rotation
 from .transform import Transform, make_transform
+
+WRITE_ONLY = ("key_mean", "k_scale_rule", "v_scale_rule", "refine")
+"""Fields of a spec that only an encoder reads."""
 
 
 class Codec:
@@ -22,9 +27,13 @@ class Codec:
         kv_heads: key/value heads.
         k_matrix, v_matrix: with rotation "custom", [head_dim, head_dim] or [kv_heads, head_dim, head_dim].
         k_mu, v_mu: static centres, [head_dim] or [kv_heads, head_dim].
+        k_diagonal: scales of the key channels before the rotation, [head_dim] or [kv_heads, head_dim].
+        query_gram: Gram matrix of the queries that will read the keys, up to a factor, [head_dim, head_dim] or
+            [kv_heads, head_dim, head_dim]; the encoder shapes its errors by it (`codec.shaping`), readers ignore it.
+        gram_ridge: share of the identity mixed into it.
 
     Raises:
-        ValueError: an unsupported head_dim, a matrix or centre of the wrong shape.
+        ValueError: an unsupported head_dim, a matrix, centre, diagonal or Gram of the wrong shape.
     """
 
     def __init__(
@@ -37,24 +46,38 @@ class Codec:
         v_matrix: ArrayLike | None = None,
         k_mu: ArrayLike | None = None,
         v_mu: ArrayLike | None = None,
+        k_diagonal: ArrayLike | None = None,
+        query_gram: ArrayLike | None = None,
+        gram_ridge: float = 0.05,
     ) -> None:
         if kv_heads < 1:
             raise ValueError(f"[codec] expected kv_heads >= 1; got {kv_heads}")
         self.spec = spec
         self.kv_heads = kv_heads
         self.format: PageFormat = spec.page_format(head_dim)
-        self.k_codebook: Codebook = codebook(spec.k_bits, spec.k_code)
-        self.v_codebook: Codebook = codebook(spec.v_bits, spec.v_code)
-        self.k_transform: Transform = make_transform(spec, self.format, k_matrix, k_mu)
+        self.k_codebook: Codebook = codebook(spec.k_bits, self.format.k_code)
+        self.v_codebook: Codebook = codebook(spec.v_bits, self.format.v_code)
+        self.k_transform: Transform = make_transform(spec, self.format, k_matrix, k_mu, k_diagonal)
         self.v_transform: Transform = make_transform(spec, self.format, v_matrix, v_mu)
+        self.shaping: Shaping | None = None
+        if query_gram is not None:
+            self.shaping = make_shaping(query_gram, gram_ridge, self.k_transform, head_dim)
+        given = [("query_gram", None if self.shaping is None else self.shaping.weight)]
         for side, t in (("k", self.k_transform), ("v", self.v_transform)):
-            for name, array in (("matrix", t.forward), ("mu", t.mu)):
-                if array is not None and array.shape[0] not in (1, kv_heads):
-                    raise ValueError(f"[codec] expected {side}_{name} for 1 or {kv_heads} heads; got {array.shape[0]}")
+            given += [(f"{side}_matrix", t.forward), (f"{side}_mu", t.mu)]
+        for name, array in given:
+            if array is not None and array.shape[0] not in (1, kv_heads):
+                raise ValueError(f"[codec] expected {name} for 1 or {kv_heads} heads; got {array.shape[0]}")
 
     @property
     def head_dim(self) -> int:
         return self.format.head_dim
+
+    @property
+    def rotation(self) -> Rotation:
+        """How kernels apply the transforms: the spec's rotation, or matrices ("custom") where a diagonal joins it."""
+        plain = self.k_transform.diagonal is None and self.v_transform.diagonal is None
+        return self.spec.rotation if plain else "custom"
 
     @property
     def page_bytes(self) -> int:
@@ -63,9 +86,15 @@ class Codec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the spec, the shape, and any custom matrix or centre; equal codecs read each other's pages."""
-        h = hashlib.sha256(f"{self.spec.to_json()} {self.head_dim} {self.kv_heads}".encode())
+        """Hex digest of all that a reader of pages must know: equal codecs read each other's pages.
+
+        How a page was coded (scale rules, refinement, the query Gram) is not part of it.
+        """
+        read = {name: value for name, value in json.loads(self.spec.to_json()).items() if name not in WRITE_ONLY}
+        h = hashlib.sha256(f"{json.dumps(read, sort_keys=True)} {self.head_dim} {self.kv_heads}".encode())
+        for book in (self.k_codebook, self.v_codebook):
+            h.update(f"{book.levels} {book.unit!r}".encode())
         for t in (self.k_transform, self.v_transform):
-            for array in (t.forward if self.spec.rotation == "custom" else None, t.mu):
+            for array in (t.forward if self.spec.rotation == "custom" else None, t.diagonal, t.mu):
                 h.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
         return h.hexdigest()[:32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 PAGE = 64
 """Tokens per page."""
@@ -109,12 +109,14 @@ class CodecSpec:
 
     Attributes:
         k_bits, v_bits: stored bits per key and value element, 2, 3 or 4.
-        k_code, v_code: "scalar" (Lloyd-Max levels) or "trellis4", "trellis8" (trellis-coded, 4 or 8 states).
+        k_code, v_code: "scalar" (Lloyd-Max levels) or "trellis4", "trellis8" (trellis-coded, 4 or 8 states). Keys
+            have a trellis of 8 states by default; at 4 bits there is none, and they are scalar.
         rotation: "hadamard" (random signs), "planar" (Givens pairs), "none" or "custom" (matrices given to `Codec`).
         planar_angle: angle of the planar pairs in degrees; None draws one angle per pair from `seed`.
         seed: seed of the random signs or angles.
         key_mean: keep the mean of each page's keys with the page and code the rest.
-        k_scale_rule, v_scale_rule: how a vector's scale follows from its codes (`codec.quantize`).
+        k_scale_rule, v_scale_rule: how a vector's scale follows from its codes (`reference.quantize`).
+        refine: the encoder codes every vector several times at nearby scales and keeps the best (`reference.quantize`).
         scales: "fp16", or "log8" (one byte: 32 steps per octave above a base kept once per page).
         sinks: first tokens kept exact.
         window: newest tokens kept exact; between `window` and `window` + 63 of them at any time.
@@ -122,7 +124,7 @@ class CodecSpec:
 
     k_bits: int = 3
     v_bits: int = 3
-    k_code: Code = "scalar"
+    k_code: Code | Literal["auto"] = "auto"
     v_code: Code = "scalar"
     rotation: Rotation = "hadamard"
     planar_angle: float | None = 45.0
@@ -130,12 +132,15 @@ class CodecSpec:
     key_mean: bool = True
     k_scale_rule: ScaleRule = "unbiased"
     v_scale_rule: ScaleRule = "unbiased"
-    scales: ScaleFormat = "fp16"
+    refine: bool = True
+    scales: ScaleFormat = "log8"
     sinks: int = 4
     window: int = 128
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        if self.k_code == "auto":
+            object.__setattr__(self, "k_code", "scalar" if self.k_bits == 4 else "trellis8")
         check_code("k", self.k_bits, self.k_code)
         check_code("v", self.v_bits, self.v_code)
         for name, value, known in (
@@ -154,7 +159,7 @@ class CodecSpec:
 
     def page_format(self, head_dim: int) -> PageFormat:
         """The record of one page for this head_dim. Raises ValueError for an unsupported one."""
-        return PageFormat(head_dim, self.k_bits, self.v_bits, self.k_code, self.v_code, self.scales)
+        return PageFormat(head_dim, self.k_bits, self.v_bits, cast(Code, self.k_code), self.v_code, self.scales)
 
     def to_json(self) -> str:
         """A canonical JSON text; equal specs give equal texts."""

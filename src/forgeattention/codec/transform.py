@@ -27,12 +27,16 @@ class Transform:
         inverse: A^-1, same shape.
         mu: float32 [heads, padded_dim], or None for no centring.
         orthogonal: A^-1 is A^T.
+        diagonal: d of A = R diag(d) with the spec's rotation R, float32 [heads, padded_dim], or None where A is R or a
+            matrix of its own. A kernel that has a fast R needs only d: A x = R (d x), A^-T q = R (q / d) for an
+            orthogonal R.
     """
 
     forward: F32
     inverse: F32
     mu: F32 | None
     orthogonal: bool
+    diagonal: F32 | None = None
 
 
 def hadamard(dim: int) -> F64:
@@ -86,7 +90,13 @@ ROTATION: dict[str, Callable[[CodecSpec, int], F64]] = {
 }
 
 
-def make_transform(spec: CodecSpec, fmt: PageFormat, matrix: ArrayLike | None, mu: ArrayLike | None) -> Transform:
+def make_transform(
+    spec: CodecSpec,
+    fmt: PageFormat,
+    matrix: ArrayLike | None,
+    mu: ArrayLike | None,
+    diagonal: ArrayLike | None = None,
+) -> Transform:
     """The transform of one side.
 
     Args:
@@ -94,6 +104,7 @@ def make_transform(spec: CodecSpec, fmt: PageFormat, matrix: ArrayLike | None, m
         fmt: gives head_dim and padded_dim.
         matrix: with rotation "custom", A as [head_dim, head_dim] or [kv_heads, head_dim, head_dim].
         mu: centre, [head_dim] or [kv_heads, head_dim], or None.
+        diagonal: scales of the channels before the rotation, [head_dim] or [kv_heads, head_dim], or None.
 
     Raises:
         ValueError: a matrix where none belongs or none where one does, a wrong shape, a singular matrix.
@@ -113,6 +124,13 @@ def make_transform(spec: CodecSpec, fmt: PageFormat, matrix: ArrayLike | None, m
             raise ValueError(f"[codec] expected a matrix [..., {dim}, {dim}]; got {list(np.shape(matrix))}")
         a = np.tile(np.eye(padded), (given.shape[0], 1, 1))
         a[:, :dim, :dim] = given
+    scales = None
+    if diagonal is not None:
+        d = np.atleast_2d(np.asarray(diagonal, np.float64))
+        if d.ndim != 2 or d.shape[1] != dim or not (np.isfinite(d).all() and (d > 0).all()):
+            raise ValueError(f"[codec] expected a positive diagonal [..., {dim}]; got {list(np.shape(diagonal))}")
+        scales = np.pad(d, ((0, 0), (0, padded - dim)), constant_values=1.0).astype(np.float32)
+        a = a * scales[:, None, :].astype(np.float64)
     condition = float(np.linalg.cond(a).max())
     if not condition < 1e5:
         raise ValueError(f"[codec] expected an invertible matrix (condition under 1e5); got condition {condition:.3g}")
@@ -128,4 +146,5 @@ def make_transform(spec: CodecSpec, fmt: PageFormat, matrix: ArrayLike | None, m
         np.ascontiguousarray(inverse, np.float32),
         centre,
         bool(np.allclose(inverse, a.transpose(0, 2, 1), atol=1e-9)),
+        scales,
     )

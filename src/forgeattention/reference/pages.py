@@ -6,58 +6,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..codec import packing
-from ..codec.codebook import Codebook, trellis_encode, trellis_levels
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from ..codec.transform import Transform
+from .quantize import Feedback, dequantize, quantize
 
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
-
-def quantize(y: F64, book: Codebook, side: str, rule: str) -> tuple[U8, F64]:
-    """Codes [64, padded_dim] and scales [64] of the vectors y [64, padded_dim] of one side of a page.
-
-    Each vector is divided by its root mean square n. With u the divided vector and c its code values the scale is
-    n <u, u> / <u, c> ("unbiased": <y, y_hat> = <y, y>), n <u, c> / <c, c> ("least_squares") or n |u| / |c| ("norm").
-    """
-    n = np.sqrt((y * y).mean(1))
-    u = y / np.where(n > 0, n, 1)[:, None]
-    values = book.values
-    if book.states == 1:
-        codes = np.searchsorted((values[1:] + values[:-1]) / 2, u).astype(np.uint8)
-        levels = codes
-    else:
-        token, channel = (packing.k_layout if side == "k" else packing.v_layout)(y.shape[1])
-        paths = trellis_encode(u[token, channel].reshape(-1, 32), values, book.bits, book.states)
-        codes, levels = np.empty(y.shape, np.uint8), np.empty(y.shape, np.uint8)
-        codes[token, channel] = paths.reshape(token.shape)
-        levels[token, channel] = trellis_levels(paths, book.bits, book.states).reshape(token.shape)
-    c = values[levels]
-    uu, uc, cc = (u * u).sum(1), (u * c).sum(1), (c * c).sum(1)
-    if rule == "norm":
-        gain = np.sqrt(uu / cc)
-    elif rule == "least_squares":
-        gain = uc / cc
-    else:
-        gain = uu / np.where(uc > 0, uc, 1)
-    return codes, n * gain
-
-
-def dequantize(codes: U8, scales: F64, book: Codebook, side: str) -> F64:
-    """Vectors [64, padded_dim] from codes and scales [64]."""
-    if book.states == 1:
-        return scales[:, None] * book.values[codes]
-    token, channel = (packing.k_layout if side == "k" else packing.v_layout)(codes.shape[1])
-    y = np.empty(codes.shape)
-    y[token, channel] = book.values[trellis_levels(codes[token, channel], book.bits, book.states)]
-    return scales[:, None] * y
+MARGIN, REFINED_MARGIN = 2.0 ** (1 / 16), 2.0 ** (1 / 4)
+"""How far the low bits of the mean row, and refinement too, are expected to raise a scale."""
 
 
 def _matrices(t: Transform, head: int) -> tuple[F64, F64, F64]:
     mu = np.zeros((1, t.forward.shape[1])) if t.mu is None else t.mu
     a, i = t.forward[head % t.forward.shape[0]], t.inverse[head % t.inverse.shape[0]]
     return a.astype(np.float64), i.astype(np.float64), mu[head % mu.shape[0]].astype(np.float64)
+
+
+def _feedback(codec: Codec, head: int) -> Feedback | None:
+    if codec.shaping is None:
+        return None
+    factor, weight = (x[head % x.shape[0]].astype(np.float64) for x in (codec.shaping.factor, codec.shaping.weight))
+    return factor, weight
 
 
 def encode_page(k: ArrayLike, v: ArrayLike, codec: Codec, head: int = 0) -> U8:
@@ -87,19 +58,31 @@ def encode_page(k: ArrayLike, v: ArrayLike, codec: Codec, head: int = 0) -> U8:
         y[side] = (np.pad(x64, pad) - mu) @ a.T
 
     mean = y["k"].mean(0) if spec.key_mean else np.zeros(fmt.padded_dim)
-    step = float(np.float16(np.abs(mean).max() / 126.5))
+    with np.errstate(over="ignore"):
+        step = float(np.float16(np.abs(mean).max() / 126.5))
+    if not np.isfinite(step):
+        raise ValueError(
+            f"[encode] expected vectors that fp16 scales can hold; got keys of mean {np.abs(mean).max():.3g}"
+        )
     grid = mean / step if step > 0 else mean
-    row = packing.pack_header(grid, step, 0, 0)
-    k_base = v_base = 0
-    v_codes, v_scales = quantize(y["v"], codec.v_codebook, "v", spec.v_scale_rule)
+    v_codes, v_scales = quantize(y["v"], codec.v_codebook, "v", spec.v_scale_rule, spec.refine)
+    v_base = packing.log8_base(v_scales) if fmt.scales == "log8" else 0
+
+    # The base of K's scales stands in low bits of the row, on which the residual depends: it is guessed from plain
+    # codes of the residual without it, and raised where a scale does not fit after all.
+    k_base = 0
     if fmt.scales == "log8":
-        v_base = packing.log8_base(v_scales)
-        # k_base follows from the residual, which depends on the row only through the bits before k_base and v_base;
-        # those bits move 16 bytes of the row by at most one step, so the base is taken with them at zero.
-        _, k_probe = quantize(y["k"] - row * step, codec.k_codebook, "k", spec.k_scale_rule)
-        k_base = packing.log8_base(k_probe * 2.0 ** (1 / 16))
+        residual = y["k"] - packing.pack_header(grid, step, 0, v_base) * step
+        _, k_probe = quantize(residual, codec.k_codebook, "k", spec.k_scale_rule)
+        k_base = packing.log8_base(k_probe * (REFINED_MARGIN if spec.refine else MARGIN))
+    while True:
         row = packing.pack_header(grid, step, k_base, v_base)
-    k_codes, k_scales = quantize(y["k"] - row * step, codec.k_codebook, "k", spec.k_scale_rule)
+        k_codes, k_scales = quantize(
+            y["k"] - row * step, codec.k_codebook, "k", spec.k_scale_rule, spec.refine, _feedback(codec, head)
+        )
+        if fmt.scales != "log8" or packing.log8_base(k_scales) <= k_base or k_base == 127:
+            break
+        k_base = packing.log8_base(k_scales)
 
     record = np.empty(fmt.record_bytes, np.uint8)
     part = packing.split_record(record, fmt)
@@ -108,7 +91,7 @@ def encode_page(k: ArrayLike, v: ArrayLike, codec: Codec, head: int = 0) -> U8:
     part["mean"][:] = row
     for name, scales, base in (("k_scales", k_scales, k_base), ("v_scales", v_scales, v_base)):
         part[name][:] = packing.log8_encode(scales, base) if fmt.scales == "log8" else scales
-        if not np.isfinite(part[name].astype(np.float64)).all() or not np.isfinite(step):
+        if not np.isfinite(part[name].astype(np.float64)).all():
             raise ValueError(
                 f"[encode] expected vectors that fp16 scales can hold; got {name} up to {scales.max():.3g}"
             )
