@@ -132,6 +132,38 @@ def load(
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
+def load_mlx(name: str | os.PathLike[str], *, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer into mlx-lm.
+
+    Args:
+        name: as for `load`; a GGUF file is converted by transformers, with the same weights as there.
+        dtype: of the weights, by MLX's name; quantised ones stay as they are.
+
+    Returns:
+        mlx-lm's model and tokenizer.
+
+    Raises:
+        ValueError: see `resolve`.
+        ImportError: mlx-lm is missing (extra "mlx"), or for a GGUF file torch, transformers or gguf (extra "hf").
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import load as load_folder
+
+    model, tokenizer = load_folder(mlx_location(name))
+    model.set_dtype(getattr(mx, dtype))
+    return model, tokenizer
+
+
+def mlx_location(name: str | os.PathLike[str]) -> str:
+    """What mlx-lm loads the model `name` from: a folder, or a hub id. A GGUF file is converted first."""
+    source = resolve(name)
+    if source.kind != "gguf":
+        return source.location
+    import torch
+
+    return str(convert(source.location, torch.float32))
+
+
 def cache_folder() -> Path:
     """The user's folder for converted models: $FORGEATTENTION_CACHE, or forgeattention below $XDG_CACHE_HOME."""
     if folder := os.environ.get("FORGEATTENTION_CACHE"):
