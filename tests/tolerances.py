@@ -27,7 +27,8 @@ CUDA_LSE = 2e-3
 CUDA_SCORES = 2e-4
 # decode_pages in float32: scales and rotation in float32.
 CUDA_DECODE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
-# encode in float32 against the oracle in float64: near-ties of a level choice go the other way. Share of differing codes of a
+# encode in float32 against the oracle in float64: near-ties of a level choice go the other way. Share of differing
+# codes of a
 # scalar code; relative difference of the squared error that a whole side leaves.
 CUDA_CODES_DIFFER = 1e-3
 CUDA_ENCODE_LOSS = 2e-3
@@ -39,3 +40,47 @@ HF = {
     # a code of a later layer at a tie goes to the other level by any other rounding, which moves logits by a per cent
     "codes": 0.05,
 }
+
+# CPU kernels against the float64 oracle over the same pages: largest error over the largest magnitude of the result.
+# Inside, queries and weights are 15- or 16-bit fixed point; a half-precision result is rounded once more.
+CPU_ATTENTION = {"float32": 3e-4, "float16": 2**-10, "bfloat16": 2**-7}
+# Log-sum-exp in nats, for scores up to a few tens: 15-bit queries move a score by a few 1e-5.
+CPU_LSE = 3e-4
+# Scores and value sums, error over the largest magnitude.
+CPU_SCORES = 1e-4
+CPU_SUMS = 2e-4
+# decode_pages in float32 (scale times level, then the rotation), error over the largest magnitude; half precision
+# rounds
+# once more.
+CPU_DECODE = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}
+# encode in float32 against the oracle in float64: a value at a threshold, or a path with an equal twin, may go the
+# other
+# way. Share of bytes that differ, and relative excess of squared error.
+CPU_ENCODE_BYTES = 5e-3
+CPU_ENCODE_LOSS = 1e-4
+# merge of two float32 results against the whole.
+MERGE = 1e-5
+
+# Published Lloyd-Max levels have four digits (Max 1960, table I).
+PUBLISHED_LEVELS = 5e-4
+PUBLISHED_MSE = 5e-4
+# Rounding of a codebook to int8 may cost this share of its squared error.
+INT8_CODEBOOK_LOSS = 2e-3
+# Float64 against float64.
+EXACT = 1e-10
+# float32 matrices that should be orthogonal or inverse to each other.
+ORTHOGONAL = 1e-5
+
+# MLX arrays in host memory, through the native CPU kernels, against the float64 oracle: largest error over the largest
+# expected magnitude, by the dtype of the result; and the share of bytes that encoding in float32 decides otherwise.
+MLX_CPU = {"float32": 2e-4, "float16": 1e-3, "bfloat16": 8e-3, "differing_bytes": 3e-3}
+# Log-probabilities of models in float32 whose packed layers ran on the native kernels, against stock layers of
+# decoded values.
+MLX_MODEL = 2e-2
+
+# Levels printed to four digits (Max 1960).
+LLOYD_MAX = 6e-4
+# Trained levels against their int8 rounding: half a step of 2.4 / 127, and the seed's own digits.
+TRELLIS_LEVELS = 0.0105
+# float32 matrices applied in float64, per channel.
+TRANSFORM = 2e-6
