@@ -386,7 +386,7 @@ def test_rows_of_a_batch(llama: Any) -> None:
 
 def test_save_and_load(llama: Any, tmp_path: Path) -> None:
     ids, mask = tokens(pad=14)
-    cache = ForgeCache(llama.config, SPEC)
+    cache = ForgeCache(llama, SPEC)
     with pytest.raises(ValueError, match=r"\[cache.save\] expected tokens in every layer; got an empty cache"):
         cache.save(tmp_path / "cache", llama)
     read(llama, ids[:, :120], mask[:, :120], cache, [])

@@ -131,10 +131,16 @@ def make_transform(
             raise ValueError(f"[codec] expected a positive diagonal [..., {dim}]; got {list(np.shape(diagonal))}")
         scales = np.pad(d, ((0, 0), (0, padded - dim)), constant_values=1.0).astype(np.float32)
         a = a * scales[:, None, :].astype(np.float64)
-    condition = float(np.linalg.cond(a).max())
+    condition = float(np.linalg.cond(a).max()) if matrix is not None else 1.0
+    if scales is not None:
+        condition *= float((scales.max(1) / scales.min(1)).max())
     if not condition < 1e5:
         raise ValueError(f"[codec] expected an invertible matrix (condition under 1e5); got condition {condition:.3g}")
-    inverse = np.linalg.inv(a)
+    if matrix is None:
+        # A rotation after a diagonal.
+        inverse = a.transpose(0, 2, 1) / np.square(1.0 if scales is None else scales[:, :, None].astype(np.float64))
+    else:
+        inverse = np.linalg.inv(a)
     centre = None
     if mu is not None:
         m = np.atleast_2d(np.asarray(mu, np.float64))

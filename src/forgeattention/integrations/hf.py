@@ -1,7 +1,7 @@
 """Hugging Face transformers: a packed `Cache` and the attention implementation "forge".
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="forge")
-    model.generate(**inputs, past_key_values=ForgeCache(model.config))
+    model.generate(**inputs, past_key_values=ForgeCache(model))
 
 Importing this module registers the name "forge" with transformers' two interfaces and changes nothing else. A packed
 layer's `update` gives a handle instead of keys and values; the attention function, which knows the padding, appends
@@ -28,6 +28,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from .. import cache as storage
 from ..cache import TorchArrays
 from ..codec import Codec, CodecSpec
+from ..codec.weights import weight_codecs
 from ..ops.arrays import dtype_of
 from . import hf_attention
 from .hf_layer import Keep, PackedLayer, PackedStates
@@ -42,7 +43,7 @@ class ForgeCache(Cache):
     with attn_implementation="forge". For inference: no gradient flows through it.
 
     Args:
-        config: the model's config.
+        model: the model, whose weights then fit the codecs of the keys (`codec.weights`), or its config alone.
         spec: how the cache is coded.
         codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
         exact_layers: layers to leave to the stock cache.
@@ -55,7 +56,7 @@ class ForgeCache(Cache):
 
     def __init__(
         self,
-        config: Any,
+        model: Any,
         spec: CodecSpec | None = None,
         *,
         codecs: Mapping[int, Codec] | None = None,
@@ -66,14 +67,17 @@ class ForgeCache(Cache):
         self.spec = CodecSpec() if spec is None else spec
         self.max_pages = max_pages
         self.backend = backend
+        config: Any = model.config if isinstance(model, torch.nn.Module) else model
         layers = list(DynamicCache(config=config).layers)
         own, exact = dict(codecs or {}), set(exact_layers)
         if not exact | set(own) <= set(range(len(layers))):
             raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
+        packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in exact]
+        if isinstance(model, torch.nn.Module):
+            own = weight_codecs(model, self.spec, [i for i in packed if i not in own]) | own
         sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or [None] * len(layers)
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer and i not in exact:
-                layers[i] = PackedLayer(self, own.get(i), sharing[i] == "store")
+        for i in packed:
+            layers[i] = PackedLayer(self, own.get(i), sharing[i] == "store")
         self._codecs: dict[tuple[int, int], Codec] = {}
         self._setup(layers)
         if not self.packed:
@@ -180,7 +184,7 @@ class ForgeCache(Cache):
         Raises:
             ValueError: a damaged file, or another format version, model or codec.
         """
-        self = cls(model.config, spec, **options)
+        self = cls(model, spec, **options)
         self._all_packed_or_raise("load")
         text = model.config.get_text_config(decoder=True)
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
