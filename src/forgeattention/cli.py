@@ -68,19 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("--threads", type=int, help="default: all cores")
     _add_bits(decode)
 
-    evaluate = _branch(commands, "eval", "measure fidelity against the exact cache")
-    kl = _leaf(evaluate, "kl", "forgeattention.evaluation.commands:run_kl", "KL divergence and same top token")
-    kl.add_argument("--text", default="genesis", help="shipped text: genesis or licences (default %(default)s)")
-    kl.add_argument("--length", type=int, default=2048, help="tokens read in one piece (default %(default)s)")
-    kl.add_argument("--windows", type=int, default=2, help="pieces (default %(default)s)")
-    kl.add_argument("--block", type=int, default=128, help="tokens read at once (default %(default)s)")
-    niah = _leaf(evaluate, "niah", "forgeattention.evaluation.commands:run_niah", "needle in a haystack, strict")
-    niah.add_argument("--lengths", type=int, nargs="+", default=[2000], metavar="TOKENS")
-    niah.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="SHARE")
-    niah.add_argument("--block", type=int, default=256, help="tokens read at once (default %(default)s)")
-    for leaf in (kl, niah):
-        _add_model(leaf)
-        _add_bits(leaf)
+    _add_eval(_branch(commands, "eval", "measure a packed cache against the exact one"))
+
+    plan = _leaf(commands, "plan", "forgeattention.plan:run", "the longest context that a memory size has room for")
+    plan.add_argument("--model", default="smollm2", help="as elsewhere, or a config.json; no weights are read")
+    plan.add_argument("--memory", metavar="SIZE", help="16GB, 16GiB; default: a table of the usual machines")
+    plan.add_argument("--weight-bits", type=float, help="bits per parameter, scales included; default: the config's")
+    _add_bits(plan)
 
     models = _branch(commands, "models", "models by name")
     fetch = _leaf(models, "fetch", "forgeattention.cli:fetch", "install a model that is known by name")
@@ -88,6 +82,73 @@ def build_parser() -> argparse.ArgumentParser:
 
     _leaf(commands, "doctor", "forgeattention.cli:doctor", "which backends work here, and why the others do not")
     return parser
+
+
+def _add_eval(evaluate: Any) -> None:
+    kl = _leaf(evaluate, "kl", "forgeattention.evaluation.commands:run_kl", "KL divergence, same top token, perplexity")
+    ppl = _leaf(evaluate, "ppl", "forgeattention.evaluation.commands:run_kl", "perplexity; the same run as kl")
+    for leaf in (kl, ppl):
+        leaf.add_argument(
+            "--text", default="genesis", help="genesis, licences, code or a text file (default %(default)s)"
+        )
+        leaf.add_argument("--length", type=int, default=2048, help="tokens read in one piece (default %(default)s)")
+        leaf.add_argument("--windows", type=int, default=2, help="pieces (default %(default)s)")
+        leaf.add_argument("--block", type=int, default=128, help="tokens read at once (default %(default)s)")
+        leaf.add_argument("--start", type=int, help="first position measured (default: half of a piece)")
+        leaf.add_argument("--parts", type=int, default=4, help="ranges of positions told apart (default %(default)s)")
+        leaf.add_argument("--layers", action="store_true", help="also the error of every layer's attention output")
+
+    niah = _leaf(evaluate, "niah", "forgeattention.evaluation.commands:run_niah", "needles in haystacks, strict")
+    tests = ("single", "multi", "varied", "distractors", "qa", "kinds", "ramp")
+    niah.add_argument("--test", nargs="+", default=["single"], choices=tests, help="(default single)")
+    niah.add_argument("--lengths", type=int, nargs="+", default=[2000], metavar="TOKENS", help="(default 2000)")
+    niah.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="SHARE")
+    niah.add_argument(
+        "--haystack",
+        default="licences",
+        help="licences, genesis, code, json, table, mixed or a text file (default licences)",
+    )
+    niah.add_argument(
+        "--needle", metavar="TEXT", help="code word and number, or a sentence with --question and --answer"
+    )
+    niah.add_argument("--question", metavar="TEXT", help="what is asked about a --needle of your own")
+    niah.add_argument("--answer", metavar="TEXT", help="the part of that --needle that must be said exactly")
+    niah.add_argument("--seed", type=int, default=0, help="of drawn needles and generated texts (default %(default)s)")
+    niah.add_argument(
+        "--longest", type=int, metavar="TOKENS", help="ramp: where it ends (default: the model's positions)"
+    )
+    niah.add_argument(
+        "--memory", metavar="SIZE", help="ramp: memory that weights and cache may fill (default: what is free)"
+    )
+
+    ruler = _leaf(evaluate, "ruler", "forgeattention.evaluation.commands_synthetic:run_ruler", "RULER's 13 tasks")
+    ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="niah_single_1 ... qa_2 (default: all 13)")
+    ruler.add_argument("--lengths", type=int, nargs="+", default=[2048], metavar="TOKENS", help="(default 2048)")
+    ruler.add_argument("--samples", type=int, default=5, help="per task and length (default %(default)s)")
+    ruler.add_argument("--seed", type=int, default=0)
+
+    induction = _leaf(
+        evaluate, "induction", "forgeattention.evaluation.commands_synthetic:run_induction",
+        "a constructed model that retrieves at any length, from the packed cache",
+    )  # fmt: skip
+    induction.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="TOKENS")
+    induction.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
+    induction.add_argument("--needles", type=int, default=16, help="pairs hidden (default %(default)s)")
+    induction.add_argument(
+        "--twin", type=float, default=0.8, help="cosine of a distractor beside every key (default 0.8)"
+    )
+    induction.add_argument("--seed", type=int, default=0)
+    induction.add_argument("--no-exact", action="store_true", help="leave the exact cache out")
+
+    for leaf in (niah, ruler):
+        leaf.add_argument("--block", type=int, default=256, help="tokens read at once (default %(default)s)")
+    niah.add_argument("--max-new-tokens", type=int, default=24, help="of an answer (default %(default)s)")
+    induction.add_argument("--block", type=int, default=2048, help="tokens read at once (default %(default)s)")
+    for leaf in (kl, ppl, niah, ruler):
+        _add_model(leaf)
+    for leaf in (kl, ppl, niah, ruler, induction):
+        _add_bits(leaf)
+        _add_machine(leaf)
 
 
 def fetch(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,5 +199,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k-bits", type=int, default=3, choices=(2, 3, 4), help="bits per key element (default 3)")
-    parser.add_argument("--v-bits", type=int, default=3, choices=(2, 3, 4), help="bits per value element (default 3)")
+    parser.add_argument(
+        "--preset", choices=("balanced", "small", "fidelity"), help="how the cache is coded (default balanced)"
+    )
+    parser.add_argument("--k-bits", type=int, choices=(2, 3, 4), help="bits per key element, in place of the preset's")
+    parser.add_argument(
+        "--v-bits", type=int, choices=(2, 3, 4), help="bits per value element, in place of the preset's"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights (default float32)")
+    parser.add_argument("--backend", default="auto", help="kernels: auto, cpu, cuda, metal or reference (default auto)")

@@ -16,7 +16,7 @@ import torch
 
 from . import models
 from .evaluation import kl, memory, niah, report, texts
-from .evaluation.commands import caches, head_dim, spec_from
+from .evaluation.setup import caches, head_dim, spec_from
 from .evaluation.streaming import attention, step
 
 KL_TOKENS = 2048

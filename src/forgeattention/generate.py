@@ -11,7 +11,7 @@ import torch
 
 from . import models
 from .evaluation import memory, report
-from .evaluation.commands import caches, spec_from
+from .evaluation.setup import caches, spec_from
 from .evaluation.streaming import attention
 
 

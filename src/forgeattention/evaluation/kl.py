@@ -13,6 +13,18 @@ from .streaming import attention, spans, step
 
 
 @dataclass(frozen=True)
+class Part:
+    """Means over the positions from `start` to before `stop` of every text; see `Fidelity`."""
+
+    start: int
+    stop: int
+    kl: float
+    same_top: float
+    perplexity: float
+    exact_perplexity: float
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """Means over all measured positions.
 
@@ -22,6 +34,7 @@ class Fidelity:
         perplexity: of the text, read with the candidate cache.
         exact_perplexity: of the same tokens, read with the exact cache.
         positions: how many positions `kl` and `same_top` are means of.
+        parts: the same by position, in order: does the damage grow with the context?
     """
 
     kl: float
@@ -29,6 +42,7 @@ class Fidelity:
     perplexity: float
     exact_perplexity: float
     positions: int
+    parts: tuple[Part, ...] = ()
 
 
 def windows(ids: torch.Tensor, length: int, count: int) -> torch.Tensor:
@@ -60,6 +74,7 @@ def compare(
     *,
     block: int = 128,
     start: int | None = None,
+    parts: int = 1,
     implementation: str | None = None,
     reference_implementation: str | None = None,
     on_window: Callable[[], None] | None = None,
@@ -76,6 +91,7 @@ def compare(
         make_cache: makes an empty candidate cache.
         block: tokens that are read at once.
         start: first position measured; half of the text if None, so that the candidate has something to lose.
+        parts: into how many ranges of positions, equal to one, `Fidelity.parts` divides the measured ones.
         implementation: transformers attention implementation for the candidate; None leaves the model's.
         reference_implementation: the same for the exact cache.
         on_window: called after every text.
@@ -92,8 +108,11 @@ def compare(
     start = tokens // 2 if start is None else start
     if not 0 <= start < tokens - 1:
         raise ValueError(f"[kl] expected 0 <= start < tokens - 1 = {tokens - 1}; got {start}")
+    if not 1 <= parts <= tokens - 1 - start:
+        raise ValueError(f"[kl] expected 1 <= parts <= {tokens - 1 - start} measured positions; got {parts}")
 
-    kl = same = loss = exact_loss = 0.0
+    # Per position: KL, same top token, loss, exact loss; the last position predicts nothing that the text holds.
+    sums = torch.zeros(4, tokens, dtype=torch.float64)
     for text in ids.to(model.device):
         reference, candidate = DynamicCache(config=model.config), make_cache()
         if (held := int(candidate.get_seq_length())) != 0:
@@ -110,19 +129,23 @@ def compare(
             p, q = (logits[skip:].log_softmax(-1) for logits in (exact, other))
             if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
                 raise ValueError("[kl] expected finite predictions; got NaN or inf")
-            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            at = slice(first + skip, last)
             target = text[first + skip + 1 : last + 1, None]
-            loss -= float(q[: len(target)].gather(-1, target).double().sum())
-            exact_loss -= float(p[: len(target)].gather(-1, target).double().sum())
+            known = slice(first + skip, first + skip + len(target))
+            sums[0, at] += (p.exp() * (p - q)).sum(-1).double().cpu()
+            sums[1, at] += (p.argmax(-1) == q.argmax(-1)).double().cpu()
+            sums[2, known] -= q[: len(target)].gather(-1, target)[:, 0].double().cpu()
+            sums[3, known] -= p[: len(target)].gather(-1, target)[:, 0].double().cpu()
         if on_window is not None:
             on_window()
-    positions = ids.shape[0] * (tokens - start)
-    predicted = positions - ids.shape[0]
-    return Fidelity(
-        kl=kl / positions,
-        same_top=same / positions,
-        perplexity=math.exp(loss / predicted),
-        exact_perplexity=math.exp(exact_loss / predicted),
-        positions=positions,
-    )
+    count = ids.shape[0]
+
+    def means(first: int, stop: int) -> dict[str, float]:
+        kl, same = (sums[:2, first:stop].sum(1) / (count * (stop - first))).tolist()
+        predicted = min(stop, tokens - 1) - first
+        loss, exact_loss = (sums[2:, first:stop].sum(1) / (count * predicted)).tolist()
+        return {"kl": kl, "same_top": same, "perplexity": math.exp(loss), "exact_perplexity": math.exp(exact_loss)}
+
+    borders = [start + (tokens - start) * i // parts for i in range(parts + 1)]
+    ranges = tuple(Part(a, b, **means(a, b)) for a, b in zip(borders, borders[1:]))
+    return Fidelity(**means(start, tokens), positions=count * (tokens - start), parts=ranges)

@@ -1,0 +1,75 @@
+"""What the subcommands have in common: the spec, the model and the caches that the command line asks for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import models
+from ..codec.presets import DEFAULT, PRESETS
+from ..codec.spec import CodecSpec
+
+
+def asks_for_spec(args: argparse.Namespace) -> bool:
+    """Whether the command line names a preset or bits."""
+    return any(getattr(args, name) is not None for name in ("preset", "k_bits", "v_bits"))
+
+
+def spec_from(args: argparse.Namespace) -> CodecSpec:
+    """The codec that the command line asks for: `--preset`, with `--k-bits` and `--v-bits` in place of its own."""
+    spec = PRESETS[args.preset or DEFAULT]
+    changes: dict[str, Any] = {}
+    for side in ("k", "v"):
+        bits = getattr(args, f"{side}_bits")
+        if bits is not None:
+            changes[f"{side}_bits"] = bits
+    if args.k_bits is not None:
+        changes["k_code"] = "auto"
+    if args.v_bits == 4:
+        # There is no trellis of 4 bits.
+        changes["v_code"] = "scalar"
+    return replace(spec, **changes)
+
+
+def caches(model: Any, spec: CodecSpec, backend: str = "auto") -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Makers of an exact and of a packed cache for `model`."""
+    from transformers import DynamicCache
+
+    from ..integrations.hf import ForgeCache
+
+    return lambda: DynamicCache(config=model.config), lambda: ForgeCache(model, spec, backend=backend)
+
+
+def head_dim(model: Any) -> int:
+    """Channels of one attention head of `model`."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A loaded model and both caches.
+
+    Attributes:
+        bits: effective bits per packed element.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: CodecSpec
+    make_exact: Callable[[], Any]
+    make_packed: Callable[[], Any]
+    bits: float
+
+
+def setup(args: argparse.Namespace) -> Setup:
+    """Load what `--model`, `--device`, `--dtype`, `--backend` and the spec's arguments say."""
+    import torch
+
+    spec = spec_from(args)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model, tokenizer = models.load(args.model, dtype=dtype, device=args.device)
+    make_exact, make_packed = caches(model, spec, args.backend)
+    return Setup(model, tokenizer, spec, make_exact, make_packed, spec.page_format(head_dim(model)).effective_bits)
