@@ -59,22 +59,27 @@ def _make_codec(codec: Codec) -> Any:
     spec, fmt = codec.spec, codec.format
     none = np.zeros(0, np.float32)
     hadamard = spec.rotation == "hadamard"
+    k, v, shaping = codec.k_transform, codec.v_transform, codec.shaping
 
     def columns(matrix: Any) -> Any:
         return none if hadamard else np.ascontiguousarray(matrix.transpose(0, 2, 1), np.float32)
 
-    k, v = codec.k_transform, codec.v_transform
+    signs = random_signs(fmt.padded_dim, spec.seed).astype(np.float32)
+    scales = np.ones((1, fmt.padded_dim), np.float32) if k.diagonal is None else k.diagonal
     return _native.Codec(
         codec.head_dim,
         fmt.padded_dim,
         codec.kv_heads,
         SCALE_FORMATS.index(spec.scales),
         spec.key_mean,
-        (spec.k_bits, CODES.index(spec.k_code), codec.k_codebook.unit, SCALE_RULES.index(spec.k_scale_rule)),
-        (spec.v_bits, CODES.index(spec.v_code), codec.v_codebook.unit, SCALE_RULES.index(spec.v_scale_rule)),
+        spec.refine,
+        (spec.k_bits, CODES.index(fmt.k_code), codec.k_codebook.unit, SCALE_RULES.index(spec.k_scale_rule)),
+        (spec.v_bits, CODES.index(fmt.v_code), codec.v_codebook.unit, SCALE_RULES.index(spec.v_scale_rule)),
         np.array(codec.k_codebook.levels, np.int8),
         np.array(codec.v_codebook.levels, np.int8),
-        random_signs(fmt.padded_dim, spec.seed).astype(np.float32) if hadamard else none,
+        signs if hadamard else none,
+        signs * scales,
+        signs / scales,
         columns(k.forward),
         columns(k.inverse),
         none if hadamard else np.ascontiguousarray(k.inverse, np.float32),
@@ -82,6 +87,8 @@ def _make_codec(codec: Codec) -> Any:
         columns(v.inverse),
         none if k.mu is None else k.mu,
         none if v.mu is None else v.mu,
+        none if shaping is None else shaping.factor,
+        none if shaping is None else shaping.weight,
     )
 
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "numbers.h"
+#include "search.h"
 
 namespace fa {
 
@@ -20,9 +20,11 @@ struct Encode {
 
   struct Scratch {
     float* u;         // [64][dim] vectors over their root mean square
-    float* steps;     // [32][2 dim] the same as paths
-    uint8_t* codes;   // [64][dim]
-    int8_t* levels;   // [64][dim]
+    float* x;         // [64][dim] what is coded
+    float* steps;     // [32][2 dim] the same as paths, or [dim][64] by columns
+    float* error;     // [dim][64] by columns
+    uint8_t *codes, *best_codes;   // [64][dim]
+    int8_t *levels, *best_levels;  // [64][dim]
     uint8_t* path_codes;  // [32][2 dim]
     float* scales;    // [64]
     float* residual;  // [64][dim]
@@ -37,85 +39,20 @@ struct Encode {
       };
       const size_t n = size_t(PAGE) * dim;
       u = reinterpret_cast<float*>(take(4 * n));
+      x = reinterpret_cast<float*>(take(4 * n));
+      error = reinterpret_cast<float*>(take(4 * n));
       steps = reinterpret_cast<float*>(take(4 * n));
       residual = reinterpret_cast<float*>(take(4 * n));
       scales = reinterpret_cast<float*>(take(4 * PAGE));
       codes = take(n);
+      best_codes = take(n);
       levels = reinterpret_cast<int8_t*>(take(n));
+      best_levels = reinterpret_cast<int8_t*>(take(n));
       path_codes = take(n);
       end = at;
     }
   };
   static size_t scratch_bytes(int dim) { return size_t(Scratch(nullptr, dim).end - static_cast<uint8_t*>(nullptr)); }
-
-  // Codes of W paths of least squared error, x at `stride` floats a step. A path is a circle of states: the first pass
-  // finds the state from which the best circle starts, the second follows that circle (Viterbi 1967).
-  template <int STATES, int BITS>
-  static void viterbi(const float* x, int stride, const float* values, uint8_t* codes) {
-    F32 best[32][4];   // least squared error of each subset of levels
-    U32 history[32];   // from bit 8 on two bits for the level bits of each subset; below, bit s: which predecessor of s
-    F32 cost[STATES][STATES];
-    for (int a = 0; a < STATES; ++a)
-      for (int s = 0; s < STATES; ++s) cost[a][s] = F32{} + (s == a ? 0.0f : INF);
-    for (int t = 0; t < 32; ++t) {
-      const F32 value = load<F32>(x + t * stride);
-      history[t] = U32{};
-      for (int subset = 0; subset < 4; ++subset) {
-        F32 least = F32{} + INF;
-        U32 pick = U32{};
-        for (int w = 0; w < 1 << (BITS - 1); ++w) {
-          const F32 d = value - values[w << 2 | subset], e = d * d;
-          pick = e < least ? U32{} + uint32_t(w) : pick;
-          least = e < least ? e : least;
-        }
-        best[t][subset] = least;
-        history[t] |= pick << (8 + 2 * subset);
-      }
-      for (int start = 0; start < STATES; ++start) step<STATES>(cost[start], best[t], [](int, I32) {});
-    }
-    U32 state = U32{};
-    F32 least = cost[0][0];
-    for (int s = 1; s < STATES; ++s) {
-      state = cost[s][s] < least ? U32{} + uint32_t(s) : state;
-      least = cost[s][s] < least ? cost[s][s] : least;
-    }
-    for (int s = 0; s < STATES; ++s) cost[0][s] = state == U32{} + uint32_t(s) ? F32{} : F32{} + INF;
-    for (int t = 0; t < 32; ++t)
-      step<STATES>(cost[0], best[t], [&](int after, I32 second) { history[t] |= U32(second) & 1u << after; });
-    for (int t = 31; t >= 0; --t) {
-      const U32 u = state & 1u, before = state >> 1 | (history[t] >> state & 1u) * (STATES / 2);
-      const U32 reg = before << 1 | u;
-      const U32 c1 = STATES == 4 ? reg ^ reg >> 2 : reg ^ reg >> 1 ^ reg >> 3, c0 = reg >> (STATES == 4 ? 1 : 2);
-      const U32 subset = (c1 & 1u) << 1 | (c0 & 1u);
-      const U32 w = history[t] >> (8u + 2u * subset) & 3u;
-      const U32 code = w << 1 | u;
-      for (int i = 0; i < W; ++i) codes[t * stride + i] = uint8_t(code[i]);
-      state = before;
-    }
-  }
-  // One step of all states: chosen(state, mask of the lanes that come from the upper predecessor).
-  template <int STATES, class F>
-  static FA_INLINE void step(F32 (&cost)[STATES], const F32 (&best)[4], F chosen) {
-    F32 next[STATES];
-    for (int after = 0; after < STATES; ++after) {
-      const int first = after >> 1, second = first | STATES / 2;
-      const F32 a = cost[first] + best[subset_of(STATES, first << 1 | (after & 1))];
-      const F32 b = cost[second] + best[subset_of(STATES, second << 1 | (after & 1))];
-      chosen(after, I32(b < a));
-      next[after] = b < a ? b : a;
-    }
-    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
-  }
-  static constexpr int subset_of(int states, int reg) {
-    const int c1 = states == 4 ? reg ^ reg >> 2 : reg ^ reg >> 1 ^ reg >> 3, c0 = states == 4 ? reg >> 1 : reg >> 2;
-    return (c1 & 1) << 1 | (c0 & 1);
-  }
-  static void search(const Side& side, const float* x, int stride, const float* values, uint8_t* codes) {
-    if (side.bits == 3)
-      side.states() == 4 ? viterbi<4, 3>(x, stride, values, codes) : viterbi<8, 3>(x, stride, values, codes);
-    else
-      side.states() == 4 ? viterbi<4, 2>(x, stride, values, codes) : viterbi<8, 2>(x, stride, values, codes);
-  }
 
   static float root_mean_square(const float* y, int dim) {
     F32 sum = F32{};
@@ -123,50 +60,125 @@ struct Encode {
     return std::sqrt(sum_of(sum) / float(dim));
   }
 
-  // Codes and levels of vectors y [64][dim] and their scales, into s.
-  static void quantise(const Side& side, bool keys, int dim, const float* y, Scratch& s) {
-    const int paths = 2 * dim;
-    float norms[PAGE];
-    for (int t = 0; t < PAGE; ++t) {
-      norms[t] = root_mean_square(y + t * dim, dim);
-      const float inverse = norms[t] > 0 ? 1 / norms[t] : 0;
-      for (int i = 0; i < dim; ++i) s.u[t * dim + i] = y[t * dim + i] * inverse;
-    }
-    const uint16_t* position = path_positions(dim, keys);
-    if (side.code == SCALAR) {
-      const int count = side.level_count();
-      float edges[16];
-      for (int i = 0; i + 1 < count; ++i) edges[i] = 0.5f * side.unit * float(side.levels[i] + side.levels[i + 1]);
+  // Codes and levels of s.x as it is.
+  static void code(const Side& side, bool keys, int dim, const Feedback& feedback, Scratch& s) {
+    const int paths = 2 * dim, count = side.level_count();
+    float values[16];
+    for (int i = 0; i < count; ++i) values[i] = side.unit * float(side.levels[i]);
+    if (feedback.factor) {
+      const KeyOrder order(dim);
+      for (int c = 0; c < PAGE; ++c) {
+        const int token = order.token(c);
+        for (int i = 0; i < dim; ++i) s.steps[i * PAGE + c] = s.x[token * dim + i];
+      }
+      Search<Isa>::shaped(side, dim, s.steps, feedback, values, s.error, s.path_codes);
+      for (int c = 0; c < PAGE; ++c) {
+        const int token = order.token(c);
+        for (int i = 0; i < dim; ++i) s.codes[token * dim + i] = s.path_codes[i * PAGE + c];
+      }
+    } else if (side.code == SCALAR) {
       for (int i = 0; i < PAGE * dim; ++i) {
         int code = 0;
-        for (int j = 0; j + 1 < count; ++j) code += s.u[i] > edges[j];
+        for (int j = 0; j + 1 < count; ++j) code += s.x[i] > 0.5f * (values[j] + values[j + 1]);
         s.codes[i] = uint8_t(code);
       }
-      for (int i = 0; i < PAGE * dim; ++i) s.levels[i] = side.levels[s.codes[i]];
-      for (int i = 0; i < 32 * paths; ++i) s.path_codes[i] = s.codes[position[i]];
     } else {
-      float values[16];
-      for (int i = 0; i < side.level_count(); ++i) values[i] = side.unit * float(side.levels[i]);
-      for (int i = 0; i < 32 * paths; ++i) s.steps[i] = s.u[position[i]];
-      for (int p = 0; p < paths; p += W) search(side, s.steps + p, paths, values, s.path_codes + p);
-      for (int p = 0; p < paths; ++p) {
-        int reg = 0;
-        for (int t = 29; t < 32; ++t) reg = reg << 1 | (s.path_codes[t * paths + p] & 1);
-        for (int t = 0; t < 32; ++t) {
-          const int code = s.path_codes[t * paths + p];
-          reg = (reg << 1 | (code & 1)) & 15;
-          s.levels[position[t * paths + p]] = side.levels[code >> 1 << 2 | subset_of(side.states(), reg)];
-        }
+      const uint16_t* position = path_positions(dim, keys);
+      for (int i = 0; i < 32 * paths; ++i) s.steps[i] = s.x[position[i]];
+      for (int p = 0; p < paths; p += W) Search<Isa>::paths(side, s.steps + p, paths, values, s.path_codes + p);
+      for (int i = 0; i < 32 * paths; ++i) s.codes[position[i]] = s.path_codes[i];
+    }
+    if (side.code == SCALAR) {
+      for (int i = 0; i < PAGE * dim; ++i) s.levels[i] = side.levels[s.codes[i]];
+      return;
+    }
+    const uint16_t* position = path_positions(dim, keys);
+    for (int p = 0; p < paths; ++p) {
+      int reg = 0;
+      for (int t = 29; t < 32; ++t) reg = reg << 1 | (s.codes[position[t * paths + p]] & 1);
+      for (int t = 0; t < 32; ++t) {
+        const int at = position[t * paths + p], code = s.codes[at];
+        reg = (reg << 1 | (code & 1)) & 15;
+        s.levels[at] = side.levels[code >> 1 << 2 | Search<Isa>::subset_of(side.states(), reg)];
       }
     }
-    for (int t = 0; t < PAGE; ++t) {
+  }
+
+  static float gain(const Side& side, float uu, float uc, float cc) {
+    return side.rule == NORM ? std::sqrt(uu / cc) : side.rule == LEAST_SQUARES ? uc / cc : uu / (uc > 0 ? uc : 1);
+  }
+  // Error e^T H e of each token's levels, summed over the tokens that share paths; groups are numbered by `group` [64].
+  static void errors(const Side& side, int dim, const Feedback& feedback, Scratch& s, const int8_t* group, float* out) {
+    float per_token[PAGE];
+    const KeyOrder order(dim);
+    for (int c = 0; c < PAGE; ++c) {
+      const int t = feedback.factor ? order.token(c) : c;
       float uu = 0, uc = 0, cc = 0;
       sums(s.u + t * dim, s.levels + t * dim, dim, uu, uc, cc);
       uc *= side.unit;
       cc *= side.unit * side.unit;
-      const float gain = side.rule == NORM ? std::sqrt(uu / cc) : side.rule == LEAST_SQUARES ? uc / cc : uu / (uc > 0 ? uc : 1);
-      s.scales[t] = norms[t] * gain;
+      const float g = gain(side, uu, uc, cc);
+      per_token[c] = uu - 2 * g * uc + g * g * cc;
+      if (feedback.factor)
+        for (int i = 0; i < dim; ++i) s.error[i * PAGE + c] = s.u[t * dim + i] - g * side.unit * float(s.levels[t * dim + i]);
     }
+    if (feedback.factor) Search<Isa>::energy(dim, s.error, feedback, per_token);
+    for (int i = 0; i < PAGE; ++i) out[i] = 0;
+    for (int c = 0; c < PAGE; ++c) out[group[feedback.factor ? order.token(c) : c]] += per_token[c];
+  }
+
+  // Codes and levels of vectors y [64][dim] and their scales, into s.
+  static void quantise(const Side& side, bool keys, int dim, const float* y, bool refine, const Feedback& feedback, Scratch& s) {
+    float norms[PAGE];
+    for (int t = 0; t < PAGE; ++t) {
+      norms[t] = root_mean_square(y + t * dim, dim);
+      const float inverse = norms[t] > 0 ? 1 / norms[t] : 0;
+      for (int i = 0; i < dim; ++i) s.x[t * dim + i] = s.u[t * dim + i] = y[t * dim + i] * inverse;
+    }
+    code(side, keys, dim, feedback, s);
+    if (refine) improve(side, keys, dim, feedback, s);
+    for (int t = 0; t < PAGE; ++t) {
+      float uu = 0, uc = 0, cc = 0;
+      sums(s.u + t * dim, s.levels + t * dim, dim, uu, uc, cc);
+      s.scales[t] = norms[t] * gain(side, uu, uc * side.unit, cc * side.unit * side.unit);
+    }
+    const uint16_t* position = path_positions(dim, keys);
+    for (int i = 0; i < PAGE * dim; ++i) s.path_codes[i] = s.codes[position[i]];
+  }
+  // Codes again at multiples of each vector's own scale; every group of tokens keeps its best.
+  static void improve(const Side& side, bool keys, int dim, const Feedback& feedback, Scratch& s) {
+    const KeyOrder order(dim);
+    int8_t group[PAGE];
+    for (int c = 0; c < PAGE; ++c)
+      if (side.code == SCALAR)
+        group[c] = int8_t(c);
+      else if (keys)
+        group[order.token(c)] = int8_t(order.group(c));
+      else
+        group[c] = int8_t(c >> 4);
+    float fit[PAGE], least[PAGE], now[PAGE];
+    for (int t = 0; t < PAGE; ++t) {
+      float uu = 0, uc = 0, cc = 0;
+      sums(s.u + t * dim, s.levels + t * dim, dim, uu, uc, cc);
+      fit[t] = uc > 0 ? cc * side.unit / uc : 1;
+    }
+    errors(side, dim, feedback, s, group, least);
+    __builtin_memcpy(s.best_codes, s.codes, size_t(PAGE) * dim);
+    __builtin_memcpy(s.best_levels, s.levels, size_t(PAGE) * dim);
+    for (const float multiplier : {0.9f, 0.95f, 1.0f, 1.05f, 1.1f}) {
+      for (int t = 0; t < PAGE; ++t)
+        for (int i = 0; i < dim; ++i) s.x[t * dim + i] = s.u[t * dim + i] * (fit[t] * multiplier);
+      code(side, keys, dim, feedback, s);
+      errors(side, dim, feedback, s, group, now);
+      for (int t = 0; t < PAGE; ++t)
+        if (now[group[t]] < least[group[t]]) {
+          __builtin_memcpy(s.best_codes + t * dim, s.codes + t * dim, dim);
+          __builtin_memcpy(s.best_levels + t * dim, s.levels + t * dim, dim);
+        }
+      for (int g = 0; g < PAGE; ++g) least[g] = now[g] < least[g] ? now[g] : least[g];
+    }
+    __builtin_memcpy(s.codes, s.best_codes, size_t(PAGE) * dim);
+    __builtin_memcpy(s.levels, s.best_levels, size_t(PAGE) * dim);
   }
   static void sums(const float* u, const int8_t* c, int dim, float& uu, float& uc, float& cc) {
     F32 a = F32{}, b = F32{}, d = F32{};
@@ -248,10 +260,11 @@ struct Encode {
     }
   }
 
-  static bool encode(const Codec& c, float* k, float* v, uint8_t* record, void* scratch) {
+  static bool encode(const Codec& c, int head, float* k, float* v, uint8_t* record, void* scratch) {
     const int dim = c.dim;
     Scratch s(scratch, dim);
-    quantise(c.v, false, dim, v, s);
+    const Feedback none{nullptr, nullptr}, feedback = c.feedback(head);
+    quantise(c.v, false, dim, v, c.refine, none, s);
     const int v_base = c.scales == LOG8 ? log8_base(s.scales, 1) : 0;
     pack(c.v, dim, s.path_codes, record + v_offset(dim, c.k.bits, c.scales));
     if (!put_scales(s.scales, c.scales, v_base, record + v_scale_offset(dim, c.k.bits, c.v.bits, c.scales))) return false;
@@ -278,21 +291,25 @@ struct Encode {
       for (int t = 0; t < PAGE; ++t)
         for (int i = 0; i < dim; ++i) s.residual[t * dim + i] = k[t * dim + i] - float(row[i]) * unit;
     };
-    // The base follows from the scales of the residual, which depends on the base through low bits of the row only. So it is
-    // guessed from the norms, and the keys are coded again in the few cases where the scales say otherwise.
-    constexpr float ROOM = 1.0442737824f;  // 2^(1/16), for what the bits may add
+    // The base follows from the scales of the residual, which depends on the base through low bits of the row. So it is
+    // guessed from the norms, with room for what those bits and refinement may add, and the keys are coded again in the few
+    // cases where the scales say otherwise.
+    const float room = c.refine ? 1.189207115f : 1.0442737824f;  // 2^(1/4), 2^(1/16)
     int k_base = 0;
     take_mean(k_base);
     if (c.scales == LOG8) {
       for (int t = 0; t < PAGE; ++t) s.scales[t] = root_mean_square(s.residual + t * dim, dim);
-      k_base = log8_base(s.scales, ROOM * 1.02f);
+      k_base = log8_base(s.scales, room * 1.02f);
       take_mean(k_base);
     }
-    quantise(c.k, true, dim, s.residual, s);
-    if (c.scales == LOG8 && log8_base(s.scales, ROOM) != k_base) {
-      k_base = log8_base(s.scales, ROOM);
-      take_mean(k_base);
-      quantise(c.k, true, dim, s.residual, s);
+    quantise(c.k, true, dim, s.residual, c.refine, feedback, s);
+    if (c.scales == LOG8) {
+      const int needed = log8_base(s.scales, c.refine ? 1 : room);
+      if (c.refine ? needed > k_base : needed != k_base) {
+        k_base = needed;
+        take_mean(k_base);
+        quantise(c.k, true, dim, s.residual, c.refine, feedback, s);
+      }
     }
     pack(c.k, dim, s.path_codes, record);
     return put_scales(s.scales, c.scales, k_base, record + k_scale_offset(dim, c.k.bits));

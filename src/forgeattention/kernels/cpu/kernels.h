@@ -20,7 +20,7 @@ struct LinearMap {
   int dim = 0;
   int heads = 1;
   std::vector<float> columns;  // M transposed, [heads][dim][dim]
-  std::vector<float> signs;    // [dim], of M = H diag(signs) or its inverse
+  std::vector<float> signs;    // [heads][dim]: M = H diag(signs), or diag(signs) H^T
 };
 
 struct Side {
@@ -32,17 +32,28 @@ struct Side {
   int level_count() const { return code == SCALAR ? 1 << bits : 1 << (bits + 1); }
 };
 
+// Feedback of one head: e^T H e = sum_i weight[i] (e_i + sum_(j<i) factor[i][j] e_j)^2 (codec/shaping.py).
+struct Feedback {
+  const float *factor, *weight;  // [dim][dim], [dim]; null for H the identity
+};
+
 // A codec as the kernels see it.
 struct Codec {
   int head_dim, dim, kv_heads, scales;
-  bool key_mean;
+  bool key_mean, refine;
   Side k, v;
   LinearMap k_forward, v_forward, k_inverse, v_inverse;
   LinearMap query;               // q' = A_k^-T q
   std::vector<float> k_mu, v_mu; // [1 or kv_heads][dim], empty for none
+  std::vector<float> k_factor, k_weight;  // feedback of keys [1 or kv_heads][dim][dim] and [..][dim], empty for none
 
   int record() const { return record_bytes(dim, k.bits, v.bits, scales); }
   int64_t page() const { return int64_t(record()) * kv_heads; }
+  Feedback feedback(int head) const {
+    if (k_factor.empty()) return {nullptr, nullptr};
+    const size_t h = int(k_weight.size()) == dim ? 0 : size_t(head);
+    return {k_factor.data() + h * dim * dim, k_weight.data() + h * dim};
+  }
   const float* mu(const std::vector<float>& m, int head) const {
     return m.empty() ? nullptr : m.data() + (int(m.size()) == dim ? 0 : size_t(head) * dim);
   }
@@ -91,7 +102,7 @@ struct Kernels {
   // Decoded, still rotated keys and values [64][dim] of a record.
   void (*decode)(const Codec&, const uint8_t* record, float* k, float* v, void* scratch);
   // Record of rotated vectors k, v [64][dim] (overwritten). False if a scale does not fit the scale format.
-  bool (*encode)(const Codec&, float* k, float* v, uint8_t* record, void* scratch);
+  bool (*encode)(const Codec&, int head, float* k, float* v, uint8_t* record, void* scratch);
   size_t (*encode_scratch_bytes)(int dim);
 
   // y = M x for rows of dim floats.

@@ -53,11 +53,12 @@ LinearMap dense(const FloatArray& columns, int dim) {
   m.columns = floats(columns);
   return m;
 }
-LinearMap hadamard(const std::vector<float>& signs, bool inverse) {
+LinearMap hadamard(const FloatArray& signs, int dim, bool inverse) {
   LinearMap m;
   m.kind = inverse ? LinearMap::HADAMARD_INVERSE : LinearMap::HADAMARD;
-  m.dim = int(signs.size());
-  m.signs = signs;
+  m.dim = dim;
+  m.heads = int(signs.size()) / dim;
+  m.signs = floats(signs);
   return m;
 }
 
@@ -67,23 +68,31 @@ NB_MODULE(_native, m) {
   nb::class_<Codec>(m, "Codec")
       .def(
           "__init__",
-          [](Codec* self, int head_dim, int dim, int kv_heads, int scales, bool key_mean, std::tuple<int, int, float, int> k,
-             std::tuple<int, int, float, int> v, ByteArray k_levels, ByteArray v_levels, FloatArray signs, FloatArray k_forward,
-             FloatArray k_inverse, FloatArray query, FloatArray v_forward, FloatArray v_inverse, FloatArray k_mu, FloatArray v_mu) {
+          [](Codec* self, int head_dim, int dim, int kv_heads, int scales, bool key_mean, bool refine,
+             std::tuple<int, int, float, int> k,
+             std::tuple<int, int, float, int> v, ByteArray k_levels, ByteArray v_levels, FloatArray signs, FloatArray k_signs,
+             FloatArray k_signs_inverse, FloatArray k_forward,
+             FloatArray k_inverse, FloatArray query, FloatArray v_forward, FloatArray v_inverse, FloatArray k_mu, FloatArray v_mu,
+             FloatArray k_factor, FloatArray k_weight) {
             new (self) Codec;
             self->head_dim = head_dim;
             self->dim = dim;
             self->kv_heads = kv_heads;
             self->scales = scales;
             self->key_mean = key_mean;
+            self->refine = refine;
             self->k = side(std::get<0>(k), std::get<1>(k), k_levels, std::get<2>(k), std::get<3>(k));
             self->v = side(std::get<0>(v), std::get<1>(v), v_levels, std::get<2>(v), std::get<3>(v));
             self->k_mu = floats(k_mu);
             self->v_mu = floats(v_mu);
+            self->k_factor = floats(k_factor);
+            self->k_weight = floats(k_weight);
             if (signs.size()) {
-              const std::vector<float> s = floats(signs);
-              self->k_forward = self->v_forward = self->query = hadamard(s, false);
-              self->k_inverse = self->v_inverse = hadamard(s, true);
+              self->k_forward = hadamard(k_signs, dim, false);
+              self->query = hadamard(k_signs_inverse, dim, false);
+              self->k_inverse = hadamard(k_signs_inverse, dim, true);
+              self->v_forward = hadamard(signs, dim, false);
+              self->v_inverse = hadamard(signs, dim, true);
             } else {
               self->k_forward = dense(k_forward, dim);
               self->k_inverse = dense(k_inverse, dim);
@@ -92,9 +101,11 @@ NB_MODULE(_native, m) {
               self->v_inverse = dense(v_inverse, dim);
             }
           },
-          nb::arg("head_dim"), nb::arg("padded_dim"), nb::arg("kv_heads"), nb::arg("scales"), nb::arg("key_mean"), nb::arg("k"),
-          nb::arg("v"), nb::arg("k_levels"), nb::arg("v_levels"), nb::arg("signs"), nb::arg("k_forward"), nb::arg("k_inverse"),
-          nb::arg("query"), nb::arg("v_forward"), nb::arg("v_inverse"), nb::arg("k_mu"), nb::arg("v_mu"))
+          nb::arg("head_dim"), nb::arg("padded_dim"), nb::arg("kv_heads"), nb::arg("scales"), nb::arg("key_mean"), nb::arg("refine"), nb::arg("k"),
+          nb::arg("v"), nb::arg("k_levels"), nb::arg("v_levels"), nb::arg("signs"), nb::arg("k_signs"),
+          nb::arg("k_signs_inverse"), nb::arg("k_forward"), nb::arg("k_inverse"),
+          nb::arg("query"), nb::arg("v_forward"), nb::arg("v_inverse"), nb::arg("k_mu"), nb::arg("v_mu"), nb::arg("k_factor"),
+          nb::arg("k_weight"))
       .def_prop_ro("page_bytes", &Codec::page);
 
   m.def(

@@ -68,7 +68,7 @@ void encode(const Codec& codec, const Array4& k, const Array4& v, int64_t pages,
       kernel.apply(side.map, head, x, PAGE, side.y);
     }
     uint8_t* record = buffer.data() + page * codec.page() + int64_t(head) * codec.record();
-    if (!kernel.encode(codec, y_k, y_v, record, thread_scratch(1, kernel.encode_scratch_bytes(dim)))) fits = false;
+    if (!kernel.encode(codec, head, y_k, y_v, record, thread_scratch(1, kernel.encode_scratch_bytes(dim)))) fits = false;
   });
   if (!k_finite || !v_finite)
     throw std::invalid_argument(std::string("[encode] expected finite ") + (k_finite ? "v" : "k") + "; got NaN or infinity");

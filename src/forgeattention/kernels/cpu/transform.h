@@ -22,16 +22,17 @@ struct Transform {
         }
   }
 
-  static void hadamard(const LinearMap& m, const float* x, int rows, float* y) {
+  static void hadamard(const LinearMap& m, int head, const float* x, int rows, float* y) {
     const int dim = m.dim, odd = dim % 3 ? 1 : 3, size = dim / odd;  // padded_dim is 2^n or 3 * 2^n
     const bool inverse = m.kind == LinearMap::HADAMARD_INVERSE;
+    const float* signs = m.signs.data() + (m.heads == 1 ? 0 : size_t(head) * dim);
     const float norm = 1.0f / __builtin_sqrtf(float(size));
     // The orthonormal DCT-II of three points.
     const float dct[3][3] = {{0.577350269f, 0.577350269f, 0.577350269f},
                              {0.707106781f, 0.0f, -0.707106781f},
                              {0.408248290f, -0.816496581f, 0.408248290f}};
     for (int r = 0; r < rows; ++r, x += dim, y += dim) {
-      for (int i = 0; i < dim; ++i) y[i] = x[i] * (inverse ? norm : norm * m.signs[i]);
+      for (int i = 0; i < dim; ++i) y[i] = x[i] * (inverse ? norm : norm * signs[i]);
       butterflies(y, dim, size);
       if (odd == 3)
         for (int i = 0; i < size; ++i) {
@@ -40,12 +41,12 @@ struct Transform {
             y[o * size + i] = inverse ? dct[0][o] * a + dct[1][o] * b + dct[2][o] * c : dct[o][0] * a + dct[o][1] * b + dct[o][2] * c;
         }
       if (inverse)
-        for (int i = 0; i < dim; ++i) y[i] *= m.signs[i];
+        for (int i = 0; i < dim; ++i) y[i] *= signs[i];
     }
   }
 
   static void apply(const LinearMap& m, int head, const float* x, int rows, float* y) {
-    if (m.kind != LinearMap::DENSE) return hadamard(m, x, rows, y);
+    if (m.kind != LinearMap::DENSE) return hadamard(m, head, x, rows, y);
     const int dim = m.dim;
     const float* columns = m.columns.data() + (m.heads == 1 ? 0 : size_t(head) * dim * dim);
     for (int r = 0; r < rows; r += 4) {
