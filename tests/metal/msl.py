@@ -175,6 +175,8 @@ def translate(text: str, body: str) -> str:
     inside = _VARIABLE.sub(_variable, inside)
     cpp = re.sub(r"\ntemplate \[\[host_name.*", "\n", outside).replace("\0", inside)
     cpp = _POINTER.sub(_pointer, cpp)
+    # The shared header asks g++, too, to unroll; that would double the compile time.
+    cpp = cpp.replace('_Pragma("GCC unroll 4")', "")
     return re.sub(r"\breinterpret_cast\s*<(msl::\w+_ptr<[^>]*>)>", r"\1", cpp)
 
 

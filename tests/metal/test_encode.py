@@ -83,6 +83,59 @@ def test_scale_rules(rule, key_mean):
     check(np.random.default_rng(3), Codec(spec, 64, 1))
 
 
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize(
+    ("k_code", "v_code", "head_dim"),
+    [("scalar", "scalar", 64), ("trellis8", "trellis4", 64), ("trellis4", "scalar", 80), ("trellis4", "scalar", 128)],
+)
+def test_refinement(k_code, v_code, head_dim, rule):
+    """Near-ties between two multipliers may fall otherwise than in the oracle, and then many codes differ: the error
+    counts."""
+    error = {}
+    for refine in (False, True):
+        kwargs = {"k_code": k_code, "v_code": v_code, "k_scale_rule": rule, "v_scale_rule": rule, "refine": refine}
+        codec = Codec(CodecSpec(**kwargs), head_dim, 1)
+        k, v = keys_and_values(np.random.default_rng(10), codec)
+        for name, record in (("ours", encode(k, v, codec)), ("oracle", reference.encode(k, v, codec))):
+            for side, y, x, t in zip(
+                "kv", decode_page(record[0, 0], codec), (k, v), (codec.k_transform, codec.v_transform)
+            ):
+                want = x[0].astype(np.float64) @ t.forward[0, :, :head_dim].T
+                error[name, side, refine] = ((y - want) ** 2).sum() / (want**2).sum()
+                if side == "k":
+                    error[name, side, refine] *= (want**2).sum() / ((want - want.mean(0)) ** 2).sum()
+    for side in "kv":
+        assert error["ours", side, True] < error["ours", side, False]
+        assert abs(error["ours", side, True] / error["oracle", side, True] - 1) < METAL_ENCODE["refined_error"]
+
+
+def test_shaped_keys_are_refused():
+    codec = make_codec(query_gram=np.eye(64))
+    k, v = keys_and_values(np.random.default_rng(11), codec)
+    with pytest.raises(ValueError, match="without query_gram on Metal"):
+        encode(k, v, codec)
+
+
+def test_log8_exponents():
+    """Over enough pages that some exponents lie at their borders."""
+    codec = make_codec((2, "scalar", 2, "scalar", "log8"))
+    k, v = keys_and_values(np.random.default_rng(8), codec, 40)
+    k *= np.repeat(np.linspace(1, 2, 40), 64)[None, :, None]
+    for ours, theirs in zip(encode(k, v, codec).reshape(80, -1), reference.encode(k, v, codec).reshape(80, -1)):
+        rows = [packing.split_record(r, codec.format)["mean"] for r in (ours, theirs)]
+        assert packing.unpack_header(rows[0]) == packing.unpack_header(rows[1])
+
+
+def test_means_near_the_end_of_fp16():
+    """The step of the mean row is rounded far up or down there; the row must not overflow."""
+    codec = make_codec(kv_heads=1)
+    for size in np.geomspace(3e-6, 1e-5, 20):
+        k = (size * (1 + 0.1 * np.random.default_rng(9).standard_normal((1, 64, 64)))).astype(np.float32)
+        y, _ = decode_page(encode(k, k, codec)[0, 0], codec)
+        want = k[0] @ codec.k_transform.forward[0].T
+        assert np.abs(y - want).max() < 0.1 * np.abs(want).max()
+
+
 def test_several_pages_at_given_offsets():
     rng = np.random.default_rng(4)
     codec = make_codec()

@@ -16,7 +16,7 @@ def top_k(scores, k):
     order = np.argsort(-scores, axis=-1, kind="stable")
     chosen = np.zeros(scores.shape, bool)
     np.put_along_axis(chosen, order[..., :k], True, -1)
-    if k == 0:
+    if min(k, scores.shape[-1]) == 0:
         return np.full(scores.shape[:-1], np.inf, np.float32), np.full(scores.shape[:-1], -1, np.int32), chosen
     at = order[..., min(k, scores.shape[-1]) - 1]
     return np.take_along_axis(scores, at[..., None], -1)[..., 0], at.astype(np.int32), chosen

@@ -1,7 +1,8 @@
 """MLX arrays on Apple GPUs: the ops by the kernels of kernels/metal.
 
 Rotations, centres and dtype casts are MLX operations around the kernels. What is here knows only shapes, so the tests
-run the same code with NumPy arrays and an emulator for a device.
+run the same code with NumPy arrays and an emulator for a device. No Mac was at hand: the kernels have run under that
+emulator only, and what their files say of speed is counted, not measured.
 """
 
 from __future__ import annotations
@@ -325,11 +326,17 @@ def decode_pages(
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
-    """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded."""
+    """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded.
+
+    Raises:
+        ValueError: as there; also for a codec with a query Gram, by which these kernels cannot shape errors.
+    """
     device = device or mlx_device()
     xp = device.xp
     if out is None:
         raise ValueError("[encode] expected an array that takes the pages; got absolute addresses")
+    if codec.shaping is not None:
+        raise ValueError("[encode] expected a codec without query_gram on Metal; got one that shapes its errors")
     where = [int(o) for o in np.asarray(offsets)]
     if where and not (min(where) >= 0 and max(where) + codec.page_bytes <= out.size):
         raise ValueError(f"[encode] expected offsets within {out.size} bytes; got {max(where)}")
@@ -353,6 +360,7 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: 
                 ("K_RULE", SCALE_RULES.index(spec.k_scale_rule)),
                 ("V_RULE", SCALE_RULES.index(spec.v_scale_rule)),
                 ("KEY_MEAN", spec.key_mean),
+                ("REFINE", spec.refine),
             ],
         )
     )

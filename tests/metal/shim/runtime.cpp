@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include <sys/mman.h>
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MSL_UCONTEXT)
+#define MSL_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -16,7 +18,7 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 16 * 1024;
 
-#if defined(__x86_64__)
+#if defined(MSL_OWN_SWITCH)
 struct Context {
   void* sp = nullptr;
 };

@@ -1,15 +1,17 @@
-// decode_attention: the newest queries over packed and exact tokens, split over tokens; merge_attention joins the splits.
+// decode_attention: the newest queries over packed and exact tokens, split over tokens. merge_attention joins the
+// splits.
 //
 // Grid: (1 + splits) x row blocks x (batch * kv_heads) threadgroups of 128 threads. Threadgroup 0 in x attends to the
 // exact tokens, the others to their share of the packed tiles. A block of ROWS rows (query heads of one KV head times
 // queries) shares every read of keys and values. Two barriers per 256 tokens.
 //
-// What limits it, counted for head_dim 128 at 3.125 bits: 100 bytes per token and KV head, so 120 GB/s (M4) bring 1.2e9
-// of them a second and 819 GB/s (M3 Ultra) 8.2e9. Arithmetic: 256 codes, each a bit field extract, a shuffle (counted
-// as two instructions) and one FMA per row; with 4 rows 7 * 256 = 1,800 lane instructions plus about 200 for softmax and
-// exchanges. An M4 (10 cores, 128 lanes each, about 1.5 GHz) issues 1.9e12 a second, that is 0.96e9 tokens: 4 rows are
-// limited by instructions at about 80 % of the memory's rate, 1 or 2 rows by memory, 8 rows by FMAs at about half of it.
-// M3 Ultra (80 cores, 819 GB/s): 7.7e9 tokens, about 90 %. FP16 attention needs 512 bytes and reaches 0.23e9 on an M4.
+// What limits it, counted for head_dim 128 at 3.125 bits: 100 bytes per token and KV head, so 120 GB/s (M4) bring
+// 1.2e9 of them a second and 819 GB/s (M3 Ultra) 8.2e9. Arithmetic: 256 codes, each a bit field extract, a shuffle
+// (counted as two instructions) and one FMA per row; with 4 rows 7 * 256 = 1,800 lane instructions plus about 200
+// for softmax and exchanges. An M4 (10 cores, 128 lanes each, about 1.5 GHz) issues 1.9e12 a second, that is 0.96e9
+// tokens: 4 rows are limited by instructions at about 80 % of the memory's rate, 1 or 2 rows by memory, 8 rows by
+// FMAs at about half of it. M3 Ultra (80 cores, 819 GB/s): 7.7e9 tokens, about 90 %. FP16 attention needs 512 bytes
+// and reaches 0.23e9 on an M4.
 
 #include "page.metal"
 
@@ -35,45 +37,57 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
   const int me = int(simdgroup * 32 + lane);
   stage_queries<P::D, ROWS>(q, rows, queries, me);
   float offset[ROWS], top[ROWS], total[ROWS], sum[2 * Share<P>::COUNT][ROWS];
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     offset[r] = r < rows ? bias[r] : 0.0f;
     top[r] = -INFINITY;
     total[r] = 0.0f;
+    FA_UNROLL
     for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] = 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int page_count = (length + PAGE - 1) / PAGE, tiles = (length + TILE - 1) / TILE;
   const int splits = split_count(tiles);
-  const int begin = split < splits ? tiles * split / splits : 0, end = split < splits ? tiles * (split + 1) / splits : 0;
+  const int begin = split < splits ? tiles * split / splits : 0;
+  const int end = split < splits ? tiles * (split + 1) / splits : 0;
   for (int tile = begin; tile < end; ++tile) {
     const int page = tile * TILE_PAGES + int(simdgroup);
     float s[2][ROWS], v_scale[2] = {0.0f, 0.0f};
+    FA_UNROLL
     for (int h = 0; h < 2; ++h) {
+      FA_UNROLL
       for (int r = 0; r < ROWS; ++r) s[h][r] = -INFINITY;
     }
     if (page < page_count) {
       const device uchar* record = base + (pages[page] + long(head) * P::BYTES);
       const int exponent = v_base(page_header(record + P::MEAN, lane));
       page_scores<P, ROWS>(record, queries, k_levels, lane, s);
+      FA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int token = owned_token(lane, h);
         v_scale[h] = token_scale<P::SCALES>(record + P::V_SCALES, token, exponent);
+        FA_UNROLL
         for (int r = 0; r < ROWS; ++r) s[h][r] = page * PAGE + token < length ? s[h][r] + offset[r] : -INFINITY;
       }
     }
+    FA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const float m = simd_max(max(s[0][r], s[1][r]));
       if (lane == 0) tops[int(simdgroup) * ROWS + r] = m;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    FA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float m = top[r];
+      FA_UNROLL
       for (int k = 0; k < TILE_PAGES; ++k) m = max(m, tops[k * ROWS + r]);
       const float zero = finite_or_zero(m), shrink = exp2(top[r] - zero);
       top[r] = m;
       total[r] *= shrink;
+      FA_UNROLL
       for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] *= shrink;
+      FA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const float p = exp2(s[h][r] - zero);
         total[r] += p;
@@ -81,16 +95,20 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    tile_values<P, ROWS, false>(base, pages, head, tile * TILE_PAGES, page_count, weights, v_levels, simdgroup, lane, sum);
+    tile_values<P, ROWS, false>(base, pages, head, tile * TILE_PAGES, page_count, weights, v_levels, simdgroup, lane,
+                                sum);
   }
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (lane == 0) totals[int(simdgroup) * ROWS + r] = l;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     if (me != r || r >= rows) continue;
     float l = 0.0f;
+    FA_UNROLL
     for (int k = 0; k < TILE_PAGES; ++k) l += totals[k * ROWS + r];
     ml[2 * r] = top[r];
     ml[2 * r + 1] = l;
@@ -110,9 +128,11 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
   enum { CHUNKS = (DIM + 31) / 32 };
   for (int i = int(simdgroup * 32 + lane); i < ROWS * DIM; i += 128) queries[i] = i < rows * DIM ? q[i] : 0.0f;
   float top[ROWS], total[ROWS], sum[ROWS][CHUNKS];
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     top[r] = -INFINITY;
     total[r] = 0.0f;
+    FA_UNROLL
     for (int c = 0; c < CHUNKS; ++c) sum[r][c] = 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -120,53 +140,62 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
   for (int first = int(simdgroup) * 32; first < length; first += 128) {
     const int token = first + int(lane);
     float p[ROWS];
+    FA_UNROLL
     for (int r = 0; r < ROWS; ++r) p[r] = 0.0f;
     if (token < length) {
       const device vec<T, 4>* key = (const device vec<T, 4>*)(k + token * DIM);
       for (int c = 0; c < DIM / 4; ++c) {
         const vec<T, 4> x = key[c];
+        FA_UNROLL
         for (int r = 0; r < ROWS; ++r) {
           const float4 y = *(threadgroup const float4*)(queries + r * DIM + 4 * c);
           p[r] += dot(float4(x), y);
         }
       }
     }
+    FA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const float s = token < min(length, limit[r]) ? p[r] : -INFINITY;
       const float m = max(top[r], simd_max(s)), zero = finite_or_zero(m), shrink = exp2(top[r] - zero);
       p[r] = exp2(s - zero);
       top[r] = m;
       total[r] = total[r] * shrink + p[r];
+      FA_UNROLL
       for (int c = 0; c < CHUNKS; ++c) sum[r][c] *= shrink;
     }
     const int count = min(32, length - first);
     for (int i = 0; i < count; ++i) {
       float x[CHUNKS];
+      FA_UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
         const int channel = 32 * c + int(lane);
         x[c] = channel < DIM ? float(v[(first + i) * DIM + channel]) : 0.0f;
       }
+      FA_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const float weight = simd_broadcast(p[r], ushort(i));
+        FA_UNROLL
         for (int c = 0; c < CHUNKS; ++c) sum[r][c] = fma(weight, x[c], sum[r][c]);
       }
     }
   }
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (r >= rows) continue;
     if (lane == 0) ml[2 * r] = top[r], ml[2 * r + 1] = l;
+    FA_UNROLL
     for (int c = 0; c < CHUNKS; ++c) {
       if (32 * c + int(lane) < DIM) o[r * DIM + 32 * c + int(lane)] = sum[r][c];
     }
   }
 }
 
-// q: [batch, q_heads, n, D] f32, rotated; q_exact: [batch, q_heads, n, DIM] f32; bias: [batch, q_heads, n] f32, all times
-// softmax scale and log2 e. base: pages; offsets: [batch, max_pages] i64; lengths, exact_lengths: [batch] i32;
-// exact_k, exact_v: [batch, kv_heads, capacity, DIM]; k_levels, v_levels: [16] f32.
-// packed_o: [batch, kv_heads, splits, rows, D] f32, packed_ml: [.., 2]; exact_o: [batch, kv_heads, 4, rows, DIM] f32,
-// exact_ml: [.., 2]; rows = q_heads / kv_heads * n, query within.
+// q: [batch, q_heads, n, D] f32, rotated; q_exact: [batch, q_heads, n, DIM] f32; bias: [batch, q_heads, n] f32, all
+// times softmax scale and log2 e. base: pages; offsets: [batch, max_pages] i64; lengths, exact_lengths: [batch] i32;
+// exact_k, exact_v: [batch, kv_heads, capacity, DIM]; k_levels, v_levels: [16] f32. packed_o: [batch, kv_heads,
+// splits, rows, D] f32, packed_ml: [.., 2]; exact_o: [batch, kv_heads, 4, rows, DIM] f32, exact_ml: [.., 2]; rows =
+// q_heads / kv_heads * n, query within.
 template <class P, class T, int DIM, int ROWS, bool CAUSAL, class Bias, class Offsets, class Lengths>
 inline void decode_attention(const device float* q, const device float* q_exact, Bias bias,
                              const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,

@@ -3,9 +3,10 @@
 // Grid: pages x kv_heads threadgroups of 128 threads. A lane quantises one unit of 32 codes at a time, in the order of
 // the record.
 //
-// Limited by instructions: about 40 per scalar code; a trellis code costs a Viterbi search from each of its 4 or 8 states
-// and one more to trace the best, 5 x 72 or 9 x 96 instructions, that is 3 or 7 us per page and head of head_dim 128 on
-// an M4 (1.9e12 lane instructions a second), once in 64 tokens. Bytes: 64 KB read and 6.5 KB written, 0.6 us at 120 GB/s.
+// Limited by instructions: about 40 per scalar code; a trellis code costs a Viterbi search from each of its 4 or 8
+// states and one more to trace the best, 5 x 72 or 9 x 96 instructions, that is 3 or 7 us per page and head of
+// head_dim 128 on an M4 (1.9e12 lane instructions a second), once in 64 tokens; REFINE multiplies this by 7. Bytes: 64 KB read and 6.5 KB
+// written, 0.6 us at 120 GB/s.
 
 #include "page.metal"
 
@@ -116,44 +117,40 @@ inline void pack_unit(thread const uint (&codes)[32], thread uint (&w)[BITS]) {
   }
 }
 
-// Quantises one side of a page.
-// y: [64, D] f32; row: [D] f32, subtracted from every token (zeros for values); part: the side's codes in the record.
-// rms: [64] f32, root mean square of each token, to be filled; sums: [4, 64, 2] f32 scratch.
-// scales: [64] f32, the result. Ends with a barrier.
-template <int D, int BITS, int CODE, bool KEYS, int RULE>
-inline void quantise_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
-                          device uint* part, threadgroup float* rms, threadgroup float* sums, threadgroup float* scales,
-                          uint simdgroup, uint lane) {
-  for (int token = int(simdgroup); token < PAGE; token += 4) {
-    float square = 0.0f;
-    for (int c = int(lane); c < D; c += 32) {
-      const float x = y[token * D + c] - row[c];
-      square += x * x;
-    }
-    square = simd_sum(square);
-    if (lane == 0) rms[token] = sqrt(square / float(D));
-  }
+// Codes every token of a side at `factor` times its unit variance. y: [64, D] f32; row: [D] f32, subtracted from every
+// token (zeros for values); rms, factor: [64]. sums: [4, 64, 2], by simdgroup <u, c> and <c, c> of each token, u the
+// token at unit variance and c its code values. part: takes the codes with WRITE. A barrier must follow.
+template <int D, int BITS, int CODE, bool KEYS, bool WRITE>
+inline void code_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
+                      device uint* part, threadgroup const float* rms, threadgroup const float* factor,
+                      threadgroup float* sums, uint simdgroup, uint lane) {
   for (int i = int(lane); i < 2 * PAGE; i += 32) sums[int(simdgroup) * 2 * PAGE + i] = 0.0f;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
+  simdgroup_barrier(mem_flags::mem_threadgroup);
   for (int unit = int(simdgroup); unit < units(D); unit += 4) {
-    float x[32], original[32];
-    uint codes[32], w[BITS];
+    float x[32], u[32];
+    uint codes[32];
     for (int i = 0; i < 32; ++i) {
       const int n = i / 8, e = i % 8;
       const int token = KEYS ? k_token(D, int(lane), unit, n) : v_token(int(lane), n, e);
       const int channel = KEYS ? k_channel(D, int(lane), unit, n, e) : v_channel(int(lane), unit, e);
       const float size = rms[token];
-      original[i] = x[i] = size > 0.0f ? (y[token * D + channel] - row[channel]) / size : 0.0f;
+      u[i] = size > 0.0f ? (y[token * D + channel] - row[channel]) / size : 0.0f;
+      x[i] = u[i] * factor[token];
     }
     quantise_unit<BITS, CODE>(x, levels, codes);
-    pack_unit<BITS, CODE>(codes, w);
-    for (int k = 0; k < BITS; ++k) part[word_index(D, BITS, int(lane), unit, k)] = w[k];
-    // <u, c> and <c, c> of each token: over the four lanes t and a nibble word of keys, over g and two channels of values
+    if (WRITE) {
+      uint w[BITS];
+      pack_unit<BITS, CODE>(codes, w);
+      for (int k = 0; k < BITS; ++k) part[word_index(D, BITS, int(lane), unit, k)] = w[k];
+    }
+    // a nibble word of keys is one token's, over the lanes t; values are four tokens of two channels, over the lanes g
     for (int n = 0; n < 4; ++n) {
       for (int k = 0; k < (KEYS ? 1 : 4); ++k) {
         float uc = 0.0f, cc = 0.0f;
-        for (int e = k; e < 8; e += KEYS ? 1 : 4) uc += original[8 * n + e] * x[8 * n + e], cc += x[8 * n + e] * x[8 * n + e];
+        for (int e = k; e < 8; e += KEYS ? 1 : 4) {
+          uc += u[8 * n + e] * x[8 * n + e];
+          cc += x[8 * n + e] * x[8 * n + e];
+        }
         for (int mask = KEYS ? 1 : 4; mask < (KEYS ? 4 : 32); mask *= 2) {
           uc += simd_shuffle_xor(uc, ushort(mask));
           cc += simd_shuffle_xor(cc, ushort(mask));
@@ -165,18 +162,80 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
       }
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const int token = int(simdgroup * 32 + lane);
-  if (token < PAGE) {
-    float uc = 0.0f, cc = 0.0f;
-    for (int k = 0; k < 4; ++k) uc += sums[(k * PAGE + token) * 2], cc += sums[(k * PAGE + token) * 2 + 1];
-    const float uu = rms[token] > 0.0f ? float(D) : 0.0f;
-    float gain;
-    if (RULE == NORM) gain = sqrt(uu / cc);
-    else if (RULE == LEAST_SQUARES) gain = uc / cc;
-    else gain = uu / (uc > 0.0f ? uc : 1.0f);
-    scales[token] = rms[token] * gain;
+}
+
+// <u, c> and <c, c> of a token, over the simdgroups.
+inline float2 token_sums(threadgroup const float* sums, int token) {
+  float2 total = float2(0.0f);
+  for (int k = 0; k < 4; ++k) total += float2(sums[(k * PAGE + token) * 2], sums[(k * PAGE + token) * 2 + 1]);
+  return total;
+}
+
+// The scale of a token in units of its root mean square; uu = <u, u>.
+template <int RULE>
+inline float token_gain(float uu, float2 s) {
+  if (RULE == NORM) return sqrt(uu / s.y);
+  if (RULE == LEAST_SQUARES) return s.x / s.y;
+  return uu / (s.x > 0.0f ? s.x : 1.0f);
+}
+
+// Number of the group of a token; tokens of a group share trellis paths and are refined together.
+template <int D, int CODE, bool KEYS>
+inline int path_group(int token) {
+  if (CODE == SCALAR) return token;
+  if (!KEYS) return token >> 4;
+  const int steps = D / 32, tokens = steps == 2 ? 2 : steps == 3 ? 4 : 1;
+  return (((token >> 4) * 2 + (token & 1)) * 8 + (token % 16 >> 1)) / tokens;
+}
+
+// Multiple of its own scale at which a token is coded again in round 1 to 5.
+inline float multiplier(int round) { return 0.85f + 0.05f * float(round); }
+
+// Codes and scales of one side of a page; y, row, part as in code_side.
+// scales: [64] f32, the result. rms, factor: [64], sums: [4, 64, 2] f32 scratch. Ends with a barrier.
+// REFINE codes every token again at five nearby scales and keeps, group by group, what leaves the least squared error.
+template <int D, int BITS, int CODE, bool KEYS, int RULE, bool REFINE>
+inline void quantise_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
+                          device uint* part, threadgroup float* rms, threadgroup float* factor, threadgroup float* sums,
+                          threadgroup float* scales, uint simdgroup, uint lane) {
+  const int me = int(simdgroup * 32 + lane);
+  for (int token = int(simdgroup); token < PAGE; token += 4) {
+    float square = 0.0f;
+    for (int c = int(lane); c < D; c += 32) {
+      const float x = y[token * D + c] - row[c];
+      square += x * x;
+    }
+    square = simd_sum(square);
+    if (lane == 0) rms[token] = sqrt(square / float(D)), factor[token] = 1.0f;
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const float uu = me < PAGE && rms[me] > 0.0f ? float(D) : 0.0f;
+  if (REFINE) {
+    float least = INFINITY, best = 1.0f, fit = 1.0f;
+    for (int round = 0; round < 6; ++round) {
+      code_side<D, BITS, CODE, KEYS, false>(y, row, levels, part, rms, factor, sums, simdgroup, lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (me < PAGE) {
+        const float2 s = token_sums(sums, me);
+        const float gain = token_gain<RULE>(uu, s);
+        if (round == 0 && s.x > 0.0f) fit = s.y / s.x;
+        scales[me] = uu - 2.0f * gain * s.x + gain * gain * s.y;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (me < PAGE) {
+        float error = 0.0f;
+        for (int token = 0; token < PAGE; ++token) {
+          if (path_group<D, CODE, KEYS>(token) == path_group<D, CODE, KEYS>(me)) error += scales[token];
+        }
+        if (error < least) least = error, best = factor[me];
+        factor[me] = round < 5 ? fit * multiplier(round + 1) : best;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+  code_side<D, BITS, CODE, KEYS, true>(y, row, levels, part, rms, factor, sums, simdgroup, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (me < PAGE) scales[me] = rms[me] * token_gain<RULE>(uu, token_sums(sums, me));
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
@@ -195,7 +254,8 @@ inline uchar log8_code(float scale, int base) {
 template <int D>
 inline void make_row(threadgroup const float* mean, float step, uint header, threadgroup float* row, int thread_index) {
   for (int c = thread_index; c < D; c += 128) {
-    const float x = step > 0.0f ? mean[c] / step : mean[c];
+    // a step that is subnormal in fp16 can be rounded far down
+    const float x = step > 0.0f ? clamp(mean[c] / step, -127.0f, 127.0f) : mean[c];
     float nearest = rint(x);
     if (c < 32) {
       const float bit = float(header >> c & 1);
@@ -214,13 +274,13 @@ inline void store_scales(threadgroup const float* scales, int base, device uchar
   else part[thread_index] = log8_code(scales[thread_index], base);
 }
 
-// Floats of threadgroup memory: mean, row, scaled row, zeros [D] each; levels [2, 16]; rms [64]; sums [4, 64, 2]; scales
-// [64].
-constexpr int encode_scratch(int dim) { return 4 * dim + 32 + PAGE + 8 * PAGE + PAGE; }
+// Floats of threadgroup memory: mean, row, scaled row, zeros [D] each; levels [2, 16]; rms, factor [64]; sums
+// [4, 64, 2]; scales [64].
+constexpr int encode_scratch(int dim) { return 4 * dim + 32 + 11 * PAGE; }
 
 // y_k, y_v: [kv_heads, tokens, D] f32, rotated; k_levels, v_levels: [16] f32.
 // records: [pages, kv_heads, BYTES] u8; status: [pages, kv_heads] u32, NOT_FINITE and TOO_LARGE bits.
-template <class P, int K_RULE, int V_RULE, bool KEY_MEAN>
+template <class P, int K_RULE, int V_RULE, bool KEY_MEAN, bool REFINE>
 inline void encode(const device float* y_k, const device float* y_v, int tokens, const device float* k_levels,
                    const device float* v_levels, device uchar* records, device uint* status, threadgroup float* scratch,
                    uint3 group, uint3 groups, uint simdgroup, uint lane) {
@@ -236,7 +296,8 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   threadgroup float* zeros = scaled + P::D;
   threadgroup float* levels = zeros + P::D;
   threadgroup float* rms = levels + 32;
-  threadgroup float* sums = rms + PAGE;
+  threadgroup float* factor = rms + PAGE;
+  threadgroup float* sums = factor + PAGE;
   threadgroup float* scales = sums + 8 * PAGE;
 
   bool finite = true;
@@ -256,25 +317,35 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   for (int c = int(lane); c < P::D; c += 32) top = max(top, abs(mean[c]));
   const float step = float(half(simd_max(top) / 126.5f));
 
-  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE>(values, zeros, levels + 16, (device uint*)(record + P::V_CODES),
-                                                           rms, sums, scales, simdgroup, lane);
+  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, REFINE>(
+      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, simdgroup, lane);
   bool fits = isfinite(step);
   int v_exponent = 0, k_exponent = 0;
   if (!fp16_scales) v_exponent = log8_base(scales, 1.0f, lane);
   if (me < PAGE) fits = fits && isfinite(fp16_scales ? float(half(scales[me])) : scales[me]);
   store_scales<P::SCALES>(scales, v_exponent, record + P::V_SCALES, me);
 
-  // The keys' exponent is part of the row that they are coded against: with log8 scales a first round finds it.
-  for (int round = fp16_scales ? 1 : 0; round < 2; ++round) {
-    uint header = uint(as_type<ushort>(half(step)));
-    if (round == 1) header |= uint(k_exponent & 255) << 16 | uint(v_exponent & 255) << 24;
+  // The exponent of the keys' log8 scales is part of the row that keys are coded against: it is guessed from plain codes
+  // against the row without it, with a margin for refinement and the row, and raised where a scale does not fit.
+  bool guess = !fp16_scales;
+  while (true) {
+    const uint bits = uint(as_type<ushort>(half(step))) | uint(k_exponent & 255) << 16 | uint(v_exponent & 255) << 24;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    make_row<P::D>(mean, step, header, row, me);
+    make_row<P::D>(mean, step, bits, row, me);
     for (int c = me; c < P::D; c += 128) scaled[c] = row[c] * step;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE>(keys, scaled, levels, (device uint*)record, rms, sums, scales,
-                                                            simdgroup, lane);
-    if (round == 0) k_exponent = log8_base(scales, exp2(0.0625f), lane);
+    if (guess) {
+      quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, false>(keys, scaled, levels, (device uint*)record, rms,
+                                                                     factor, sums, scales, simdgroup, lane);
+      k_exponent = log8_base(scales, exp2(REFINE ? 0.25f : 0.0625f), lane);
+      guess = false;
+      continue;
+    }
+    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, REFINE>(keys, scaled, levels, (device uint*)record, rms,
+                                                                    factor, sums, scales, simdgroup, lane);
+    const int needed = log8_base(scales, 1.0f, lane);
+    if (fp16_scales || needed <= k_exponent || k_exponent == 127) break;
+    k_exponent = needed;
   }
   for (int c = me; c < P::D; c += 128) record[P::MEAN + c] = uchar(char(row[c]));
   if (me < PAGE) fits = fits && isfinite(fp16_scales ? float(half(scales[me])) : scales[me]);
@@ -291,6 +362,6 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
 
 //! body
   threadgroup float scratch[fa::encode_scratch(D)];
-  fa::encode<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN>(
+  fa::encode<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE>(
       y_k, y_v, y_k_shape[1], k_levels, v_levels, records, status, scratch, threadgroup_position_in_grid,
       threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

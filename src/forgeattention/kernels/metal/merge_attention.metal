@@ -11,10 +11,10 @@ inline float split_weight(Parts ml, long at, float top) {
   return ml[2 * at + 1] > 0.0f ? exp2(ml[2 * at] - top) : 0.0f;
 }
 
-// packed_o: [pairs, splits, rows, D], packed_ml: [.., 2]; exact_o: [pairs, 4, rows, DIM], exact_ml: [.., 2], m in log2
-// units; sinks: [q_heads] f32 logits, -inf for none. pairs = batch * kv_heads; rows = q_heads / kv_heads * n.
-// out_packed: [pairs, rows, D] and out_exact: [pairs, rows, DIM] f32, the two addends of the result; mass: [pairs, rows]
-// f32, the packed tokens' share of the softmax; lse: [pairs, rows] f32, natural log.
+// packed_o: [pairs, splits, rows, D], packed_ml: [.., 2]; exact_o: [pairs, 4, rows, DIM], exact_ml: [.., 2], m in
+// log2 units; sinks: [q_heads] f32 logits, -inf for none. pairs = batch * kv_heads; rows = q_heads / kv_heads * n.
+// out_packed: [pairs, rows, D] and out_exact: [pairs, rows, DIM] f32, the two addends of the result; mass: [pairs,
+// rows] f32, the packed tokens' share of the softmax; lse: [pairs, rows] f32, natural log.
 template <int D, int DIM, class PackedStats, class ExactStats, class Sinks>
 inline void merge_attention(const device float* packed_o, PackedStats packed_ml, int splits, const device float* exact_o,
                             ExactStats exact_ml, Sinks sinks, int kv_heads, int rows, int n, device float* out_packed,

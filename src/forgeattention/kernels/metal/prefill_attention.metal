@@ -1,14 +1,14 @@
 // prefill_attention: many queries over packed tokens, all of them attended.
 //
 // Grid: blocks of 32 rows x (batch * kv_heads) threadgroups of 128 threads. A row is a query of one of the KV head's
-// query heads. Each simdgroup has 8 rows; keys, then values, of a page are decoded once for all 32 rows into threadgroup
-// memory, as int8 levels, and multiplied as 8 x 8 matrices. Scales of tokens are applied to the scores and the weights,
-// so that levels stay exact.
+// query heads. Each simdgroup has 8 rows; keys, then values, of a page are decoded once for all 32 rows into
+// threadgroup memory, as int8 levels, and multiplied as 8 x 8 matrices. Scales of tokens are applied to the scores
+// and the weights, so that levels stay exact.
 //
-// Limited by arithmetic: per page and block 2 * 32 * 64 * D multiply-adds against 2 * 64 * D codes of 3 instructions
-// (decoding is a tenth) and 100 D bytes (for 3 bits and 32 rows 41 multiply-adds per byte). An M4 has 2.1e12 multiply-adds
-// a second, so 2,048 queries of 32 heads over 32K packed tokens of head_dim 128 take 0.26 s or more; an M3 Ultra a
-// seventh of it.
+// Limited by arithmetic: per page and block 4,096 D multiply-adds against 128 D codes of 3 instructions (decoding is
+// a tenth) and 50 D bytes at 3 bits. An M4 (10 cores, 128 lanes each, about 1.5 GHz) has 1.9e12 multiply-adds a
+// second, so 2,048 queries of 32 heads over 32K packed tokens of head_dim 128 take 0.29 s or more; an M3 Ultra (80
+// cores) an eighth. Sums take D / 4 registers a lane: those of head_dim 512 will not all stay in them.
 
 #include "page.metal"
 
@@ -53,6 +53,7 @@ inline void decode_keys(const device uchar* record, int part, float levels, thre
   for (int unit = part * count + int(simdgroup); unit < (part + 1) * count; unit += 4) {
     uint nibbles[4];
     load_nibbles<P::D, P::K_BITS, P::K_CODE, 1>(record, lane, unit, nibbles);
+    FA_UNROLL
     for (int n = 0; n < 4; ++n) {
       float x[8];
       look_up(nibbles[n], levels, x);
@@ -73,6 +74,7 @@ inline void decode_values(const device uchar* record, int part, float levels, th
   for (int unit = int(simdgroup); unit < P::UNITS; unit += 4) {
     uint nibbles[4];
     load_nibbles<P::D, P::V_BITS, P::V_CODE, 1>(record + P::V_CODES, lane, unit, nibbles);
+    FA_UNROLL
     for (int k = 0; k < words; ++k) {
       float x[8];
       look_up(nibbles[part * words + k], levels, x);
@@ -104,6 +106,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   threadgroup float* means = scales + 2 * PAGE;
 
   Matrix sum[P::D / 8];
+  FA_UNROLL
   for (int c = 0; c < P::D / 8; ++c) sum[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   float top = -INFINITY, total = 0.0f;
   for (int page = 0; page < page_count; ++page) {
@@ -123,6 +126,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       decode_keys<P>(record, part, k_levels[lane & 15], tile, simdgroup, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       Matrix s[Tile<P>::BLOCKS];
+      FA_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) s[b] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       float mean = 0.0f;
       for (int c = 0; c < P::D / 8; ++c) {
@@ -130,6 +134,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
         mean += x.x * means[8 * c + column] + x.y * means[8 * c + column + 1];
         Matrix a, k;
         set_elements(a, x.x, x.y);
+        FA_UNROLL
         for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
           threadgroup const char* from = levels + (8 * b + column) * Tile<P>::K_STRIDE + 8 * c + fragment_row(lane);
           set_elements(k, float(from[0]), float(from[Tile<P>::K_STRIDE]));
@@ -140,7 +145,9 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       mean += simd_shuffle_xor(mean, 1);
       mean += simd_shuffle_xor(mean, 8);
       float p[Tile<P>::BLOCKS][2], most = top;
+      FA_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
+        FA_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int local = 8 * b + column + i, quarter = Tile<P>::TOKENS / 4;
           const int token = local / quarter * 16 + part * quarter + local % quarter;
@@ -154,10 +161,13 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       const float zero = finite_or_zero(most), shrink = exp2(top - zero);
       top = most;
       total *= shrink;
+      FA_UNROLL
       for (int c = 0; c < P::D / 8; ++c) {
         set_elements(sum[c], sum[c].thread_elements()[0] * shrink, sum[c].thread_elements()[1] * shrink);
       }
+      FA_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
+        FA_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int local = 8 * b + column + i, quarter = Tile<P>::TOKENS / 4;
           const float weight = exp2(p[b][i] - zero);
@@ -168,9 +178,11 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       threadgroup_barrier(mem_flags::mem_threadgroup);
       decode_values<P>(record, part, v_levels[lane & 15], tile, simdgroup, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
+      FA_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
         Matrix a, v;
         set_elements(a, p[b][0], p[b][1]);
+        FA_UNROLL
         for (int c = 0; c < P::D / 8; ++c) {
           threadgroup const char* from = levels + (8 * c + column) * Tile<P>::V_STRIDE + 8 * b + fragment_row(lane);
           set_elements(v, float(from[0]), float(from[Tile<P>::V_STRIDE]));
@@ -183,6 +195,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   total += simd_shuffle_xor(total, 8);
   if (row >= rows) return;
   const float share = total > 0.0f ? 1.0f / total : 0.0f;
+  FA_UNROLL
   for (int c = 0; c < P::D / 8; ++c) {
     const float2 x = float2(sum[c].thread_elements()[0], sum[c].thread_elements()[1]);
     *(device float2*)(o + query * P::D + 8 * c + column) = x * share;

@@ -2,9 +2,9 @@
 //
 // Grid: tiles x row blocks x (batch * kv_heads) threadgroups of 128 threads; a simdgroup takes one page.
 //
-// What limits it, for head_dim 128 at 3 bits: 50 bytes of keys and 4 bytes of scores per row a token, so 120 GB/s (M4) allow
-// 1.8e9 tokens of one KV head a second with 4 rows; 128 codes of 7 instructions (decode_attention.metal) allow 1.9e9: both
-// at once. On an M3 Ultra 12e9 by memory and 16e9 by instructions.
+// What limits it, for head_dim 128 at 3 bits: 50 bytes of keys and 4 bytes of scores per row a token, so 120 GB/s
+// (M4) allow 1.8e9 tokens of one KV head a second with 4 rows; 128 codes of 7 instructions (decode_attention.metal)
+// allow 1.9e9: both at once. On an M3 Ultra 12e9 by memory and 15e9 by instructions.
 
 #include "page.metal"
 
@@ -31,8 +31,10 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
     const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
     page_scores<P, ROWS>(record, scratch, k_levels[lane & 15], lane, s);
   }
+  FA_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int token = page * PAGE + owned_token(lane, h);
+    FA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       s[h][r] = r < rows && token < length ? s[h][r] + bias[query + r] : -INFINITY;
       if (r < rows && token < max_length) scores[(query + r) * max_length + token] = s[h][r];
@@ -40,6 +42,7 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
   }
   if (!MAXIMA) return;
   threadgroup float* tops = scratch + ROWS * P::D;
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float m = simd_max(max(s[0][r], s[1][r]));
     if (lane == 0) tops[int(simdgroup) * ROWS + r] = m;

@@ -1,6 +1,6 @@
 // sparse_attention: the second phase of sparse attention: softmax over the tokens that reach their row's threshold.
-// A tile without survivors is left by its maximum alone; of other tiles only pages and groups of 16 tokens with survivors
-// are unpacked. Grid as in value_sum.
+// A tile without survivors is left by its maximum alone; of other tiles only pages and groups of 16 tokens with
+// survivors are unpacked. Grid as in value_sum.
 //
 // What limits it: 4 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for the
 // scores and the values of the pages that hold survivors (3,200 bytes each for head_dim 128 at 3 bits).
@@ -9,9 +9,9 @@
 
 namespace fa {
 
-// Weights exp2(score log2 e - top) of the survivors: scores above the threshold, and of those equal to it the ones up to
-// token `last`. scores: [batch, q_heads, n, max_length] f32; tile_max: [batch, q_heads, n, tiles] f32; threshold, last
-// (i32), top (row maximum): [batch, q_heads, n].
+// Weights exp2(score log2 e - top) of the survivors: scores above the threshold, and of those equal to it the ones
+// up to token `last`. scores: [batch, q_heads, n, max_length] f32; tile_max: [batch, q_heads, n, tiles] f32;
+// threshold, last (i32), top (row maximum): [batch, q_heads, n].
 template <class Scores, class Maxima, class Floats, class Ints>
 struct Survivors {
   Scores scores;

@@ -3,8 +3,9 @@
 // Grid: splits x row blocks x (batch * kv_heads) threadgroups of 128 threads. With SKIP, pages and groups of 16 tokens
 // without weight are left out before they are read or looked up.
 //
-// What limits it, for head_dim 128 at 3 bits: 50 bytes of values and 4 bytes of weights per row a token, so 120 GB/s (M4)
-// allow 1.8e9 tokens of one KV head a second with 4 rows, and 7 instructions a code (decode_attention.metal) 1.9e9.
+// What limits it, for head_dim 128 at 3 bits: 50 bytes of values and 4 bytes of weights per row a token, so 120 GB/s
+// (M4) allow 1.8e9 tokens of one KV head a second with 4 rows, and 7 instructions a code (decode_attention.metal)
+// 1.9e9.
 
 #include "page.metal"
 
@@ -15,7 +16,8 @@ constexpr int value_scratch(int dim, int rows) {
   return larger(rows * TILE + TILE_PAGES * rows, join_scratch(dim, rows));
 }
 
-// Given weights. p: [batch, q_heads, n, max_length] f32, read up to each row's length. A `row` counts queries of all heads.
+// Given weights. p: [batch, q_heads, n, max_length] f32, read up to each row's length. A `row` counts queries of all
+// heads.
 template <class Pointer>
 struct GivenWeights {
   Pointer p;
@@ -42,14 +44,17 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
   const int length = lengths[row], page_count = (length + PAGE - 1) / PAGE, tiles = (length + TILE - 1) / TILE;
   const int split = int(group.x), splits = split_count(tiles);
-  const int begin = split < splits ? tiles * split / splits : 0, end = split < splits ? tiles * (split + 1) / splits : 0;
+  const int begin = split < splits ? tiles * split / splits : 0;
+  const int end = split < splits ? tiles * (split + 1) / splits : 0;
   const long query = long(pair) * all_rows + first;
   const Offsets pages = offsets + long(row) * max_pages;
   threadgroup float* weights = scratch;
   threadgroup float* totals = scratch + ROWS * TILE;
   float total[ROWS], sum[2 * Share<P>::COUNT][ROWS];
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     total[r] = 0.0f;
+    FA_UNROLL
     for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] = 0.0f;
   }
   for (int tile = begin; tile < end; ++tile) {
@@ -60,9 +65,11 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
     const bool present = page < page_count;
     const device uchar* record = base + (present ? pages[page] + long(head) * P::BYTES : 0);
     const int exponent = present ? v_base(page_header(record + P::MEAN, lane)) : 0;
+    FA_UNROLL
     for (int k = 0; k < 2; ++k) {
       const int i = int(lane) + 32 * k, token = page * PAGE + i;
       const float scale = token < length ? token_scale<P::SCALES>(record + P::V_SCALES, i, exponent) : 0.0f;
+      FA_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const float w = r < rows && token < length ? source.weight(query + r, token) : 0.0f;
         total[r] += w;
@@ -74,6 +81,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
                                lane, sum);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (lane == 0) totals[int(simdgroup) * ROWS + r] = l;
@@ -83,6 +91,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   const long at = (long(pair) * groups.x + split) * all_rows + first;
   if (me < rows) {
     float l = 0.0f;
+    FA_UNROLL
     for (int k = 0; k < TILE_PAGES; ++k) l += totals[k * ROWS + me];
     mass[at + me] = l;
   }
