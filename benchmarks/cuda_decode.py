@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgeattention import ops
 from forgeattention.backends import cuda, nvrtc
+from forgeattention.backends import cuda_args as args
 from forgeattention.codec import Codec, CodecSpec
 from forgeattention.ops.table import ExactTokens, PageTable
 
@@ -35,6 +36,8 @@ SHAPES = [
 ]
 SINKS_AND_WINDOW = 132 + 31
 L2_TIMES = 3
+# Pages in random order in memory; else each row's pages follow each other, as after one prefill.
+SCATTERED = False
 
 
 def median_us(replay: Callable[[], None], launches: int, repeats: int = 50) -> float:
@@ -89,7 +92,9 @@ def packed_calls(codec: Codec, batch: int, q_heads: int, context: int, copies: i
             del k, v
         else:
             buffer[start * codec.page_bytes : (start + n) * codec.page_bytes] = buffer[: n * codec.page_bytes]
-    order = torch.randperm(copies * pages, generator=torch.Generator().manual_seed(2)).cuda()
+    order = torch.arange(copies * pages, device="cuda")
+    if SCATTERED:
+        order = torch.randperm(copies * pages, generator=torch.Generator().manual_seed(2)).cuda()
     offsets = (order * codec.page_bytes).reshape(copies, batch, context // 64)
     lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, q_heads, 1, d, device="cuda", dtype=torch.float16, generator=generator)
@@ -187,8 +192,8 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
 
 
 SPECS = {
-    "scalar": CodecSpec(scales="log8"),
-    "trellis8_k": CodecSpec(k_code="trellis8", scales="log8"),
+    "scalar": CodecSpec(k_code="scalar", v_code="scalar", scales="log8"),
+    "trellis8_k": CodecSpec(k_code="trellis8", v_code="scalar", scales="log8"),
     "trellis8_kv": CodecSpec(k_code="trellis8", v_code="trellis8", scales="log8"),
 }
 
@@ -211,13 +216,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--specs", default=",".join(SPECS))
     parser.add_argument("--shapes", default="", help="indices into SHAPES, all by default")
+    parser.add_argument("--scattered", action="store_true", help="pages in random order in memory")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--plan", default="", help="warps,ctas of a launch instead of the library's choice")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
     options = parser.parse_args()
+    if options.scattered:
+        globals()["SCATTERED"] = True
+    if options.plan:
+        warps, ctas = map(int, options.plan.split(","))
+        cuda._decode_plan = lambda fmt, heads, queries, device: args.decode_plan(  # type: ignore[assignment]
+            fmt, heads, queries, cuda.limits(device), warps, ctas
+        )
     begun, copy = time.time(), copy_bandwidth()
     records: list[dict[str, Any]] = [{"env": environment(copy)}]
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
     for i in [int(x) for x in options.shapes.split(",") if x] or range(len(SHAPES)):
-        peers = None
+        peers = {} if options.no_peers else None
         for name in options.specs.split(","):
             if time.time() - begun > options.budget:
                 continue
@@ -226,7 +241,7 @@ def main() -> None:
             records.append(r)
             print(
                 f"{SHAPES[i]} {name:12} {r['us']:8.1f} us (single {r['us_single_launch']:.1f}) {r['gb_s']:5.0f} GB/s "
-                f"{100 * r['share_of_copy']:4.0f} % of copy, FP16 {min(peers.values()):7.1f} us, {r['ratio']:.2f}x, "
+                f"{100 * r['share_of_copy']:4.0f} % of copy, FP16 {min(peers.values(), default=math.nan):7.1f} us, {r['ratio']:.2f}x, "
                 f"error {r['rel_error']:.1e}, {r['registers']} registers, {r['ctas_per_sm']} CTAs/SM",
                 flush=True,
             )

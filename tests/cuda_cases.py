@@ -88,6 +88,8 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
         ("encode", args.encode_macros(codec, case.dtype)),
         ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),
+        ("qk_scores", args.scores_macros(codec, case.dtype)),
+        ("value_sum", args.scores_macros(codec, "float32")),
     ]
 
 

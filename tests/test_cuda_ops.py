@@ -92,13 +92,13 @@ class Setup:
             self.q if q is None else q, self.codec, self.table, self.exact, scale, causal=causal, sink_logits=sink
         )
 
-    def check(self, causal: bool = True, sink: object = None) -> None:
+    def check(self, causal: bool = True, sink: object = None, limit: float = 0.0) -> None:
         (out, lse), (want, want_lse) = self.run(causal, sink), self.expected(causal, sink)
         assert out.dtype == self.q.dtype
         assert torch.isfinite(out).all()
         norm = want.flatten(0, 2).norm(dim=1)
         error = (out.double() - want).flatten(0, 2).norm(dim=1)
-        limit = tolerances.CUDA_ATTENTION[self.case.dtype]
+        limit = limit or tolerances.CUDA_ATTENTION[self.case.dtype]
         worst = float((error / norm.clamp_min(1e-3)).max())
         assert float(error.norm() / norm.norm()) < limit, (float(error.norm() / norm.norm()), worst)
         assert worst < 4 * limit
@@ -149,6 +149,31 @@ def test_decode_attention(case: Case) -> None:
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 511, 8192 + 17, 64 * 2000])
 def test_lengths(case: Case, length: int) -> None:
     Setup(case, [length], [133]).check()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_sums_and_prefill(case: Case) -> None:
+    setup = Setup(case, [64 * 9 + 5, 1, 0, 128], [9, 9, 9, 9], mu=True)
+    k, v = (x.double().repeat_interleave(case.group, 1) for x in ops.decode_pages(setup.codec, setup.table))
+    q, scale = setup.q.double(), 1 / math.sqrt(case.head_dim)
+    want = scale * q @ k.transpose(2, 3)
+    beyond = torch.arange(want.shape[3], device="cuda") >= setup.table.lengths[:, None, None, None]
+    got = ops.qk_scores(setup.q, setup.codec, setup.table, scale)
+    assert torch.equal(torch.isinf(got), beyond.expand_as(got))
+    known = ~beyond.expand_as(got)
+    assert float((got.double() - want)[known].abs().max() / want[known].abs().max()) < tolerances.CUDA_SCORES
+
+    weights = torch.randn(want.shape, device="cuda")
+    got = ops.value_sum(weights, setup.codec, setup.table)
+    sums = weights.double().masked_fill(beyond, 0) @ v
+    assert float((got.double() - sums).norm() / sums.norm()) < tolerances.CUDA_SCORES
+
+    out, lse = ops.prefill_attention(setup.q, setup.codec, setup.table, scale)
+    masked = want.masked_fill(beyond, -math.inf)
+    expected = torch.nan_to_num(torch.softmax(masked, 3)) @ v
+    assert float((out.double() - expected).norm() / expected.norm()) < tolerances.CUDA_PREFILL
+    assert torch.equal(torch.isinf(lse), torch.isinf(torch.logsumexp(masked, 3)))
+    assert float((lse.double() - torch.logsumexp(masked, 3)).nan_to_num().abs().max()) < tolerances.CUDA_PREFILL_LSE
 
 
 def test_no_exact_tokens_and_nothing_at_all() -> None:
@@ -223,7 +248,7 @@ def test_peaked_scores() -> None:
     """One key takes nearly all mass, and a token of large mass has a small value."""
     setup = Setup(Case(dtype="float32", exact_dtype="float32"), [64 * 50], [130])
     setup.q *= 12
-    setup.check()
+    setup.check(limit=tolerances.CUDA_PEAKED)
 
 
 def test_encode_reports_values_lazily() -> None:

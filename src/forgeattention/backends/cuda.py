@@ -55,9 +55,10 @@ class _Constants:
     def __init__(self, codec: Codec, device: Any) -> None:
         self._device = device
         self._keep: list[Any] = []
+        self.kernels: dict[Any, Any] = {}  # looked up by what a call varies in, as macros take long to put together
         spec, dim = codec.spec, codec.format.padded_dim
-        signs = self._put(random_signs(dim, spec.seed)) if spec.rotation == "hadamard" else 0
-        matrices = args.ROTATIONS[spec.rotation] == 2
+        signs = self._put(random_signs(dim, spec.seed)) if codec.rotation == "hadamard" else 0
+        matrices = args.ROTATIONS[codec.rotation] == 2
         self.encode, self.attend = [], []
         for t in (codec.k_transform, codec.v_transform):
             out = self._put(t.inverse.transpose(0, 2, 1)) if matrices else 0
@@ -224,16 +225,18 @@ def decode_attention(
         return out, lse
     exact_k, exact_v = (None, None) if exact is None else (_rows(exact.k), _rows(exact.v))
     with torch.cuda.device(device):
-        plan = _decode_plan(codec.format, kv_heads, group * n, device.index)
-        exact_dtype = dtype_of(q) if exact is None else dtype_of(exact.k)
-        kernel = nvrtc.kernel(
-            "decode_attention", plan.macros(codec, dtype_of(q), exact_dtype), device.index, plan.shared_bytes
-        )
+        constants = _constants_of(codec, device)
+        exact_dtype = q.dtype if exact is None else exact.k.dtype
+        key = ("decode_attention", group * n, q.dtype, exact_dtype)
+        if key not in constants.kernels:
+            plan = _decode_plan(codec.format, kv_heads, group * n, device.index)
+            names = plan.macros(codec, dtype_of(q), dtype_of(q if exact is None else exact.k))
+            constants.kernels[key] = plan, nvrtc.kernel("decode_attention", names, device.index, plan.shared_bytes)
+        plan, kernel = constants.kernels[key]
         stream = torch.cuda.current_stream().cuda_stream
         heads = batch * kv_heads * plan.blocks
         part = torch.empty(heads * plan.slots * plan.queries * (codec.format.padded_dim + 2), dtype=torch.float32, device=device)
         sums = part.data_ptr() + 4 * heads * plan.slots * plan.queries * codec.format.padded_dim
-        constants = _constants_of(codec, device)
         strides = [(ctypes.c_int64 * 3)(*(x.stride()[:3] if x is not None else ())) for x in (q, exact_k, exact_v)]
         params = args.DecodeParams(
             q.data_ptr(),
@@ -263,3 +266,60 @@ def decode_attention(
         )
         kernel.launch((grid, 1, 1), 32 * plan.warps, stream, params)
     return out, lse
+
+
+def _scores_params(codec: Codec, table: PageTable, x: Any, out: Any, side: int, scale: float) -> args.ScoresParams:
+    _, q_heads, n, _ = x.shape
+    group = q_heads // codec.kv_heads
+    return args.ScoresParams(
+        *map(_address, (x, table.base, table.offsets, table.lengths, out)),
+        _constants_of(codec, x.device).attend[side],
+        (ctypes.c_int64 * 3)(*x.stride()[:3]),
+        table.offsets.stride(0),
+        *(codec.kv_heads, group, n, group * n, -(-group * n // 8), table.max_length),
+        scale,
+        (codec.v_codebook if side else codec.k_codebook).unit,
+    )
+
+
+def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    import torch
+
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = torch.empty((*q.shape[:3], table.max_length), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device(q.device):
+        kernel = nvrtc.kernel("qk_scores", args.scores_macros(codec, dtype_of(q)), q.device.index, 0)
+        params = _scores_params(codec, table, q, out, 0, scale)
+        warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
+        across = codec.kv_heads * params.blocks
+        groups = min(-(-pages // warps), max(1, 8 * limits(q.device.index).processors // (across * q.shape[0])))
+        kernel.launch((groups, across, q.shape[0]), 32 * warps, torch.cuda.current_stream().cuda_stream, params)
+    return out
+
+
+def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
+    """Weights that are not finite give an undefined result here: finding them would wait for the device."""
+    import torch
+
+    p = p.contiguous()
+    batch, q_heads, n, _ = p.shape
+    if p.shape[0] == 0 or n == 0 or table.max_length == 0:
+        return torch.zeros((batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
+    with torch.cuda.device(p.device):
+        shared = args.value_sum_shared_bytes(codec.format)
+        kernel = nvrtc.kernel("value_sum", args.scores_macros(codec, "float32"), p.device.index, shared)
+        warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
+        splits = max(1, min(64, pages // (2 * warps)))  # by max_length alone, so that a row's result ignores the batch
+        out = torch.empty((splits, batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
+        params = _scores_params(codec, table, p, out, 1, 1.0)
+        grid = (splits, codec.kv_heads * params.blocks, batch)
+        kernel.launch(grid, 32 * warps, torch.cuda.current_stream().cuda_stream, params)
+        return out.sum(0)
+
+
+def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> tuple[Any, Any]:
+    from .cuda_prefill import prefill_attention
+
+    return prefill_attention(q, codec, table, scale)

@@ -69,6 +69,32 @@ class DecodePagesParams(ctypes.Structure):
     ]
 
 
+class ScoresParams(ctypes.Structure):
+    """Params of kernels/cuda/scores_args.cuh."""
+
+    _fields_ = [
+        *((name, P) for name in ("q", "base", "offsets", "lengths", "out")),
+        ("transform", TransformArgs),
+        ("q_stride", I64 * 3),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "max_length")),
+        ("scale", F32),
+        ("unit", F32),
+    ]
+
+
+def scores_warps(fmt: PageFormat) -> int:
+    return 4 if fmt.padded_dim <= 256 else 2
+
+
+def scores_macros(codec: Codec, dtype: str) -> Macros:
+    return macros(codec, ScoresParams, FA_TYPE=TYPES[dtype], FA_WARPS=scores_warps(codec.format))
+
+
+def value_sum_shared_bytes(fmt: PageFormat) -> int:
+    return scores_warps(fmt) * max(fmt.record_bytes, 8 * (fmt.padded_dim + 1) * 4)
+
+
 def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
     """The macros of page.cuh, and the kernel's own."""
     fmt = codec.format
@@ -82,7 +108,7 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
         "FA_SCALES": SCALE_FORMATS.index(fmt.scales),
         "FA_K_LEVELS": ",".join(map(str, codec.k_codebook.levels)),
         "FA_V_LEVELS": ",".join(map(str, codec.v_codebook.levels)),
-        "FA_ROTATION": ROTATIONS[codec.spec.rotation],
+        "FA_ROTATION": ROTATIONS[codec.rotation],
         "FA_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
@@ -162,14 +188,14 @@ def decode_plan(
     """The launch shape for `queries` query vectors per KV head (group times tokens).
 
     A fragment holds 8 queries, so up to 4 are doubled to use both halves of a 16-bit weight at once; two fragments fit
-    the registers up to head_dim 128. Sixteen warps of 128 registers share a multiprocessor where accumulators allow.
+    the registers up to head_dim 128. Twelve warps have 168 registers each, eight have 255.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
     blocks = -(-queries // held)
-    many = d <= 128 and held <= 8
-    warps = warps or 8
-    ctas = ctas or (2 if many else 1)
+    small = d <= 64 and held <= 8
+    warps = warps or (12 if d in (96, 128) and held <= 8 else 8)
+    ctas = ctas or (2 if small else 1)
     chunks = max(1, limits.processors * ctas // (kv_heads * blocks))
     chunks_long = chunks
     for k in range(1, 9):
@@ -185,7 +211,7 @@ def decode_plan(
         warps * 512 + held * fmt.head_dim * 4,
         warps * (d + slots + warps) * 4,
     )
-    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 96 + scratch
+    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 160 + scratch
     per_stage = warps * (fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
     stages = min(4, room // per_stage)

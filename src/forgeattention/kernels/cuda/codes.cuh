@@ -1,6 +1,6 @@
 // Words of a unit to level indices, eight to a word, tuned for CUDA; the meaning is `unit_nibbles` in shared/format.h.
 //
-// A trellis index is a linear function of the path bits, so one wide multiplication per word forms it: with u in bit 0 of
+// A trellis index is a linear function of the path bits, so multiplication forms it: with u in bit 0 of
 // every nibble, u * taps adds the delayed copies, the low bit of each two-bit sum is their XOR, and the upper half of the
 // product is what the word's last codes give to the next word. A nibble's sum is at most 7, so nothing runs over.
 #pragma once
@@ -11,20 +11,21 @@ namespace fa {
 // c1 in bit 1 (its carry in bit 2 is masked off), c0 in bit 0.
 constexpr FA_FN fa_u32 path_taps(int code) { return code == TRELLIS4 ? 2 * 0x101 + 0x10 : 2 * 0x1011 + 0x100; }
 
-// Path bits of a unit's four words -> c1 c0 in bits 1, 0 of every nibble; other bits are not cleared. The path is a circle, so
-// the last word's upper product comes first.
+// Two multiplications of one word are cheaper than a wide one, whose 64-bit addend has to be put together.
+FA_FN fa_u32 upper_product(fa_u32 a, fa_u32 b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);
+#else
+  return (fa_u32)((unsigned long long)a * b >> 32);
+#endif
+}
+
+// Path bits of a unit's four words -> c1 c0 in bits 1, 0 of every nibble; other bits are not cleared. The path is a circle:
+// before the first word comes the last one.
 template <int CODE>
 FA_FN void path_words(const fa_u32 (&u)[4], fa_u32 (&c)[4]) {
-  typedef unsigned long long u64;
-  const u64 last = (u64)u[3] * path_taps(CODE);
-  fa_u32 carry = (fa_u32)(last >> 32);
   FA_UNROLL
-  for (int k = 0; k < 3; ++k) {
-    const u64 product = (u64)u[k] * path_taps(CODE) + carry;
-    c[k] = (fa_u32)product;
-    carry = (fa_u32)(product >> 32);
-  }
-  c[3] = (fa_u32)last + carry;
+  for (int k = 0; k < 4; ++k) c[k] = u[k] * path_taps(CODE) + upper_product(u[(k + 3) & 3], path_taps(CODE));
 }
 
 // At 3 bits a trellis index has four bits; every other one of 2 or 3 bits has bit 3 clear.

@@ -31,6 +31,12 @@ __device__ __forceinline__ float lg2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The thread's number, read once: the compiler would read the slow special register again at every use.
+__device__ __forceinline__ int thread_index() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
 __device__ __forceinline__ u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ float half_to_float(u32 bits) {
@@ -85,25 +91,32 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Four words from shared memory: constants that the compiler must not know to be constants, as it would move them into new
+// registers at every use.
+__device__ __forceinline__ void load_constants(const u32* from, u32 (&r)[4]) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(from)));
+}
+
 // ---- int8 tensor cores. Sums start at MAGIC_BITS, so that an accumulator read as a float is MAGIC + sum, exactly, while
 // |sum| < 2^22: 127 * 128 * 256 for the sums of one chain here.
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23
-constexpr int MAGIC_BITS = 0x4B400000;
+constexpr u32 MAGIC_BITS = 0x4B400000;
 
 struct Sums {
-  int c[4];
-  __device__ __forceinline__ float operator[](int i) const { return __int_as_float(c[i]); }
+  u32 c[4];  // starts at MAGIC_BITS
+  __device__ __forceinline__ float operator[](int i) const { return __uint_as_float(c[i]); }
 };
-// d = a b + c, a and b signed; a chain starts with c = start().
-__device__ __forceinline__ Sums start() { return {{MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}}; }
+// d = a b + c, a and b signed. Volatile keeps the order in which chains are interleaved.
 __device__ __forceinline__ void mma_ss(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
 }
 // b unsigned.
 __device__ __forceinline__ void mma_su(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
 }
@@ -126,9 +139,9 @@ struct Ring {
     }
     __syncwarp();
   }
-  // half 0: K, 1: V. A null source fills nothing.
-  __device__ __forceinline__ void fill(int stage, int half, const u8* record, int lane) {
-    if (lane != 0 || record == nullptr) return;
+  // half 0: K, 1: V, of a record if there is one.
+  __device__ __forceinline__ void fill(int stage, int half, bool any, const u8* record, int lane) {
+    if (lane != 0 || !any) return;
     const u32 barrier = barriers + 16 * stage + 8 * half;
     const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
     const int bytes = half ? V_BYTES : K_BYTES;
@@ -154,8 +167,8 @@ template <int STAGES, int K_BYTES, int V_BYTES>
 struct Ring {
   u8* data;
   __device__ __forceinline__ void init(u8* data_, u64*, int) { data = data_; }
-  __device__ __forceinline__ void fill(int stage, int half, const u8* record, int lane) {
-    if (record != nullptr) {
+  __device__ __forceinline__ void fill(int stage, int half, bool any, const u8* record, int lane) {
+    if (any) {
       const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
       const u8* from = record + half * K_BYTES;
       const int bytes = half ? V_BYTES : K_BYTES;

@@ -106,6 +106,7 @@ struct Shared {
   float* shift;  // [QUERIES] q . mu
   u64* barriers;
   Item* items;   // [2] the one at work and the next
+  u32* constants;  // [CONSTANT_WORDS]
   u8* scratch;   // while pages are read: scales [WARPS][128] and the plain queries; then what the merges need
   __device__ __forceinline__ Shared(u8* at) {
     ring = at;
@@ -114,7 +115,8 @@ struct Shared {
     shift = step + QUERIES;
     barriers = (u64*)(shift + QUERIES);
     items = (Item*)(barriers + WARPS * STAGES * 2);
-    scratch = (u8*)(items + 2);
+    constants = (u32*)(items + 2);
+    scratch = (u8*)(constants + CONSTANT_WORDS);
   }
   __device__ __forceinline__ float* scales(int warp) const { return (float*)scratch + warp * 128; }
   __device__ __forceinline__ float* plain() const { return (float*)(scratch + SCALE_BYTES); }

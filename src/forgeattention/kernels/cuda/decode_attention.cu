@@ -49,10 +49,10 @@ __device__ __forceinline__ float row_max(float x) {
 // Lane that holds query `column` of a fragment, 0..7; with DUP columns 4..7 carry the low bytes of queries 0..3.
 __device__ __forceinline__ int column_lane(int column) { return (DUP ? column & 3 : column) * 4; }
 
-__device__ __forceinline__ void value_step(const u8* codes, const float* scales, int lane, float (&s)[BLOCKS][SPAN],
+__device__ __forceinline__ void value_step(const u8* codes, const float* scales, int lane, const Constants& constants, float (&s)[BLOCKS][SPAN],
                                            const float (&qs)[BLOCKS], const float (&top)[BLOCKS], const float (&shift)[BLOCKS], State& st) {
   const int t = lane & 3;
-  u32 w_high[BLOCKS][4], w_low[BLOCKS][4];
+  u32 w[DUP ? 1 : 2 * BLOCKS][4];
   float w0[BLOCKS], w1[BLOCKS];
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
@@ -84,9 +84,9 @@ __device__ __forceinline__ void value_step(const u8* codes, const float* scales,
     most = row_max(most);
     const float back = ex2(here - st.m[b]);
     st.l[b] = fmaf(sum, back, st.l[b]);
-    const float w = back * most * (1.f / WEIGHT_MAX), fixed = __fdividef(WEIGHT_MAX, most);
-    w0[b] = __shfl_sync(~0u, w, column_lane(2 * t));
-    w1[b] = __shfl_sync(~0u, w, column_lane(2 * t + 1));
+    const float step = back * most * (1.f / WEIGHT_MAX), fixed = __fdividef(WEIGHT_MAX, most);
+    w0[b] = __shfl_sync(~0u, step, column_lane(2 * t));
+    w1[b] = __shfl_sync(~0u, step, column_lane(2 * t + 1));
     u32 high[SPAN / 4], low[SPAN / 4];
 #pragma unroll
     for (int i = 0; i < SPAN / 4; ++i) {
@@ -105,32 +105,30 @@ __device__ __forceinline__ void value_step(const u8* codes, const float* scales,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const u32 mine = upper ? low[i] : high[i], other = __shfl_xor_sync(~0u, upper ? high[i] : low[i], 16);
-        w_high[b][i] = upper ? other : mine;
-        w_high[b][2 + i] = upper ? mine : other;
+        w[0][i] = upper ? other : mine;
+        w[0][2 + i] = upper ? mine : other;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < SPAN / 4; ++i) {
-        w_high[b][i] = high[i];
-        w_low[b][i] = low[i];
+        w[2 * b][i] = high[i];
+        w[2 * b + 1][i] = low[i];
       }
     }
   }
-  for_value_units(codes, lane, [&](int unit, const u32(&plus)[8], const u32(&minus)[8]) {
+  // High and low bytes: sets of the same columns, or (DUP) columns 0..3 and 4..7 of one set.
+  float x_high[4];
+  value_sums(codes, lane, w, constants, [&](int unit, int set, const float(&x)[4]) {
+    const int b = DUP ? 0 : set / 2;
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      float x[4];
-      unit_sums(plus, minus, w_high[b], x);
-      if constexpr (!DUP) {
-        float y[4];
-        unit_sums(plus, minus, w_low[b], y);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) x[k] = fmaf(y[k], 1.f / 256.f, x[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float& a = st.acc[4 * (unit * BLOCKS + b) + k];
+    for (int k = 0; k < 4; ++k) {
+      float& a = st.acc[4 * (unit * BLOCKS + b) + k];
+      if constexpr (DUP) {
         a = fmaf(x[k], k & 1 ? w1[b] : w0[b], a);
+      } else if (set & 1) {
+        a = fmaf(fmaf(x[k], 1.f / 256.f, x_high[k]), k & 1 ? w1[b] : w0[b], a);
+      } else {
+        x_high[k] = x[k];
       }
     }
   });
@@ -292,23 +290,36 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Sh
 // Pages of an item that a warp takes.
 __device__ __forceinline__ int pages_of(const Item& it, int warp) { return max(0, (it.end - it.begin - warp + WARPS - 1) / WARPS); }
 
-// The j-th page that a warp loads, counting from the item's first and going on in the next item, or null.
-__device__ __forceinline__ const u8* record_of(const Params& p, const Item* items, int at, int count, int warp, int j) {
-  const Item* it = items + at;
-  if (j >= count) {
-    it = items + (at ^ 1);
-    j -= count;
-    if (j >= pages_of(*it, warp)) return nullptr;
+// The pages that a warp loads in order: those of the item at work, then those of the next one.
+struct Pages {
+  const i64* offsets;  // of the item's pages, WARPS apart
+  int count;
+  i64 offset;          // of the page last looked up, in flight
+  int head;            // of that page, or -1 for none
+
+  __device__ __forceinline__ Pages(const Params& p, const Item& it, int warp)
+      : offsets(p.offsets + it.row * p.max_pages + it.begin + warp), count(pages_of(it, warp)) {}
+  // Begins to look up the j-th page. Nothing waits for the offset before `record`.
+  __device__ __forceinline__ void look_up(const Params& p, const Item& it, const Item& next, int warp, int j) {
+    const i64* at = offsets + j * WARPS;
+    head = it.head;
+    if (j >= count) {
+      j -= count;
+      head = j < pages_of(next, warp) ? next.head : -1;
+      at = p.offsets + next.row * p.max_pages + next.begin + warp + j * WARPS;
+    }
+    if (head >= 0) asm volatile("ld.global.nc.b64 %0, [%1];" : "=l"(offset) : "l"(at));
   }
-  return p.base + __ldg(p.offsets + it->row * p.max_pages + it->begin + warp + j * WARPS) + (i64)it->head * RECORD;
-}
+  __device__ __forceinline__ const u8* record(const Params& p) const { return p.base + offset + (i64)head * RECORD; }
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attention(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 shared[];
   const Shared sh(shared);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   Ring<STAGES, K_BYTES, V_BYTES> ring;
   ring.init(sh.ring + warp * STAGES * RECORD, sh.barriers + warp * STAGES * 2, lane);
+  if (thread == 0) Constants::store(sh.constants);
   if (warp == 0) {
     Item first;
     first.find(p, blockIdx.x, lane);
@@ -326,12 +337,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attenti
     __syncthreads();
     const Item& it = sh.items[at];
     if (it.chunks == 0) break;
-    const int pages = pages_of(it, warp);
-    for (int j = min(filled, pages); j < STAGES; ++j) {  // what the item before could not see yet
+    const Item& following = sh.items[at ^ 1];
+    Pages pages(p, it, warp);
+    for (int j = min(filled, pages.count); j < STAGES; ++j) {  // what the item before could not see yet
       const int to = stage + j < STAGES ? stage + j : stage + j - STAGES;
-      const u8* record = record_of(p, sh.items, at, pages, warp, j);
-      ring.fill(to, 0, record, lane);
-      ring.fill(to, 1, record, lane);
+      pages.look_up(p, it, following, warp, j);
+      ring.fill(to, 0, pages.head >= 0, pages.record(p), lane);
+      ring.fill(to, 1, pages.head >= 0, pages.record(p), lane);
     }
     filled = STAGES;
     load_queries(p, it, sh, warp, lane);
@@ -353,22 +365,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attenti
       }
 #pragma unroll
       for (int i = 0; i < BLOCKS * DIM / 4; ++i) st.acc[i] = 0.f;
+      const Constants constants(sh.constants);
       int valid = it.length - (it.begin + warp) * fa::PAGE;  // tokens from the page's first one on
-      for (int j = 0; j < pages; ++j, valid -= WARPS * fa::PAGE) {
+      pages.look_up(p, it, following, warp, STAGES);
+      for (int j = 0; j < pages.count; ++j, valid -= WARPS * fa::PAGE) {
         const u8* record = sh.ring + (warp * STAGES + stage) * RECORD;
         float s[BLOCKS][SPAN], top[BLOCKS], shift[BLOCKS], unit[BLOCKS];
-        const u8* next = record_of(p, sh.items, at, pages, warp, j + STAGES);
         ring.wait(stage, 0, phase);
         const Header header(record + MEAN_OFFSET, lane);
-        *(float2*)(scales + 2 * lane) = load_scales(record + SCALE_OFFSET_K, header.k_base(), lane);
+        const float2 key_scales = decode_scales(load_scales(record + SCALE_OFFSET_K, lane), header.k_base());
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
-          shift[b] = fmaf(mean_sum(record + MEAN_OFFSET, lane, q[b]) * header.mean_scale(), qs[b], fixed_shift[b]);
+          shift[b] = fmaf(mean_sum(record + MEAN_OFFSET, lane, q[b], constants.start) * header.mean_scale(), qs[b], fixed_shift[b]);
           unit[b] = qs[b] * p.k_unit;
         }
-        key_sums<DUP>(record, lane, q, s);
+        key_sums<DUP>(record, lane, q, constants, s);
+        *(float2*)(scales + 2 * lane) = key_scales;
         __syncwarp();
-        ring.fill(stage, 0, next, lane);
+        ring.fill(stage, 0, pages.head >= 0, pages.record(p), lane);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -390,24 +404,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attenti
           top[b] = row_max(top[b]) * unit[b];
         }
         ring.wait(stage, 1, phase);
-        *(float2*)(scales + 64 + 2 * lane) = load_scales(record + K_BYTES + SCALE_OFFSET_V, header.v_base(), lane);
+        *(float2*)(scales + 64 + 2 * lane) = decode_scales(load_scales(record + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
         __syncwarp();
-        value_step(record + K_BYTES, scales + 64, lane, s, unit, top, shift, st);
+        value_step(record + K_BYTES, scales + 64, lane, constants, s, unit, top, shift, st);
         __syncwarp();
-        ring.fill(stage, 1, next, lane);
+        ring.fill(stage, 1, pages.head >= 0, pages.record(p), lane);
+        pages.look_up(p, it, following, warp, j + 1 + STAGES);
         if (++stage == STAGES) {
           stage = 0;
           phase ^= 1;
         }
       }
       merge_warps(p, st, sh, slot + it.chunk, warp, lane);
-    } else if (threadIdx.x < QUERIES) {
-      p.part_ml[(slot + it.chunk) * QUERIES + threadIdx.x] = make_float2(NO_MAX, 0.f);
+    } else if (thread < QUERIES) {
+      p.part_ml[(slot + it.chunk) * QUERIES + thread] = make_float2(NO_MAX, 0.f);
     }
     __threadfence();
     __syncthreads();
     bool last = false;
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
       u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block;
       last = atomicInc(counter, it.chunks - 1) == it.chunks - 1;
     }

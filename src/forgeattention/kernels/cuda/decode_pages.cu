@@ -85,12 +85,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_pages(const __grid_
   const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
   const Header header(record + MEAN_OFFSET, lane);
   decode<true, FA_K_BITS, FA_K_CODE>(record, K_LEVELS, y, warp, lane);
-  if (warp == 0) *(float2*)(scales + 2 * lane) = load_scales(record + SCALE_OFFSET_K, header.k_base(), lane);
+  if (warp == 0) *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + SCALE_OFFSET_K, lane), header.k_base());
   __syncthreads();
   write<true>(p, record, scales, header, y, row, head, page, warp, lane);
   __syncthreads();
   decode<false, FA_V_BITS, FA_V_CODE>(record + K_BYTES, V_LEVELS, y, warp, lane);
-  if (warp == 0) *(float2*)(scales + 2 * lane) = load_scales(record + K_BYTES + SCALE_OFFSET_V, header.v_base(), lane);
+  if (warp == 0) *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
   __syncthreads();
   write<false>(p, record, scales, header, y, row, head, page, warp, lane);
 }

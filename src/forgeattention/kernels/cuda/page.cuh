@@ -26,6 +26,43 @@ constexpr fa::LevelTable<K_COUNT> K_TABLE(K_LEVELS);
 constexpr fa::LevelTable<V_COUNT> V_TABLE(V_LEVELS);
 constexpr bool K_PAIR = K_COUNT == 16, V_PAIR = V_COUNT == 16;
 
+// Constants in registers for the time pages are read (see load_constants): [16] MAGIC_BITS, then the levels of keys and values.
+constexpr bool SAME_TABLE = K_COUNT == V_COUNT && K_TABLE.low[0] == V_TABLE.low[0] && K_TABLE.low[1] == V_TABLE.low[1];
+struct Constants {
+  Sums start;        // of a chain
+  u32 k[4], v[4];    // byte-permute tables: low (or the only one) and high
+  u32 shift[4];      // [0] 2^16
+  static __device__ __forceinline__ void store(u32* to) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = MAGIC_BITS, to[12 + i] = 65536;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[4 + i] = K_TABLE.low[i], to[6 + i] = K_TABLE.high[i];
+      to[8 + i] = V_TABLE.low[i], to[10 + i] = V_TABLE.high[i];
+    }
+  }
+  __device__ __forceinline__ explicit Constants(const u32* from) {
+    load_constants(from, start.c);
+    load_constants(from + 4, k);
+    load_constants(from + 12, shift);
+    if constexpr (SAME_TABLE) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = k[i];
+    } else {
+      load_constants(from + 8, v);
+    }
+  }
+};
+constexpr int CONSTANT_WORDS = 16;
+// x >> 16 on the multiplier, since the pipe of shifts and byte permutes is the busiest one.
+__device__ __forceinline__ u32 upper_half(u32 x, const Constants& c) {
+#ifdef FA_SHIFT
+  return x >> 16;
+#else
+  return __umulhi(x, c.shift[0]);
+#endif
+}
+
 // The words of CHUNK units that lie side by side; `codes` is shared memory.
 template <int BITS>
 __device__ __forceinline__ void load_words(const u8* codes, int chunk, int lane, u32 (&w)[CHUNK][BITS]) {
@@ -51,16 +88,19 @@ struct Header {
   __device__ __forceinline__ int v_base() const { return (int)bits >> 24; }
 };
 
-// Scales of tokens 2 lane and 2 lane + 1.
-__device__ __forceinline__ float2 load_scales(const u8* scales, int base, int lane) {
+// Scales of tokens 2 lane and 2 lane + 1, as stored; and as floats.
+__device__ __forceinline__ u32 load_scales(const u8* scales, int lane) {
+  return FA_SCALES == fa::FP16 ? *(const u32*)(scales + 4 * lane) : *(const unsigned short*)(scales + 2 * lane);
+}
+__device__ __forceinline__ float2 decode_scales(u32 two, int base) {
   if constexpr (FA_SCALES == fa::FP16) {
-    const u32 two = *(const u32*)(scales + 4 * lane);
     return make_float2(half_to_float(two & 0xFFFF), half_to_float(two >> 16));
   } else {
-    const u32 two = *(const unsigned short*)(scales + 2 * lane);
     const u32 a = two & 255, b = two >> 8;
-    const float step = 1.f / fa::LOG8_STEPS, zero = (float)base - step;
-    return make_float2(a ? ex2(fmaf((float)a, step, zero)) : 0.f, b ? ex2(fmaf((float)b, step, zero)) : 0.f);
+    // 2^23 + code as a float; its 32nd part minus 2^18 is exact.
+    const float step = 1.f / fa::LOG8_STEPS, zero = (float)base - step - 262144.f;
+    const float x = ex2(fmaf(__uint_as_float(0x4B000000u | a), step, zero)), y = ex2(fmaf(__uint_as_float(0x4B000000u | b), step, zero));
+    return make_float2(a ? x : 0.f, b ? y : 0.f);
   }
 }
 
@@ -120,64 +160,82 @@ template <bool DUP>
 __device__ __forceinline__ int first_token(int lane) {
   return 16 * (lane & 3) + (DUP ? lane >> 4 << 3 : 0);
 }
+// Units whose chains of products are interleaved, since a product waits long for the one before it in its chain. They belong
+// to different tokens and lie STRIDE apart.
+template <int BLOCKS>
+constexpr FA_FN int interleaved() {
+  return BLOCKS > 1 || (STEPS != 2 && STEPS != 4 && STEPS != 8) ? 1 : 2;
+}
+constexpr int STRIDE = STEPS == 8 ? 2 : 1;
+
 template <bool DUP, int BLOCKS>
-__device__ __forceinline__ void key_sums(const u8* codes, int lane, const Queries (&q)[BLOCKS], float (&s)[BLOCKS][span<DUP>()]) {
-  Sums plus[BLOCKS], minus[BLOCKS];
+__device__ __forceinline__ void key_sums(const u8* codes, int lane, const Queries (&q)[BLOCKS], const Constants& c,
+                                         float (&s)[BLOCKS][span<DUP>()]) {
+  constexpr int MANY = interleaved<BLOCKS>();
+  Sums plus[MANY][BLOCKS], minus[MANY][BLOCKS];
   float before[BLOCKS][2];
 #pragma unroll
   for (int chunk = 0; chunk < UNITS / CHUNK; ++chunk) {
     u32 words[CHUNK][FA_K_BITS];
     load_words<FA_K_BITS>(codes, chunk, lane, words);
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      u32 index[4];
-      fa::unit_indices<FA_K_BITS, FA_K_CODE>(words[i], index);
+    for (int turn = 0; turn < CHUNK / MANY; ++turn) {
+      u32 index[MANY][4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int at = 4 * (chunk * CHUNK + i) + n, j = at / STEPS, step = at % STEPS;
-        const u32 high = K_PAIR ? index[n] ^ 0x88888888u : index[n];
-        const u32* table = K_PAIR ? K_TABLE.high : K_TABLE.low;
-        const u32 b0 = prmt(table[0], table[1], high), b1 = prmt(table[0], table[1], high >> 16);
-        u32 c0 = 0, c1 = 0;
-        if constexpr (K_PAIR) {
-          c0 = prmt(K_TABLE.low[0], K_TABLE.low[1], index[n]);
-          c1 = prmt(K_TABLE.low[0], K_TABLE.low[1], index[n] >> 16);
-        }
+      for (int m = 0; m < MANY; ++m)
+        fa::unit_indices<FA_K_BITS, FA_K_CODE>(words[turn / STRIDE * MANY * STRIDE + turn % STRIDE + m * STRIDE], index[m]);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          const uint4 a = q[b].get(step);
-          const u32 a4[4] = {a.x, a.y, a.z, a.w};
-          mma_ss(plus[b], a4, b0, b1, step % CHAIN ? plus[b] : start());
-          if constexpr (K_PAIR) mma_ss(minus[b], a4, c0, c1, step % CHAIN ? minus[b] : start());
-          if (step % CHAIN == CHAIN - 1 || step == STEPS - 1)
+      for (int n = 0; n < 4; ++n)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              // high + low / 256; each difference is exact.
-              float sum;
-              if constexpr (K_PAIR) {
-                sum = fmaf(plus[b][2 + k] - minus[b][2 + k], 1.f / 256.f, plus[b][k] - minus[b][k]);
-              } else {
-                sum = fmaf(plus[b][2 + k], 1.f / 256.f, plus[b][k] - (MAGIC + MAGIC / 256.f));
-              }
-              if (step >= CHAIN) sum += before[b][k];
-              before[b][k] = sum;
-              if (step == STEPS - 1) {
-                const int i = 2 * j + k;
-                if constexpr (DUP) {
-                  s[b][i & 7] = i < 8 || lane >= 16 ? sum : s[b][i & 7];
+        for (int m = 0; m < MANY; ++m) {
+          const int unit = chunk * CHUNK + turn / STRIDE * MANY * STRIDE + turn % STRIDE + m * STRIDE;
+          const int at = 4 * unit + n, j = at / STEPS, step = at % STEPS;
+          const u32 high = K_PAIR ? index[m][n] ^ 0x88888888u : index[m][n];
+          const u32* table = c.k + (K_PAIR ? 2 : 0);
+          const u32 b0 = prmt(table[0], table[1], high), b1 = prmt(table[0], table[1], upper_half(high, c));
+          u32 c0 = 0, c1 = 0;
+          if constexpr (K_PAIR) {
+            c0 = prmt(c.k[0], c.k[1], index[m][n]);
+            c1 = prmt(c.k[0], c.k[1], upper_half(index[m][n], c));
+          }
+#pragma unroll
+          for (int b = 0; b < BLOCKS; ++b) {
+            Sums &p = plus[m][b], &l = minus[m][b];
+            const uint4 a = q[b].get(step);
+            const u32 a4[4] = {a.x, a.y, a.z, a.w};
+            mma_ss(p, a4, b0, b1, step % CHAIN ? p : c.start);
+            if constexpr (K_PAIR) mma_ss(l, a4, c0, c1, step % CHAIN ? l : c.start);
+            if (step % CHAIN == CHAIN - 1 || step == STEPS - 1)
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                // high + low / 256; each difference is exact.
+                float sum;
+                if constexpr (K_PAIR) {
+                  sum = fmaf(p[2 + k] - l[2 + k], 1.f / 256.f, p[k] - l[k]);
                 } else {
-                  s[b][i] = sum;
+                  sum = fmaf(p[2 + k], 1.f / 256.f, p[k] - (MAGIC + MAGIC / 256.f));
+                }
+                if (STEPS > CHAIN) {
+                  if (step >= CHAIN) sum += before[b][k];
+                  before[b][k] = sum;
+                }
+                if (step == STEPS - 1) {
+                  const int i = 2 * j + k;
+                  if constexpr (DUP) {
+                    s[b][i & 7] = i < 8 || lane >= 16 ? sum : s[b][i & 7];
+                  } else {
+                    s[b][i] = sum;
+                  }
                 }
               }
-            }
+          }
         }
-      }
     }
   }
 }
 
 // Query . mean row, of query g, in units of the query's 256 step.
-__device__ __forceinline__ float mean_sum(const u8* mean, int lane, const Queries& q) {
+__device__ __forceinline__ float mean_sum(const u8* mean, int lane, const Queries& q, const Sums& start) {
   const u8* at = mean + (lane & 3) * (DIM / 4);
   float total = 0.f;
   Sums sums;
@@ -186,7 +244,7 @@ __device__ __forceinline__ float mean_sum(const u8* mean, int lane, const Querie
     const uint2 b = *(const uint2*)(at + 8 * step);
     const uint4 a = q.get(step);
     const u32 a4[4] = {a.x, a.y, a.z, a.w};
-    mma_ss(sums, a4, b.x, b.y, step % CHAIN ? sums : start());
+    mma_ss(sums, a4, b.x, b.y, step % CHAIN ? sums : start);
     if (step % CHAIN == CHAIN - 1 || step == STEPS - 1)
       total += fmaf(sums[2], 1.f / 256.f, sums[0] - (MAGIC + MAGIC / 256.f));
   }
@@ -194,51 +252,63 @@ __device__ __forceinline__ float mean_sum(const u8* mean, int lane, const Querie
 }
 
 // Levels of one unit as A fragments of two products (32 tokens each): r[4 i ..] are a0..a3 of product i.
-__device__ __forceinline__ void value_levels(const u32* table, const u32 (&index)[4], u32 flip, u32 (&r)[8]) {
+__device__ __forceinline__ void value_levels(const Constants& c, const u32* table, const u32 (&index)[4], u32 flip, u32 (&r)[8]) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const u32 selector = index[n] ^ flip;
     r[2 * n] = prmt(table[0], table[1], selector);
-    r[2 * n + 1] = prmt(table[0], table[1], selector >> 16);
+    r[2 * n + 1] = prmt(table[0], table[1], upper_half(selector, c));
   }
 }
 
-// Calls use(unit, levels, magnitudes of negative levels) for every unit; the latter only with sixteen levels.
-template <class Use>
-__device__ __forceinline__ void for_value_units(const u8* codes, int lane, Use use) {
+template <bool SIGNED>
+__device__ __forceinline__ void mma_weights(Sums& d, const u32* a, const u32* w, const Sums& c) {
+  if constexpr (SIGNED) {
+    mma_ss(d, a, w[0], w[1], c);
+  } else {
+    mma_su(d, a, w[0], w[1], c);
+  }
+}
+
+// Weights (u8, or s8 if SIGNED, tokens 16 t + 4 b .. + 3 in w[set][b], query g in column g) times values. Calls use(unit, set, sums) for every unit:
+// channel 16 unit + g of queries 2 t, 2 t + 1 in sums 0, 1 and channel + 8 in 2, 3, as exact floats. PAIRS of units are
+// interleaved, as chains wait.
+template <bool SIGNED = false, int SETS, class Use>
+__device__ __forceinline__ void value_sums(const u8* codes, int lane, const u32 (&w)[SETS][4], const Constants& c, Use use) {
+  constexpr int PAIRS = SETS > 1 ? 1 : 2;
 #pragma unroll
   for (int chunk = 0; chunk < UNITS / CHUNK; ++chunk) {
     u32 words[CHUNK][FA_V_BITS];
     load_words<FA_V_BITS>(codes, chunk, lane, words);
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-      u32 index[4], plus[8], minus[8];
-      fa::unit_indices<FA_V_BITS, FA_V_CODE>(words[i], index);
-      if constexpr (V_PAIR) {
-        value_levels(V_TABLE.high, index, 0x88888888u, plus);
-        value_levels(V_TABLE.low, index, 0u, minus);
-      } else {
-        value_levels(V_TABLE.low, index, 0u, plus);
+    for (int i = 0; i < CHUNK; i += PAIRS) {
+      u32 plus[PAIRS][8], minus[PAIRS][8];
+      Sums p[PAIRS][SETS], m[PAIRS][SETS];
+#pragma unroll
+      for (int a = 0; a < PAIRS; ++a) {
+        u32 index[4];
+        fa::unit_indices<FA_V_BITS, FA_V_CODE>(words[i + a], index);
+        value_levels(c, c.v + (V_PAIR ? 2 : 0), index, V_PAIR ? 0x88888888u : 0u, plus[a]);
+        if constexpr (V_PAIR) value_levels(c, c.v, index, 0u, minus[a]);
       }
-      use(chunk * CHUNK + i, plus, minus);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int a = 0; a < PAIRS; ++a)
+#pragma unroll
+          for (int set = 0; set < SETS; ++set) {
+            mma_weights<SIGNED>(p[a][set], plus[a] + 4 * half, w[set] + 2 * half, half ? p[a][set] : c.start);
+            if constexpr (V_PAIR) mma_weights<SIGNED>(m[a][set], minus[a] + 4 * half, w[set] + 2 * half, half ? m[a][set] : c.start);
+          }
+#pragma unroll
+      for (int a = 0; a < PAIRS; ++a)
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+          float x[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) x[k] = V_PAIR ? p[a][set][k] - m[a][set][k] : p[a][set][k] - MAGIC;
+          use(chunk * CHUNK + i + a, set, x);
+        }
     }
-  }
-}
-
-// Weights (u8, tokens 16 t + 4 b .. + 3 in w[b], query g in column g) times one unit's values: channel 16 unit + g of
-// queries 2 t, 2 t + 1 in sums 0, 1 and channel + 8 in 2, 3, as exact floats.
-__device__ __forceinline__ void unit_sums(const u32 (&plus)[8], const u32 (&minus)[8], const u32 (&w)[4], float (&out)[4]) {
-  Sums p;
-  mma_su(p, plus, w[0], w[1], start());
-  mma_su(p, plus + 4, w[2], w[3], p);
-  if constexpr (V_PAIR) {
-    Sums m;
-    mma_su(m, minus, w[0], w[1], start());
-    mma_su(m, minus + 4, w[2], w[3], m);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) out[k] = p[k] - m[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) out[k] = p[k] - MAGIC;
   }
 }
