@@ -106,9 +106,13 @@ struct Attention {
     // A query that is not finite makes its row's results NaN.
     const float step = finite ? top / Q_MAX : 0, inverse = step > 0 ? Q_MAX / top : 0;
     QueryHead* head = head_of(queries, dim, row);
-    *head = {step * scale * codec.k.unit, finite ? offset : __builtin_nanf(""), step * scale, 0};
-    auto* q16 = reinterpret_cast<int16_t*>(head + 1);
-    for (int i = 0; i < dim; ++i) q16[i] = finite ? int16_t(__builtin_rintf(q[i] * inverse)) : int16_t(0);
+    *head = {step * scale * codec.k.unit, finite ? offset : __builtin_nanf(""), scale, 0};
+    float* kept = reinterpret_cast<float*>(head + 1);
+    int16_t q16[MAX_DIM];
+    for (int i = 0; i < dim; ++i) {
+      kept[i] = finite ? q[i] : 0.0f;
+      q16[i] = int16_t(__builtin_rintf(kept[i] * inverse));
+    }
     uint8_t* group = group_of(queries, dim, row);
     switch (key_class(dim)) {
       case 0: return prepare_query<Isa, 0>(q16, dim, row % MAX_ROWS, group);
@@ -200,15 +204,16 @@ struct Attention {
   static void score_tile(const Codec& c, const Tile& t, uint8_t* queries, int first, int rows, Scratch& s) {
     const int dim = c.dim, words = raw_words(dim);
     const QkPage qk = by_source<QkPage, Qk>(t.key_source, key_class(dim), rows);
+    alignas(64) float mean[MAX_DIM];
     for (int p = 0; p < t.pages; ++p) {
+      for (int i = 0; i < dim; ++i) mean[i] = float(reinterpret_cast<const int8_t*>(t.mean[p])[i]);
       qk(t.keys[p], t.keys_ahead[p], dim, c.k.levels, group_of(queries, dim, first), s.raw, words);
       for (int r = 0; r < rows; ++r) {
         const QueryHead* head = head_of(queries, dim, first + r);
-        const auto* q16 = reinterpret_cast<const int16_t*>(head + 1);
-        const auto* mean = reinterpret_cast<const int8_t*>(t.mean[p]);
-        int32_t product = 0;
-        for (int i = 0; i < dim; ++i) product += int32_t(q16[i]) * int32_t(mean[i]);
-        const float base = head->offset + float(product) * (head->step * t.mean_step[p]), factor = head->factor;
+        const float* q = reinterpret_cast<const float*>(head + 1);
+        F32 product = F32{};
+        for (int i = 0; i < dim; i += W) product += load<F32>(q + i) * load<F32>(mean + i);
+        const float base = head->offset + sum_of(product) * (head->scale * t.mean_step[p]), factor = head->factor;
         alignas(64) int32_t integer[PAGE];
         gather(dim, s.raw + r * words, integer);
         float* out = s.scores + r * TILE + p * PAGE;

@@ -16,16 +16,16 @@ struct KeyClass {
   static constexpr int segment(int n) { return n * SEGMENTS / 4; }
 };
 
-// Prepared queries lie in groups of MAX_ROWS: their heads, each followed by int16 q [dim]; then per period and variant eight
+// Prepared queries lie in groups of MAX_ROWS: their heads, each followed by float q [dim]; then per period and variant eight
 // Operands and SEGMENTS initial vectors, each for all rows of the group side by side.
 enum { MAX_ROWS = 4 };
 struct QueryHead {
   float factor;  // base-2 score of one unit of integer product and unit k scale
   float offset;  // added to every score
-  float step;    // base-2 score of one unit of the product with a mean row of step 1
+  float scale;   // from q times key to base-2 score
   float pad;
 };
-inline size_t query_head_bytes(int dim) { return (sizeof(QueryHead) + 2 * dim + 63) / 64 * 64; }
+inline size_t query_head_bytes(int dim) { return (sizeof(QueryHead) + sizeof(float) * dim + 63) / 64 * 64; }
 template <class Isa, int CLASS>
 struct QueryLayout {
   using C = KeyClass<CLASS>;
