@@ -128,6 +128,7 @@ def pack_header(mean: NDArray[np.float64], mean_scale: float, k_base: int, v_bas
     """
     header = int(np.float16(mean_scale).view(np.uint16)) | (k_base & 255) << 16 | (v_base & 255) << 24
     bit = header >> np.arange(32) & 1
+    mean = np.clip(mean, -127, 127)  # a subnormal step may have been rounded down
     row = np.rint(mean)
     head = np.rint((mean[:32] - bit) / 2) * 2 + bit
     row[:32] = np.where(head > 127, head - 2, head)
