@@ -143,6 +143,7 @@ def faked(monkeypatch):
     monkeypatch.setattr(transformers, "AutoTokenizer", Fake("tokenizer"))
     monkeypatch.setattr(transformers, "AutoModelForCausalLM", Fake("model"))
     monkeypatch.setattr(models, "_set_pre_tokenizer", lambda tokenizer, path: None)
+    monkeypatch.setattr(models, "_state_rope_theta", lambda config: None)
     monkeypatch.setattr(Fake, "calls", 0)
 
 

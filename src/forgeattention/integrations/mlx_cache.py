@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..cache import LayerCache, MLXArrays, PagePool
 from ..codec import PAGE, Codec, CodecSpec
 from ..ops.arrays import dtype_of
+from ..ops.checks import check_queries
 from .mlx_attention import chunk
 
 DECODE_TOKENS = 8
@@ -68,6 +69,7 @@ class PackedStates:
         cache = layer.cache
         assert cache is not None
         try:
+            check_queries("mlx_lm", q, cache.codec)
             layer.check_mask(mask, q.shape[2])
             step = min(DECODE_TOKENS, cache.codec.spec.window)
             held = self.appended or bool((cache.lengths > 0).all())
@@ -347,7 +349,11 @@ class PackedKVCache:
         that share this cache's memory), each row's page numbers, packed and exact tokens, exact keys and values."""
         if self._states is not None and self._states.appended:
             self._states = None
-        header: dict[str, Any] = {"spec": self.spec.to_json(), "batched": self.batched}
+        header: dict[str, Any] = {
+            "spec": self.spec.to_json(),
+            "batched": self.batched,
+            "position": self._position.tolist(),
+        }
         if self.cache is None:
             return (_bytes(header),)
         made, codec = self.cache, self.cache.codec
@@ -360,7 +366,7 @@ class PackedKVCache:
         if base is None:
             base = mx.zeros((codec.page_bytes,), dtype=mx.uint8)
         pages = base.reshape(-1, codec.page_bytes)[: max(1, int(table.max(initial=-1)) + 1)]
-        lengths = mx.array(np.stack([self._position, made.packed_lengths, made.exact_lengths]))
+        lengths = mx.array(np.stack([made.packed_lengths, made.exact_lengths]))
         k, v = (x[:, :, : made.exact.max_length] for x in (made.exact.k, made.exact.v))
         return _bytes(header), pages, mx.array(table), lengths, k, v
 
@@ -370,13 +376,14 @@ class PackedKVCache:
         made = self.__dict__.get("codec")
         self.__init__(CodecSpec.from_json(header["spec"]), codec=made)  # type: ignore[misc]
         self.batched = header["batched"]
+        self._position = np.array(header["position"], np.int64)
         if len(value) == 1:
             return
         _, pages, table, lengths, k, v = value
         codec = made or Codec(self.spec, header["head_dim"], header["kv_heads"])
         if codec.fingerprint != header["codec"]:
             raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
-        position, packed, exact = np.array(lengths)
+        packed, exact = np.array(lengths)
         arrays = MLXArrays()
         used, rows = np.unique(np.array(table), return_inverse=True)
         shift = int(len(used) > 0 and used[0] < 0)
@@ -387,7 +394,6 @@ class PackedKVCache:
         self.cache = LayerCache(codec, len(packed), arrays, dtype_of(k), pool=pool)
         self.cache.restore(ids, rows.reshape(table.shape) - shift, packed, exact, arrays.to_host(k), arrays.to_host(v))
         pool.free(ids)
-        self._position = position
 
     @property
     def meta_state(self) -> str:
