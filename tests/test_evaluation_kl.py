@@ -73,6 +73,37 @@ def test_a_changed_cache_gives_the_divergence_computed_directly(model, ids, bloc
     assert result.positions == 2 * (90 - start)
 
 
+def test_parts_are_the_means_of_their_positions(model, ids):
+    whole = kl.compare(model, ids, lambda: cache_of(model, Shaken), start=20, parts=1)
+    parts = kl.compare(model, ids, lambda: cache_of(model, Shaken), start=20, parts=3).parts
+    assert [(part.start, part.stop) for part in parts] == [(20, 43), (43, 66), (66, 90)]
+    assert [(part.start, part.stop) for part in whole.parts] == [(20, 90)]
+    for part in parts:
+        p = model(ids).logits.log_softmax(-1)[:, part.start : part.stop]
+        q = model(ids, past_key_values=cache_of(model, Shaken), use_cache=True).logits.log_softmax(-1)
+        q = q[:, part.start : part.stop]
+        want = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()
+        assert part.kl == pytest.approx(want)
+        target = ids[:, part.start + 1 : part.stop + 1]
+        nll = functional.nll_loss(q[:, : target.shape[1]].flatten(0, 1), target.flatten()).item()
+        assert part.perplexity == pytest.approx(math.exp(nll))
+    assert whole.kl == pytest.approx(sum(part.kl * (part.stop - part.start) for part in parts) / 70)
+    for wrong in (0, 70):
+        with pytest.raises(ValueError, match=r"^\[kl\] expected 1 <= parts <= 69 measured positions; got"):
+            kl.compare(model, ids, lambda: cache_of(model, Shaken), start=20, parts=wrong)
+
+
+def test_damage_that_grows_with_the_context_is_seen(model, ids):
+    class Late(DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):
+            wrong = keys + torch.randn(keys.shape, dtype=keys.dtype, generator=torch.Generator().manual_seed(0))
+            return super().update(wrong if self.get_seq_length() >= 60 else keys, values, *args, **kwargs)
+
+    parts = kl.compare(model, ids, lambda: cache_of(model, Late), start=0, parts=3, block=10).parts
+    assert parts[0].kl == parts[1].kl == 0
+    assert parts[2].kl > 0.01
+
+
 def test_a_cache_that_forgets_is_seen(model, ids):
     kept = kl.compare(model, ids, lambda: cache_of(model, Forgetful), block=90)
     lost = kl.compare(model, ids, lambda: cache_of(model, Forgetful), block=10)
