@@ -36,6 +36,7 @@ SHAPES = [
 ]
 SINKS_AND_WINDOW = 132 + 31
 L2_TIMES = 3
+sdpa = torch.nn.functional.scaled_dot_product_attention
 # Pages in random order in memory; else each row's pages follow each other, as after one prefill.
 SCATTERED = False
 
@@ -141,7 +142,7 @@ def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copi
             try:
                 with sdpa_kernel(backend):
                     calls = [
-                        lambda k=k, v=v, x=queries: torch.nn.functional.scaled_dot_product_attention(x, k, v, enable_gqa=not fold)
+                        lambda k=k, v=v, x=queries, gqa=not fold: sdpa(x, k, v, enable_gqa=gqa)
                         for k, v in kv
                     ]
                     out[name + ("_folded" if fold else "")], _ = in_graph(calls, max(1, 8 // copies))

@@ -205,13 +205,13 @@ def decode_plan(
     slots = max(chunks, chunks_long) + 2 + warps
     held_blocks = 1 if held <= 8 else held // 8
     kept = d // 8 if held == 4 else held_blocks * d // 4
-    merge_warps = 2 if warps > 2 else warps // 2
+    merge_warps = warps // 2 if ctas == 1 and d <= 128 and held <= 8 else 2
     scratch = max(
         merge_warps * (kept + 2 * held_blocks) * 128,
         warps * 512 + held * fmt.head_dim * 4,
         warps * (d + slots + warps) * 4,
     )
-    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 160 + scratch
+    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 192 + scratch
     per_stage = warps * (fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
     stages = min(4, room // per_stage)
@@ -220,5 +220,5 @@ def decode_plan(
             return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas)
         raise ValueError(f"[decode_attention] expected {fixed + per_stage} bytes of shared memory; got {room + fixed}")
     return DecodePlan(
-        held, blocks, warps, stages, ctas, chunks, chunks_long, 6 * warps * chunks_long, warps, 8, slots, fixed + stages * per_stage
+        held, blocks, warps, stages, ctas, chunks, chunks_long, 6 * warps * chunks_long, 3 * warps, 8, slots, fixed + stages * per_stage
     )

@@ -96,7 +96,7 @@ struct __align__(16) Item {
 };
 
 // Shared memory; backends/cuda.py computes the same sizes.
-constexpr int MERGE_WARPS = WARPS > 2 ? 2 : WARPS / 2;
+constexpr int MERGE_WARPS = FA_CTAS == 1 && DIM <= 128 && QUERIES <= 8 ? WARPS / 2 : 2;
 constexpr int SCALE_BYTES = WARPS * 128 * 4;
 
 struct Shared {
@@ -105,7 +105,7 @@ struct Shared {
   float* step;   // [QUERIES] 256 step of a query
   float* shift;  // [QUERIES] q . mu
   u64* barriers;
-  Item* items;   // [2] the one at work and the next
+  Item* items;   // [3] the one at work, the next and the one after
   u32* constants;  // [CONSTANT_WORDS]
   u8* scratch;   // while pages are read: scales [WARPS][128] and the plain queries; then what the merges need
   __device__ __forceinline__ Shared(u8* at) {
@@ -115,7 +115,7 @@ struct Shared {
     shift = step + QUERIES;
     barriers = (u64*)(shift + QUERIES);
     items = (Item*)(barriers + WARPS * STAGES * 2);
-    constants = (u32*)(items + 2);
+    constants = (u32*)(items + 3);
     scratch = (u8*)(constants + CONSTANT_WORDS);
   }
   __device__ __forceinline__ float* scales(int warp) const { return (float*)scratch + warp * 128; }

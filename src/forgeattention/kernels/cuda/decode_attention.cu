@@ -245,7 +245,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Sh
       recent = warp_sum(recent * mine.y);
       __syncwarp();
       const float* from = p.part + (slot * QUERIES + i) * DIM + lane;
-#pragma unroll 8
+#pragma unroll 4
       for (int c = part; c < it.chunks; c += PARTS) {
         const float f = factors[c];
 #pragma unroll
@@ -320,34 +320,48 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attenti
   Ring<STAGES, K_BYTES, V_BYTES> ring;
   ring.init(sh.ring + warp * STAGES * RECORD, sh.barriers + warp * STAGES * 2, lane);
   if (thread == 0) Constants::store(sh.constants);
-  if (warp == 0) {
+  if (warp < 2) {
     Item first;
-    first.find(p, blockIdx.x, lane);
-    if (lane == 0) sh.items[0] = first;
+    first.find(p, blockIdx.x + warp * gridDim.x, lane);
+    if (lane == 0) sh.items[warp] = first;
   }
   float* scales = sh.scales(warp);
   int stage = 0, filled = 0;
   u32 phase = 0;
-  for (int number = blockIdx.x, at = 0;; number += gridDim.x, at ^= 1) {
-    if (warp == WARPS - 1) {
-      Item following;
-      following.find(p, number + gridDim.x, lane);
-      if (lane == 0) sh.items[at ^ 1] = following;
-    }
+  for (int number = blockIdx.x, at = 0;; number += gridDim.x, at = at < 2 ? at + 1 : 0) {
     __syncthreads();
-    const Item& it = sh.items[at];
+    const Item &it = sh.items[at], &following = sh.items[at < 2 ? at + 1 : 0];
     if (it.chunks == 0) break;
-    const Item& following = sh.items[at ^ 1];
     Pages pages(p, it, warp);
-    for (int j = min(filled, pages.count); j < STAGES; ++j) {  // what the item before could not see yet
-      const int to = stage + j < STAGES ? stage + j : stage + j - STAGES;
-      pages.look_up(p, it, following, warp, j);
-      ring.fill(to, 0, pages.head >= 0, pages.record(p), lane);
-      ring.fill(to, 1, pages.head >= 0, pages.record(p), lane);
+    {
+      i64 offsets[STAGES];
+      int heads[STAGES];
+      const int known = min(filled, pages.count);
+#pragma unroll
+      for (int j = 0; j < STAGES; ++j) {  // what the item before could not see yet
+        heads[j] = -1;
+        if (j < known) continue;
+        pages.look_up(p, it, following, warp, j);
+        offsets[j] = pages.offset;
+        heads[j] = pages.head;
+      }
+#pragma unroll
+      for (int j = 0; j < STAGES; ++j) {
+        const int to = stage + j < STAGES ? stage + j : stage + j - STAGES;
+        const u8* record = p.base + offsets[j] + (i64)heads[j] * RECORD;
+        if (j < known) continue;
+        ring.fill(to, 0, heads[j] >= 0, record, lane);
+        ring.fill(to, 1, heads[j] >= 0, record, lane);
+      }
     }
     filled = STAGES;
     load_queries(p, it, sh, warp, lane);
     __syncthreads();
+    if (warp == WARPS - 1 && following.chunks) {  // over the item that is done, for two turns on
+      Item after;
+      after.find(p, number + 2 * gridDim.x, lane);
+      if (lane == 0) sh.items[at > 0 ? at - 1 : 2] = after;
+    }
     const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block) * p.slots;
     if (it.chunk == 0 && it.exact > 0) exact::attend(p, it, sh, slot + p.slots - WARPS, warp, lane);
     if (it.begin < it.end) {
@@ -429,7 +443,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attenti
     if (__syncthreads_or(last)) {
       __threadfence();
       finish(p, it, sh, slot, warp, lane);
-      __syncthreads();
     }
   }
 }

@@ -31,10 +31,9 @@ constexpr bool SAME_TABLE = K_COUNT == V_COUNT && K_TABLE.low[0] == V_TABLE.low[
 struct Constants {
   Sums start;        // of a chain
   u32 k[4], v[4];    // byte-permute tables: low (or the only one) and high
-  u32 shift[4];      // [0] 2^16
   static __device__ __forceinline__ void store(u32* to) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = MAGIC_BITS, to[12 + i] = 65536;
+    for (int i = 0; i < 4; ++i) to[i] = MAGIC_BITS;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       to[4 + i] = K_TABLE.low[i], to[6 + i] = K_TABLE.high[i];
@@ -44,7 +43,6 @@ struct Constants {
   __device__ __forceinline__ explicit Constants(const u32* from) {
     load_constants(from, start.c);
     load_constants(from + 4, k);
-    load_constants(from + 12, shift);
     if constexpr (SAME_TABLE) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = k[i];
@@ -53,15 +51,7 @@ struct Constants {
     }
   }
 };
-constexpr int CONSTANT_WORDS = 16;
-// x >> 16 on the multiplier, since the pipe of shifts and byte permutes is the busiest one.
-__device__ __forceinline__ u32 upper_half(u32 x, const Constants& c) {
-#ifdef FA_SHIFT
-  return x >> 16;
-#else
-  return __umulhi(x, c.shift[0]);
-#endif
-}
+constexpr int CONSTANT_WORDS = 12;
 
 // The words of CHUNK units that lie side by side; `codes` is shared memory.
 template <int BITS>
@@ -192,11 +182,11 @@ __device__ __forceinline__ void key_sums(const u8* codes, int lane, const Querie
           const int at = 4 * unit + n, j = at / STEPS, step = at % STEPS;
           const u32 high = K_PAIR ? index[m][n] ^ 0x88888888u : index[m][n];
           const u32* table = c.k + (K_PAIR ? 2 : 0);
-          const u32 b0 = prmt(table[0], table[1], high), b1 = prmt(table[0], table[1], upper_half(high, c));
+          const u32 b0 = prmt(table[0], table[1], high), b1 = prmt(table[0], table[1], high >> 16);
           u32 c0 = 0, c1 = 0;
           if constexpr (K_PAIR) {
             c0 = prmt(c.k[0], c.k[1], index[m][n]);
-            c1 = prmt(c.k[0], c.k[1], upper_half(index[m][n], c));
+            c1 = prmt(c.k[0], c.k[1], index[m][n] >> 16);
           }
 #pragma unroll
           for (int b = 0; b < BLOCKS; ++b) {
@@ -252,12 +242,12 @@ __device__ __forceinline__ float mean_sum(const u8* mean, int lane, const Querie
 }
 
 // Levels of one unit as A fragments of two products (32 tokens each): r[4 i ..] are a0..a3 of product i.
-__device__ __forceinline__ void value_levels(const Constants& c, const u32* table, const u32 (&index)[4], u32 flip, u32 (&r)[8]) {
+__device__ __forceinline__ void value_levels(const u32* table, const u32 (&index)[4], u32 flip, u32 (&r)[8]) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const u32 selector = index[n] ^ flip;
     r[2 * n] = prmt(table[0], table[1], selector);
-    r[2 * n + 1] = prmt(table[0], table[1], upper_half(selector, c));
+    r[2 * n + 1] = prmt(table[0], table[1], selector >> 16);
   }
 }
 
@@ -288,8 +278,8 @@ __device__ __forceinline__ void value_sums(const u8* codes, int lane, const u32 
       for (int a = 0; a < PAIRS; ++a) {
         u32 index[4];
         fa::unit_indices<FA_V_BITS, FA_V_CODE>(words[i + a], index);
-        value_levels(c, c.v + (V_PAIR ? 2 : 0), index, V_PAIR ? 0x88888888u : 0u, plus[a]);
-        if constexpr (V_PAIR) value_levels(c, c.v, index, 0u, minus[a]);
+        value_levels(c.v + (V_PAIR ? 2 : 0), index, V_PAIR ? 0x88888888u : 0u, plus[a]);
+        if constexpr (V_PAIR) value_levels(c.v, index, 0u, minus[a]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
