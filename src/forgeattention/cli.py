@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .codec.presets import DEFAULT, PRESETS
+
+TESTS = ("single", "multi", "varied", "distractors", "qa", "kinds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +79,24 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--weight-bits", type=float, help="bits per parameter, scales included; default: the config's")
     _add_bits(plan)
 
+    page = _leaf(commands, "report", "forgeattention.evaluation.commands_report:run", "one page about a model's cache")
+    _add_model(page)
+    _add_bits(page)
+    _add_machine(page)
+    page.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default %(default)s)")
+    parts = ("niah", "kl", "memory", "speed")
+    page.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what is measured (default all)")
+    page.add_argument("--test", nargs="+", default=["single"], choices=TESTS, help="of needles (default single)")
+    page.add_argument(
+        "--lengths", type=int, nargs="+", default=[500, 1000, 2000], metavar="TOKENS", help="of haystacks"
+    )
+    page.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], metavar="SHARE", help="of needles")
+    page.add_argument("--text", default="genesis", help="for KL: genesis, licences, code or a text file")
+    page.add_argument("--kl-length", type=int, default=2048, metavar="TOKENS", help="tokens read for KL")
+    page.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS")
+    for name in ("sparse", "eviction", "ruler", "induction"):
+        page.add_argument(f"--{name}", type=Path, metavar="FILE", help="rows of another run's JSON, for the page")
+
     models = _branch(commands, "models", "models by name")
     fetch = _leaf(models, "fetch", "forgeattention.cli:fetch", "install a model that is known by name")
     fetch.add_argument("name", help="smollm2")
@@ -99,8 +120,7 @@ def _add_eval(evaluate: Any) -> None:
         leaf.add_argument("--layers", action="store_true", help="also the error of every layer's attention output")
 
     niah = _leaf(evaluate, "niah", "forgeattention.evaluation.commands:run_niah", "needles in haystacks, strict")
-    tests = ("single", "multi", "varied", "distractors", "qa", "kinds", "ramp")
-    niah.add_argument("--test", nargs="+", default=["single"], choices=tests, help="(default single)")
+    niah.add_argument("--test", nargs="+", default=["single"], choices=(*TESTS, "ramp"), help="(default single)")
     niah.add_argument("--lengths", type=int, nargs="+", default=[2000], metavar="TOKENS", help="(default 2000)")
     niah.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="SHARE")
     niah.add_argument(
@@ -199,9 +219,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset", choices=("balanced", "small", "fidelity"), help="how the cache is coded (default balanced)"
-    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help=f"how the cache is coded (default {DEFAULT})")
     parser.add_argument("--k-bits", type=int, choices=(2, 3, 4), help="bits per key element, in place of the preset's")
     parser.add_argument(
         "--v-bits", type=int, choices=(2, 3, 4), help="bits per value element, in place of the preset's"
