@@ -23,7 +23,7 @@ def isa(request):
 
 def tokens(kv_heads, n, head_dim, seed=0):
     rng = np.random.default_rng(seed)
-    scale = np.exp(rng.standard_normal((kv_heads, n, 1)))
+    scale = np.exp(0.5 * rng.standard_normal((kv_heads, n, 1)))
     k = scale * rng.standard_normal((kv_heads, n, head_dim)) + 3 * rng.standard_normal((kv_heads, 1, head_dim))
     return k.astype(np.float32), (scale * rng.standard_normal((kv_heads, n, head_dim))).astype(np.float32)
 
