@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up .venv themselves, once, and install again when a source file changes.
+# `make demo`, `make eval` and `make test` set up .venv themselves, once, and install again when a source file changes.
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGE := pyproject.toml CMakeLists.txt constraints.txt \
@@ -10,10 +10,20 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test clean
+.PHONY: demo eval test clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
+
+# RULER and the constructed model first: the report shows their rows.
+eval: .venv/installed-demo
+	mkdir -p eval
+	$(BIN)/forgeattn eval ruler --tasks niah_single_1 niah_multikey_1 vt qa_1 --lengths 1024 --samples 1 --json eval/ruler.json
+	$(BIN)/forgeattn eval induction --lengths 4096 16384 --json eval/induction.json
+	$(BIN)/forgeattn eval kl --length 1536 --windows 1 --layers --json eval/kl.json
+	$(BIN)/forgeattn plan --json eval/plan.json
+	$(BIN)/forgeattn report --test single multi distractors qa --lengths 500 1500 --kl-length 1024 \
+	    --ruler eval/ruler.json --induction eval/induction.json --output eval/report
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
