@@ -28,8 +28,12 @@ PEER_DTYPES = ("float32", "bfloat16", "float16")
 
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every context and batch of the command line; prints a table and returns the records, `env` first."""
+    if args.device == "metal":
+        from . import bench_mlx
+
+        return bench_mlx.decode(args)
     if args.device != "cpu":
-        raise ValueError(f"[bench] expected --device cpu here (benchmarks/ has CUDA's); got {args.device!r}")
+        raise ValueError(f"[bench] expected --device cpu or metal (benchmarks/ has CUDA's); got {args.device!r}")
     import torch
 
     if args.threads is not None:

@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("--threads", type=int, help="default: all cores")
     _add_bits(decode)
 
+    page = _leaf(bench, "report", "forgeattention.bench_report:run", "the records of bench decode as a page")
+    page.add_argument("records", type=Path, help="a file of bench decode --json")
+    page.add_argument("--output", type=Path, default=Path("bench.html"), help="the page (default %(default)s)")
+
     _add_eval(_branch(commands, "eval", "measure a packed cache against the exact one"))
 
     plan = _leaf(commands, "plan", "forgeattention.plan:run", "the longest context that a memory size has room for")
