@@ -65,6 +65,8 @@ CPU_DECODE = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}
 # way. Share of bytes that differ, and relative excess of squared error.
 CPU_ENCODE_BYTES = 5e-3
 CPU_ENCODE_LOSS = 1e-4
+# The same where each vector is coded at several scales and the best by one measure is kept: near-ties of candidates.
+CPU_REFINED_LOSS = 3e-3
 # merge of two float32 results against the whole.
 MERGE = 1e-5
 
@@ -108,3 +110,5 @@ ENCODE_LIKE_REFERENCE = 0.04
 CANARY = 1.6
 # Bytes of a CUDA kernel's stack: scalars that are kept for after the page loop, which itself touches none of them.
 CUDA_STACK_BYTES = 192
+# Energies read off weights through a norm, whose epsilon of 1e-5 shortens the probe.
+NORM_EPSILON = 3e-5

@@ -138,7 +138,8 @@ def make_transform(
         raise ValueError(f"[codec] expected an invertible matrix (condition under 1e5); got condition {condition:.3g}")
     if matrix is None:
         # A rotation after a diagonal.
-        inverse = a.transpose(0, 2, 1) / np.square(1.0 if scales is None else scales[:, :, None].astype(np.float64))
+        d = np.ones((1, padded)) if scales is None else scales.astype(np.float64)
+        inverse = np.asarray(a.transpose(0, 2, 1) / d[:, :, None] ** 2, np.float64)
     else:
         inverse = np.linalg.inv(a)
     centre = None

@@ -73,8 +73,8 @@ def key_weights(model: torch.nn.Module) -> dict[int, KeyWeights | str]:
                     found[number] = _read(attention, getattr(layer, "input_layernorm", None))
                 except _UnknownForm as reason:
                     found[number] = str(reason)
-        for reason in sorted({r for r in found.values() if isinstance(r, str)}):
-            log.warning("keys are coded without the model's weights in some layers: %s", reason)
+        for text in sorted({r for r in found.values() if isinstance(r, str)}):
+            log.warning("keys are coded without the model's weights in some layers: %s", text)
         if not found:
             log.warning("keys are coded without the model's weights: no layer with a self_attn was found")
         _known[model] = found
@@ -172,7 +172,7 @@ def _gain(norm: Any, dim: int) -> F64:
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (dim,) or weight.is_meta:
         raise _UnknownForm(f"{type(norm).__name__} has no gain of {dim} channels")
-    # Of mean 0 and unit variance: RMS and layer norms apply their gain, however the model stores it, and perhaps a bias.
+    # Of mean 0 and unit variance: norms only apply their gain, however the model stores it, and perhaps a bias.
     probe = torch.ones_like(weight)
     probe[::2] = -1
     with torch.no_grad():

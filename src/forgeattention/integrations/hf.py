@@ -198,6 +198,18 @@ class ForgeCache(Cache):
             self.layers[i].restore(cache, runs[str(i)])
         return self
 
+    @classmethod
+    def from_calibration(cls, model: Any, path: str | os.PathLike[str], **options: Any) -> ForgeCache:
+        """A cache with the bits of a calibration file (`forgeattn calibrate`); `options` as for the constructor.
+
+        Raises:
+            ValueError: a damaged file, or one made for another model or format version.
+        """
+        from ..calibrate import Calibration
+
+        calibration = Calibration.load(path, model)
+        return cls(model, calibration.spec, codecs=calibration.codecs(model), **options)
+
     def _all_packed_or_raise(self, what: str) -> None:
         stock = [i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer | DummyLayer)]
         if stock:
