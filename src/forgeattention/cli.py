@@ -101,6 +101,17 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("sparse", "eviction", "ruler", "induction"):
         page.add_argument(f"--{name}", type=Path, metavar="FILE", help="rows of another run's JSON, for the page")
 
+    calibrate = _leaf(
+        commands, "calibrate", "forgeattention.calibrate:run", "move bits between a model's layers, once per model"
+    )
+    _add_model(calibrate)
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file")
+    calibrate.add_argument("--preset", default="balanced", choices=("balanced", "small", "fidelity"))
+    calibrate.add_argument("--bits", type=float, help="budget in effective bits per element (default: the preset's)")
+    calibrate.add_argument("--text", help="genesis, licences, code or a text file (default: random tokens)")
+    calibrate.add_argument("--tokens", type=int, default=1024, help="how many are read (default %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0)
+
     models = _branch(commands, "models", "models by name")
     fetch = _leaf(models, "fetch", "forgeattention.cli:fetch", "install a model that is known by name")
     fetch.add_argument("name", help="smollm2")
