@@ -78,7 +78,9 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() * 4 / us * 1e-3
 
 
-def packed_calls(codec: Codec, batch: int, q_heads: int, context: int, copies: int) -> tuple[list[Callable[[], Any]], Any]:
+def packed_calls(
+    codec: Codec, batch: int, q_heads: int, context: int, copies: int
+) -> tuple[list[Callable[[], Any]], Any]:
     """Calls over `copies` caches of encoded random vectors, and what is needed to check the first."""
     kv_heads, d = codec.kv_heads, codec.head_dim
     pages = batch * context // 64
@@ -88,7 +90,10 @@ def packed_calls(codec: Codec, batch: int, q_heads: int, context: int, copies: i
     for start in range(0, copies * pages, step):
         n = min(step, copies * pages - start)
         if start == 0:  # fresh vectors for the first pages, then copies of their records
-            k, v = (torch.randn(kv_heads, 64 * n, d, device="cuda", dtype=torch.float16, generator=generator) for _ in range(2))
+            k, v = (
+                torch.randn(kv_heads, 64 * n, d, device="cuda", dtype=torch.float16, generator=generator)
+                for _ in range(2)
+            )
             ops.encode(k, v, codec, buffer, torch.arange(n, device="cuda") * codec.page_bytes)
             del k, v
         else:
@@ -132,19 +137,20 @@ def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copi
     tokens = context + SINKS_AND_WINDOW
     q = torch.randn(batch, q_heads, 1, d, device="cuda", dtype=torch.float16)
     kv = [
-        tuple(torch.randn(batch, kv_heads, tokens, d, device="cuda", dtype=torch.float16) for _ in range(2)) for _ in range(copies)
+        tuple(torch.randn(batch, kv_heads, tokens, d, device="cuda", dtype=torch.float16) for _ in range(2))
+        for _ in range(copies)
     ]
     out = {}
-    for name, backend in (("sdpa_flash_fp16", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn_fp16", SDPBackend.CUDNN_ATTENTION)):
+    for name, backend in (
+        ("sdpa_flash_fp16", SDPBackend.FLASH_ATTENTION),
+        ("sdpa_cudnn_fp16", SDPBackend.CUDNN_ATTENTION),
+    ):
         for fold in (False, True):
             # Folding the group into the query length is the same result for one query, and faster in some kernels.
             queries = q.reshape(batch, kv_heads, q_heads // kv_heads, d) if fold else q
             try:
                 with sdpa_kernel(backend):
-                    calls = [
-                        lambda k=k, v=v, x=queries, gqa=not fold: sdpa(x, k, v, enable_gqa=gqa)
-                        for k, v in kv
-                    ]
+                    calls = [lambda k=k, v=v, x=queries, gqa=not fold: sdpa(x, k, v, enable_gqa=gqa) for k, v in kv]
                     out[name + ("_folded" if fold else "")], _ = in_graph(calls, max(1, 8 // copies))
             except RuntimeError as failure:
                 print(f"  {name} fold={fold}: {str(failure).splitlines()[0][:100]}", flush=True)
@@ -242,7 +248,8 @@ def main() -> None:
             records.append(r)
             print(
                 f"{SHAPES[i]} {name:12} {r['us']:8.1f} us (single {r['us_single_launch']:.1f}) {r['gb_s']:5.0f} GB/s "
-                f"{100 * r['share_of_copy']:4.0f} % of copy, FP16 {min(peers.values(), default=math.nan):7.1f} us, {r['ratio']:.2f}x, "
+                f"{100 * r['share_of_copy']:4.0f} % of copy, "
+                f"FP16 {min(peers.values(), default=math.nan):7.1f} us, {r['ratio']:.2f}x, "
                 f"error {r['rel_error']:.1e}, {r['registers']} registers, {r['ctas_per_sm']} CTAs/SM",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Encode and prefill attention on CUDA: 8 KV heads of 128 channels, 32 query heads, a chunk of 2048 over a past of 32768."""
+"""Encode and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, a chunk of 2048 over a past of 32768."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def records(name: str, peer: float | None) -> list[dict[str, Any]]:
             with sdpa_kernel(backend):
                 times.append(
                     median_us(
-                        lambda: torch.nn.functional.scaled_dot_product_attention(q, k[None], v[None], enable_gqa=True), 1, 10
+                        lambda: torch.nn.functional.scaled_dot_product_attention(q, k[None], v[None], enable_gqa=True),
+                        1,
+                        10,
                     )
                 )
         peer = min(times)
@@ -44,7 +46,13 @@ def records(name: str, peer: float | None) -> list[dict[str, Any]]:
     shape = {"batch": 1, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "context": PAST}
     common = {"device": torch.cuda.get_device_name(), "spec": name}
     return [
-        {"op": "encode", "shape": {**shape, "q_len": 0}, "us": encode, "us_per_page_of_all_heads": encode / pages, **common},
+        {
+            "op": "encode",
+            "shape": {**shape, "q_len": 0},
+            "us": encode,
+            "us_per_page_of_all_heads": encode / pages,
+            **common,
+        },
         {"op": "decode_pages", "shape": {**shape, "q_len": 0}, "us": decode, **common},
         {
             "op": "prefill_attention",

@@ -72,11 +72,17 @@ class Setup:
         n, scale = self.case.n, 1 / math.sqrt(self.case.head_dim)
         out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device="cuda")
         for row, (length, recent) in enumerate(zip(self.lengths, self.exact_lengths, strict=True)):
-            keys = torch.cat([k[row, :, :length], self.ek[row, :, :recent].double()], 1).repeat_interleave(self.case.group, 0)
-            values = torch.cat([v[row, :, :length], self.ev[row, :, :recent].double()], 1).repeat_interleave(self.case.group, 0)
+            keys = torch.cat([k[row, :, :length], self.ek[row, :, :recent].double()], 1).repeat_interleave(
+                self.case.group, 0
+            )
+            values = torch.cat([v[row, :, :length], self.ev[row, :, :recent].double()], 1).repeat_interleave(
+                self.case.group, 0
+            )
             s = scale * q[row] @ keys.transpose(1, 2)
             if causal:
-                hidden = torch.arange(s.shape[2], device="cuda") >= s.shape[2] - (n - 1 - torch.arange(n, device="cuda")[:, None])
+                hidden = torch.arange(s.shape[2], device="cuda") >= s.shape[2] - (
+                    n - 1 - torch.arange(n, device="cuda")[:, None]
+                )
                 s = s.masked_fill(hidden, -math.inf)
             if sink is not None:
                 s = torch.cat([s, sink.double()[:, None, None].expand(-1, n, 1)], 2)
@@ -92,19 +98,20 @@ class Setup:
             self.q if q is None else q, self.codec, self.table, self.exact, scale, causal=causal, sink_logits=sink
         )
 
-    def check(self, causal: bool = True, sink: object = None, limit: float = 0.0) -> None:
+    def check(self, causal: bool = True, sink: object = None, limit: float = 0.0, lse_limit: float = 0.0) -> None:
         (out, lse), (want, want_lse) = self.run(causal, sink), self.expected(causal, sink)
         assert out.dtype == self.q.dtype
         assert torch.isfinite(out).all()
         norm = want.flatten(0, 2).norm(dim=1)
         error = (out.double() - want).flatten(0, 2).norm(dim=1)
+        lse_limit = lse_limit or tolerances.CUDA_LSE
         limit = limit or tolerances.CUDA_ATTENTION[self.case.dtype]
         worst = float((error / norm.clamp_min(1e-3)).max())
         assert float(error.norm() / norm.norm()) < limit, (float(error.norm() / norm.norm()), worst)
         assert worst < 4 * limit
         finite = torch.isfinite(want_lse)
         assert torch.equal(torch.isfinite(lse), finite)
-        assert float((lse.double() - want_lse)[finite].abs().max()) < tolerances.CUDA_LSE
+        assert float((lse.double() - want_lse)[finite].abs().max()) < lse_limit
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -133,7 +140,9 @@ def test_decode_pages_and_encode(case: Case) -> None:
     for got, best, x in zip(mine_kv, oracle_kv, (k, v), strict=True):
         loss, least = ((got - x) ** 2).sum(), ((best - x) ** 2).sum()
         assert loss < least * (1 + tolerances.CUDA_ENCODE_LOSS)
-    table = PageTable(buffer, torch.zeros(1, 1, dtype=torch.int64).cuda(), torch.tensor([61], dtype=torch.int32).cuda(), 61)
+    table = PageTable(
+        buffer, torch.zeros(1, 1, dtype=torch.int64).cuda(), torch.tensor([61], dtype=torch.int32).cuda(), 61
+    )
     for dtype in ("float32",):
         for got, want in zip(ops.decode_pages(codec, table, dtype=dtype), mine_kv, strict=True):
             scale = np.abs(want).max()
@@ -145,7 +154,9 @@ def test_decode_attention(case: Case) -> None:
     Setup(case, [64 * 37 + 11, 1, 640, 0, 129], [196, 140, 8, 33, 9]).check()
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], Case(group=7, k_code="trellis8"), Case(head_dim=64, group=16)], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[1], Case(group=7, k_code="trellis8"), Case(head_dim=64, group=16)], ids=str
+)
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 511, 8192 + 17, 64 * 2000])
 def test_lengths(case: Case, length: int) -> None:
     Setup(case, [length], [133]).check()
@@ -200,9 +211,14 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
     setup = Setup(case, [5000, 64, 0, 1300, 9000], [130, 170, 12, 140, 131])
     out, lse = setup.run()
     for row in range(5):
-        table = PageTable(setup.buffer, setup.offsets[row : row + 1], setup.table.lengths[row : row + 1], setup.lengths[row])
+        table = PageTable(
+            setup.buffer, setup.offsets[row : row + 1], setup.table.lengths[row : row + 1], setup.lengths[row]
+        )
         exact = ExactTokens(
-            setup.ek[row : row + 1], setup.ev[row : row + 1], setup.exact.lengths[row : row + 1], setup.exact_lengths[row]
+            setup.ek[row : row + 1],
+            setup.ev[row : row + 1],
+            setup.exact.lengths[row : row + 1],
+            setup.exact_lengths[row],
         )
         alone, alone_lse = ops.decode_attention(setup.q[row : row + 1], setup.codec, table, exact, case.head_dim**-0.5)
         assert torch.equal(alone[0], out[row])
@@ -228,7 +244,10 @@ def test_repeated_runs_and_graph_replay_are_identical() -> None:
     setup.exact.lengths.copy_(torch.tensor([9, 150]))
     setup.lengths, setup.exact_lengths = [130, 65], [9, 150]
     graph.replay()
-    assert float((out.double() - setup.expected()[0]).norm() / setup.expected()[0].norm()) < tolerances.CUDA_ATTENTION["float16"]
+    assert (
+        float((out.double() - setup.expected()[0]).norm() / setup.expected()[0].norm())
+        < tolerances.CUDA_ATTENTION["float16"]
+    )
 
 
 def test_strides_and_absolute_addresses() -> None:
@@ -248,7 +267,7 @@ def test_peaked_scores() -> None:
     """One key takes nearly all mass, and a token of large mass has a small value."""
     setup = Setup(Case(dtype="float32", exact_dtype="float32"), [64 * 50], [130])
     setup.q *= 12
-    setup.check(limit=tolerances.CUDA_PEAKED)
+    setup.check(limit=tolerances.CUDA_PEAKED, lse_limit=tolerances.CUDA_PEAKED)
 
 
 def test_encode_reports_values_lazily() -> None:

@@ -1,8 +1,8 @@
 """CUDA backend: launches of kernels/cuda on torch tensors, on torch's current stream.
 
 No op waits for the device, and all can be captured in CUDA graphs: lengths and page tables are read by the kernels, and
-launch shapes follow from the host's upper bounds. Captured launches share a small buffer of counters with the stream they
-were captured on: do not replay two graphs captured on one stream at the same time.
+launch shapes follow from the host's upper bounds. Captured launches share a small buffer of counters with the stream
+they were captured on: do not replay two graphs captured on one stream at the same time.
 
 `encode` therefore cannot raise for values: a page with NaN or infinity is left undefined and sets a flag on the device,
 which `encode_failed` reads.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,8 @@ class _Constants:
         spec, dim = codec.spec, codec.format.padded_dim
         signs = self._put(random_signs(dim, spec.seed)) if codec.rotation == "hadamard" else 0
         matrices = args.ROTATIONS[codec.rotation] == 2
-        self.encode, self.attend = [], []
+        self.encode: list[args.TransformArgs] = []
+        self.attend: list[args.TransformArgs] = []
         for t in (codec.k_transform, codec.v_transform):
             out = self._put(t.inverse.transpose(0, 2, 1)) if matrices else 0
             mu = self._put(t.mu) if t.mu is not None else 0
@@ -94,7 +95,7 @@ def _constants_of(codec: Codec, device: Any) -> _Constants:
 
 
 def _counters_of(device: Any, stream: int, count: int) -> Any:
-    """Zeroed counters that every launch leaves zero. One buffer per stream, as launches on one stream do not overlap."""
+    """Zeroed counters that every launch leaves zero. One buffer per stream: launches on one stream do not overlap."""
     import torch
 
     key = (device.index, stream)
@@ -199,7 +200,7 @@ def _without_mu(t: args.TransformArgs) -> args.TransformArgs:
     return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.matrix_stride, 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _decode_plan(fmt: Any, kv_heads: int, queries: int, device: int) -> args.DecodePlan:
     return args.decode_plan(fmt, kv_heads, queries, limits(device))
 
@@ -235,7 +236,9 @@ def decode_attention(
         plan, kernel = constants.kernels[key]
         stream = torch.cuda.current_stream().cuda_stream
         heads = batch * kv_heads * plan.blocks
-        part = torch.empty(heads * plan.slots * plan.queries * (codec.format.padded_dim + 2), dtype=torch.float32, device=device)
+        part = torch.empty(
+            heads * plan.slots * plan.queries * (codec.format.padded_dim + 2), dtype=torch.float32, device=device
+        )
         sums = part.data_ptr() + 4 * heads * plan.slots * plan.queries * codec.format.padded_dim
         strides = [(ctypes.c_int64 * 3)(*(x.stride()[:3] if x is not None else ())) for x in (q, exact_k, exact_v)]
         params = args.DecodeParams(

@@ -39,7 +39,10 @@ class DecodeParams(ctypes.Structure):
         *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
         ("max_pages", I64),
         *((name, I32) for name in ("batch", "kv_heads", "group", "n", "queries", "blocks", "causal")),
-        *((name, I32) for name in ("chunks_short", "chunks_long", "long_pages", "min_pages", "exact_per_page", "slots")),
+        *(
+            (name, I32)
+            for name in ("chunks_short", "chunks_long", "long_pages", "min_pages", "exact_per_page", "slots")
+        ),
         *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
     ]
 
@@ -146,8 +149,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so that
-    a row's result is the same alone and in a batch."""
+    """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so
+    that a row's result is the same alone and in a batch."""
 
     queries: int  # of one KV head that a CTA holds
     blocks: int  # CTAs' worth of queries
@@ -220,5 +223,16 @@ def decode_plan(
             return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas)
         raise ValueError(f"[decode_attention] expected {fixed + per_stage} bytes of shared memory; got {room + fixed}")
     return DecodePlan(
-        held, blocks, warps, stages, ctas, chunks, chunks_long, 6 * warps * chunks_long, 3 * warps, 8, slots, fixed + stages * per_stage
+        queries=held,
+        blocks=blocks,
+        warps=warps,
+        stages=stages,
+        ctas=ctas,
+        chunks_short=chunks,
+        chunks_long=chunks_long,
+        long_pages=6 * warps * chunks_long,
+        min_pages=3 * warps,
+        exact_per_page=4,
+        slots=slots,
+        shared_bytes=fixed + stages * per_stage,
     )

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ def available() -> tuple[bool, str]:
         return False, f"cuda-core and NVRTC do not load ({failure}); install forgeattention[cuda]"
     if int(error):
         return False, f"the CUDA driver does not answer ({error.name})"
-    return True, f"{name}, sm_{major}{minor}, NVRTC {'.'.join(map(str, version))}, driver API {api // 1000}.{api % 1000 // 10}"
+    return (
+        True,
+        f"{name}, sm_{major}{minor}, NVRTC {'.'.join(map(str, version))}, driver API {api // 1000}.{api % 1000 // 10}",
+    )
 
 
 def _compiler() -> tuple[Any, Any]:
@@ -161,7 +164,7 @@ class Kernel:
             raise RuntimeError(f"[{self.stem}] launch failed: {error.name}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(stem: str, macros: Macros, device: int, shared_bytes: int) -> Kernel:
     """The kernel for a device, compiled or read from disk on first use. Call it under that device."""
     import torch
