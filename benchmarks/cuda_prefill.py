@@ -1,4 +1,4 @@
-"""Encode and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, a chunk of 2048 over a past of 32768."""
+"""Encode and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, 2048 queries over 32768."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ SOURCE = """
 #include "cuda/codes.cuh"
 extern "C" void indices(const fa_u32* words, fa_u32* out, int units) {
   for (int i = 0; i < units; ++i) {
-    fa_u32 w[BITS], n[4];
-    for (int k = 0; k < BITS; ++k) w[k] = words[i * BITS + k];
-    fa::unit_indices<BITS, CODE>(w, n);
+    fa_u32 w[TEST_BITS], n[4];
+    for (int k = 0; k < TEST_BITS; ++k) w[k] = words[i * TEST_BITS + k];
+    fa::unit_indices<TEST_BITS, TEST_CODE>(w, n);
     for (int k = 0; k < 4; ++k) out[4 * i + k] = n[k];
   }
 }
@@ -33,7 +33,7 @@ def test_indices(bits: int, states: int, tmp_path: Path) -> None:
     library, source = tmp_path / "codes.so", tmp_path / "codes.cpp"
     source.write_text(SOURCE)
     code = {1: 0, 4: 1, 8: 2}[states]
-    flags = [f"-DBITS={bits}", f"-DCODE={code}", f"-I{KERNELS}", "-std=c++17", "-O1", "-shared", "-fPIC"]
+    flags = [f"-DTEST_BITS={bits}", f"-DTEST_CODE={code}", f"-I{KERNELS}", "-std=c++17", "-O1", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, "-o", library, source], check=True)
     codes = np.random.default_rng(bits + states).integers(0, 1 << bits, (400, 32)).astype(np.uint8)
     words = np.ascontiguousarray(packing.pack_unit(codes, bits, states > 1))

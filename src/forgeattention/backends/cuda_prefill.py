@@ -1,7 +1,8 @@
 """Prefill attention on CUDA: pages are decoded, a bounded number at a time and without rotating them back, into scratch
 that torch's flash attention reads; the parts are joined by their log-sum-exp.
 
-Decoding costs a few per cent of the products of a whole chunk of queries, so fusing it would gain little: the queries of a KV head's group are folded into one long chunk, and each page is decoded once per chunk.
+Decoding costs a few per cent of the products of a whole chunk of queries, so fusing it would gain
+little: the queries of a KV head's group are folded into one long chunk, and each page is decoded once per chunk.
 Row lengths are read on the host: unlike decode, prefill waits for the device.
 """
 
