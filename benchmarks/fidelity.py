@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import torch
 from transformers import DynamicCache
 
 from forgeattention import CodecSpec, models
+from forgeattention.calibrate import codecs_for, coded_cache
+from forgeattention.codec import Codec
 from forgeattention.codec.presets import PRESETS
 from forgeattention.evaluation import niah, report, texts
 from forgeattention.evaluation.streaming import attention, spans, step
@@ -54,7 +57,22 @@ def ours(name: str, spec: CodecSpec, head_dim: int, fitted: bool = True) -> Cand
     return Candidate(name, bits, lambda model: ForgeCache(model if fitted else model.config, spec), "forge")
 
 
-def candidates(head_dim: int, quick: bool) -> list[Candidate]:
+def decoded(name: str, spec: CodecSpec, head_dim: int, fitted: bool = True) -> Candidate:
+    """The same pages, coded by the native kernels and read through decode_pages and stock attention, on any device."""
+
+    def make(model: Any) -> Any:
+        layers = range(model.config.num_hidden_layers)
+        codecs = codecs_for(model, spec, layers) if fitted else dict.fromkeys(layers, plain(model))
+        return coded_cache(model, {i: (codecs[i], "kv") for i in layers}, backend="cpu")
+
+    @lru_cache
+    def plain(model: Any) -> Codec:
+        return codecs_for(model, spec, [0], fitted=False)[0]
+
+    return Candidate(name, spec.page_format(head_dim).effective_bits, make, None)
+
+
+def candidates(head_dim: int, quick: bool, ours: Callable[..., Candidate] = ours) -> list[Candidate]:
     """Presets first, then what each choice of the default is worth, then the field."""
     norm: dict[str, Any] = {"k_scale_rule": "norm", "v_scale_rule": "norm"}
     base: dict[str, Any] = {
@@ -233,7 +251,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exact = Candidate("exact", 16.0, lambda model: DynamicCache(config=model.config), None)
-    chosen = [c for c in candidates(head_dim, args.quick) if not args.only or any(o in c.name for o in args.only)]
+    chosen = [
+        c
+        for c in candidates(head_dim, args.quick, decoded if args.decoded else ours)
+        if not args.only or any(o in c.name for o in args.only)
+    ]
     chosen = chosen[args.share[0] :: args.share[1]]
     pieces = documents(tokenizer, args.windows or (1 if args.quick else 4), args.texts)
     reference = Reference(model, pieces)
@@ -332,6 +354,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
     parser.add_argument("--no-needles", action="store_true")
     parser.add_argument("--no-canaries", action="store_true")
+    parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="join files; nothing is measured")
     parser.add_argument("--json", type=Path)

@@ -94,7 +94,7 @@ class CodedLayer(DynamicLayer):
     Args:
         codec: the layer's codec.
         sides: which of "k" and "v" are coded.
-        backend: of `ops`.
+        backend: of `ops`; "cpu" codes tensors of other devices on the host.
     """
 
     def __init__(self, codec: Codec, sides: str = "kv", backend: str = "auto") -> None:
@@ -113,17 +113,18 @@ class CodedLayer(DynamicLayer):
 
     def _code(self, span: slice, pages: int) -> None:
         size = self.codec.page_bytes
+        where = torch.device("cpu") if self.backend == "cpu" else self.keys.device
         for row in range(self.keys.shape[0]):
-            at = torch.arange(pages, device=self.keys.device) * size
-            out = torch.empty(pages * size, dtype=torch.uint8, device=self.keys.device)
-            k, v = (x[row, :, span].contiguous() for x in (self.keys, self.values))
+            at = torch.arange(pages, device=where) * size
+            out = torch.empty(pages * size, dtype=torch.uint8, device=where)
+            k, v = (x[row, :, span].to(where).contiguous() for x in (self.keys, self.values))
             ops.encode(k, v, self.codec, out, at, backend=self.backend)
-            length = torch.tensor([PAGE * pages], dtype=torch.int32, device=self.keys.device)
+            length = torch.tensor([PAGE * pages], dtype=torch.int32, device=where)
             table = PageTable(out, at[None], length, PAGE * pages)
             decoded = ops.decode_pages(self.codec, table, backend=self.backend)
             for name, held, x in zip("kv", (self.keys, self.values), decoded):
                 if name in self.sides:
-                    held[row, :, span] = x[0].to(held.dtype)
+                    held[row, :, span] = x[0].to(held.device, held.dtype)
 
 
 def coded_cache(model: Any, layers: Mapping[int, tuple[Codec, str]], backend: str = "auto") -> DynamicCache:
@@ -243,7 +244,7 @@ class Calibration:
 
     def codecs(self, model: Any) -> dict[int, Codec]:
         """Codecs of the calibrated layers."""
-        plain = _codecs(model, self.spec, self.table)
+        plain = codecs_for(model, self.spec, self.table)
         out = {}
         for number, (k_bits, v_bits) in self.table.items():
             base = plain[number]
@@ -258,11 +259,12 @@ class Calibration:
         return out
 
 
-def _codecs(model: Any, spec: CodecSpec, layers: Iterable[int]) -> dict[int, Codec]:
+def codecs_for(model: Any, spec: CodecSpec, layers: Iterable[int], fitted: bool = True) -> dict[int, Codec]:
+    """Codecs of a model's layers, where possible and wanted fitted to its weights."""
     text = model.config.get_text_config(decoder=True)
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    fitted = weight_codecs(model, spec, layers)
-    return {i: fitted.get(i) or Codec(spec, dim, text.num_key_value_heads) for i in layers}
+    own = weight_codecs(model, spec, layers) if fitted else {}
+    return {i: own.get(i) or Codec(spec, dim, text.num_key_value_heads) for i in layers}
 
 
 def calibrate(
@@ -298,7 +300,7 @@ def calibrate(
     least = 2 * (spec.sinks + spec.window + PAGE)
     if ids.shape[1] < least:
         raise ValueError(f"[calibrate] expected at least {least} tokens; got {ids.shape[1]}")
-    codecs = _codecs(model, layer_spec(spec, 3, 3), packed)
+    codecs = codecs_for(model, layer_spec(spec, 3, 3), packed)
     sensitivities, grams = measure(model, ids.to(model.device), codecs, on_pass)
     dim = codecs[packed[0]].head_dim
 
