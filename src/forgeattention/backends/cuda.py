@@ -11,6 +11,7 @@ which `encode_failed` reads.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import weakref
 from functools import cache, lru_cache
@@ -25,6 +26,8 @@ from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from . import cuda_args as args
 from . import nvrtc
+
+log = logging.getLogger("forgeattention")
 
 LOG2E = math.log2(math.e)
 available = nvrtc.available
@@ -141,9 +144,16 @@ def _contiguous() -> Any:
     return torch.contiguous_format
 
 
+@lru_cache
+def _warn_of_plain_codes() -> None:
+    log.warning("CUDA pages are coded without refinement and noise shaping: as readable, less faithful than the CPU's")
+
+
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     import torch
 
+    if codec.spec.refine or codec.shaping is not None:
+        _warn_of_plain_codes()
     fmt, dtype = codec.format, dtype_of(k)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device(k.device):
