@@ -46,7 +46,8 @@ class Pool {
     }
     wake_.notify_all();
     take(0);
-    while (pending_.load(std::memory_order_acquire)) relax();
+    // A worker may have lost its processor to another process: after a while let the scheduler give it back.
+    for (int i = 0; pending_.load(std::memory_order_acquire); ++i) i < 2000 ? relax() : std::this_thread::yield();
   }
 
  private:
