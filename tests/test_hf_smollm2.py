@@ -29,8 +29,8 @@ QUESTIONS = [
     "Repeat the first sentence of the text word for word.",
     "Repeat the last sentence of the text word for word.",
     "What is the diary in the museum about, and who wrote it?",
-    "When is the museum closed?",
-    "Where do children go free of charge?",
+    "Repeat the sentence about the storm word for word.",
+    "Copy the text.",
 ]
 
 
