@@ -93,22 +93,26 @@ LLOYD_MAX = 6e-4
 TRELLIS_LEVELS = 0.0105
 # float32 matrices applied in float64, per channel.
 TRANSFORM = 2e-6
-# Largest difference over the largest logit between SmolLM2 in mlx-lm and in transformers, both in float32: where all tokens
+# Largest difference over the largest logit between SmolLM2 in mlx-lm and in transformers, both in float32: where all
+# tokens
 # are exact, and with packed ones, where a key on the edge between two codes may fall either way.
 MLX_STOCK = 1e-4
 MLX_SMOLLM2 = 2e-2
 
-# Relative squared error of keys and values of N(0, 1): the codes' own (Lloyd-Max, or the trellis), a few per cent for the
+# Relative squared error of keys and values of N(0, 1): the codes' own (Lloyd-Max, or the trellis), a few per cent for
+# the
 # 8 bits of the mean row and of the scales, and 10 per cent for 64 tokens' chance.
 PRESET_ERROR = {"balanced": (0.028, 0.040), "small": (0.105, 0.105), "fidelity": (0.012, 0.028)}
 # A path that starts where two laps say, against one that starts where all starts were tried: squared error.
 START_SEARCH = 1.02
-# Error of refined encoding in float32 against the oracle in float64, per page: any rounding can send a search down another
+# Error of refined encoding in float32 against the oracle in float64, per page: any rounding can send a search down
+# another
 # branch, as good on average.
 ENCODE_LIKE_REFERENCE = 0.04
 # KL on a canary model over the plain model's: 1.2 over thousands of positions; here are a few hundred.
 CANARY = 1.6
-# Bytes of a CUDA kernel's stack. None is the aim. At head_dim 128 and up to 8 queries the page loop touches none of it; the
+# Bytes of a CUDA kernel's stack. None is the aim. At head_dim 128 and up to 8 queries the page loop touches none of
+# it; the
 # largest is that of 16 queries.
 CUDA_STACK_BYTES = 352
 # Energies read off weights through a norm, whose epsilon of 1e-5 shortens the probe.

@@ -141,7 +141,7 @@ def make_transform(
         d = np.ones((1, padded)) if scales is None else scales.astype(np.float64)
         inverse = np.asarray(a.transpose(0, 2, 1) / d[:, :, None] ** 2, np.float64)
     else:
-        inverse = np.linalg.inv(a)
+        inverse = np.asarray(np.linalg.inv(a), np.float64)
     centre = None
     if mu is not None:
         m = np.atleast_2d(np.asarray(mu, np.float64))

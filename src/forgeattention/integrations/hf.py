@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .. import cache as storage
@@ -211,7 +211,9 @@ class ForgeCache(Cache):
         return cls(model, calibration.spec, codecs=calibration.codecs(model), **options)
 
     def _all_packed_or_raise(self, what: str) -> None:
-        stock = [i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer | DummyLayer)]
+        stock = [
+            i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer) and type(x).__name__ != "DummyLayer"
+        ]
         if stock:
             raise ValueError(f"[cache.{what}] expected packed layers only; got stock caches in layers {stock}")
 
