@@ -237,6 +237,12 @@ void decode_attention(const char* op, const Codec& codec, Shape shape, const Arr
       throw std::invalid_argument("[" + std::string(op) + "] expected exact lengths within max_length " +
                                   std::to_string(exact->max_length) + "; got " + std::to_string(exact->lengths[b]));
   }
+  // Waking a thread takes about as long as so many keys of 64 channels.
+  constexpr int64_t KEYS_PER_THREAD = 8192;
+  int64_t work = 0;
+  for (int b = 0; b < shape.batch; ++b) work += lengths[b] + call.exact_tokens(b);
+  work = work * codec.kv_heads * codec.dim / 64 * ((call.rows() + 3) / 4);
+  if (threads > 1 + work / KEYS_PER_THREAD) threads = int(1 + work / KEYS_PER_THREAD);
   if (call.rows() <= BLOCK)
     attend_splits(call, lengths, threads);
   else

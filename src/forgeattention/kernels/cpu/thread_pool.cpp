@@ -27,6 +27,8 @@ void relax() {
 #endif
 }
 
+// A call opens a gate; workers that pass it in time take items, and the caller closes it when no item is left. So a worker
+// that the scheduler wakes late, or not at all, delays nobody.
 class Pool {
  public:
   void run(int64_t items, int threads, const std::function<void(int64_t, int)>& body) {
@@ -38,19 +40,22 @@ class Pool {
     }
     body_ = &body;
     items_ = items;
+    threads_ = threads;
     next_.store(0, std::memory_order_relaxed);
-    pending_.store(threads - 1, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      signal_.store(((signal_.load(std::memory_order_relaxed) >> 16) + 1) << 16 | uint64_t(threads), std::memory_order_release);
+      gate_.store(((gate_.load(std::memory_order_relaxed) & ~uint64_t(CALL - 1)) + CALL) | OPEN, std::memory_order_release);
     }
     wake_.notify_all();
     take(0);
-    // A worker may have lost its processor to another process: after a while let the scheduler give it back.
-    for (int i = 0; pending_.load(std::memory_order_acquire); ++i) i < 2000 ? relax() : std::this_thread::yield();
+    gate_.fetch_and(~uint64_t(OPEN), std::memory_order_acq_rel);
+    // A worker inside may have lost its processor to another process: after a while let the scheduler give it back.
+    for (int i = 0; gate_.load(std::memory_order_acquire) & INSIDE; ++i) i < 2000 ? relax() : std::this_thread::yield();
   }
 
  private:
+  enum : uint64_t { INSIDE = 0xFFFF, OPEN = 1 << 16, CALL = 1 << 17 };  // workers inside, open, number of the call
+
   void take(int thread) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*body_)(i, thread);
   }
@@ -58,28 +63,32 @@ class Pool {
   void work(int index) {
     uint64_t seen = 0;
     for (;;) {
-      const auto changed = [&] { return signal_.load(std::memory_order_acquire) != seen; };
+      const auto changed = [&] { return gate_.load(std::memory_order_acquire) / CALL != seen; };
       const auto limit = std::chrono::steady_clock::now() + SPIN;
       while (!changed() && std::chrono::steady_clock::now() < limit) relax();
       if (!changed()) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, changed);
       }
-      seen = signal_.load(std::memory_order_acquire);
-      if (index >= int(seen & 0xFFFF)) continue;
-      take(index);
-      pending_.fetch_sub(1, std::memory_order_release);
+      uint64_t gate = gate_.load(std::memory_order_acquire);
+      seen = gate / CALL;
+      while (gate & OPEN && gate / CALL == seen) {
+        if (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
+        if (index < threads_) take(index);
+        gate_.fetch_sub(1, std::memory_order_release);
+        break;
+      }
     }
   }
 
   std::mutex call_, mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
-  std::atomic<uint64_t> signal_{0};  // number of the call << 16 | its threads
+  std::atomic<uint64_t> gate_{0};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> pending_{0};
   const std::function<void(int64_t, int)>* body_ = nullptr;
   int64_t items_ = 0;
+  int threads_ = 1;
 };
 
 // Never destroyed: workers may outlive static destruction. A forked child has no workers and starts a pool of its own.
