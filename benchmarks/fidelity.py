@@ -36,7 +36,7 @@ from forgeattention.integrations.hf import ForgeCache
 
 NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"), niah.Needle("CRIMSON LANTERN", "8604"))
 TEXTS = ("genesis", "licences", "code", "json")
-LENGTH, BLOCK = 2048, 128
+BLOCK = 128
 PROMPTS = 20
 CANARIES = {"key bias 150": ("bias", 150.0), "key bias 900": ("bias", 900.0), "channels x 30": ("scale", 30.0)}
 
@@ -143,17 +143,17 @@ def canary(model: Any, kind: str, strength: float) -> Iterator[Any]:
     yield made
 
 
-def documents(tokenizer: Any, windows: int, texts_of: list[str]) -> dict[str, list[torch.Tensor]]:
-    """`windows` pieces of 2048 tokens of each text, evenly spread."""
+def documents(tokenizer: Any, windows: int, length: int, names: list[str]) -> dict[str, list[torch.Tensor]]:
+    """`windows` pieces of `length` tokens of each text, evenly spread."""
     out = {}
-    for name in texts_of:
+    for name in names:
         ids = tokenizer(texts.enough(name, 40_000 * windows), add_special_tokens=False, return_tensors="pt")[
             "input_ids"
         ][0]
-        if len(ids) < windows * LENGTH:
-            raise ValueError(f"[fidelity] expected {windows * LENGTH} tokens of {name}; got {len(ids)}")
-        starts = [(2 * i + 1) * (len(ids) - LENGTH) // (2 * windows) for i in range(windows)]
-        out[name] = [ids[start : start + LENGTH] for start in starts]
+        if len(ids) < windows * length:
+            raise ValueError(f"[fidelity] expected {windows * length} tokens of {name}; got {len(ids)}")
+        starts = [(2 * i + 1) * (len(ids) - length) // (2 * windows) for i in range(windows)]
+        out[name] = [ids[start : start + length] for start in starts]
     return out
 
 
@@ -257,9 +257,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not args.only or any(o in c.name for o in args.only)
     ]
     chosen = chosen[args.share[0] :: args.share[1]]
-    pieces = documents(tokenizer, args.windows or (1 if args.quick else 4), args.texts)
+    pieces = documents(
+        tokenizer, args.windows or (1 if args.quick else 4), args.length or (1152 if args.quick else 2048), args.texts
+    )
     reference = Reference(model, pieces)
-    lengths = [] if args.no_needles else [1500] if args.quick else [500, 1000, 1500, 2000, 2500]
+    lengths = [] if args.no_needles else [1000] if args.quick else [500, 1000, 1500, 2000, 2500]
     needles = 1 if args.quick else len(NEEDLES)
     expected = measure_needles(model, tokenizer, exact, lengths, needles)
     prompts = [] if args.quick else agreement_prompts(pieces, model.device)
@@ -339,7 +341,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         title=f"{result['model']}: fidelity against size",
     )
     axis.grid(True, which="both", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
@@ -352,6 +354,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="caches whose name holds one of these")
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="names or files (default %(default)s)")
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
+    parser.add_argument("--length", type=int, help="tokens of a piece (default: 1152 or 2048)")
     parser.add_argument("--no-needles", action="store_true")
     parser.add_argument("--no-canaries", action="store_true")
     parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
