@@ -1,0 +1,85 @@
+"""A whole model with the exact and with the packed cache: prefill time, decode tokens/s, cache bytes, peak memory.
+
+    python benchmarks/bench_model.py --contexts 512 2048 7168 --json OUT
+
+Steps of both caches alternate, so that a noisy machine is equally unkind to them; medians. Peak memory is of the process
+during the prefill, above what it held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from forgeattention import models
+from forgeattention.evaluation import memory, report, texts
+from forgeattention.evaluation.streaming import attention, step
+from forgeattention.integrations.hf import ForgeCache
+
+
+def measure(model, ids: torch.Tensor, context: int, chunk: int, steps: int) -> dict:
+    """One context: reads `context` tokens in pieces of `chunk` with both caches, then decodes `steps` tokens."""
+    makers = {"exact": lambda: DynamicCache(config=model.config), "packed": lambda: ForgeCache(model)}
+    caches, prefill, peak, seconds = {}, {}, {}, {name: [] for name in makers}
+    for name, make in makers.items():
+        with attention(model, "forge" if name == "packed" else None):
+            caches[name] = make()
+            memory.reset_peak_rss()
+            before, start = memory.peak_rss(), time.perf_counter()
+            for at in range(0, context, chunk):
+                step(model, ids[:, at : min(at + chunk, context)], caches[name], keep=1)
+            prefill[name], peak[name] = time.perf_counter() - start, memory.peak_rss() - before
+    held = {name: memory.cache_bytes(cache) for name, cache in caches.items()}
+    for i in range(steps):
+        for name, cache in caches.items():
+            with attention(model, "forge" if name == "packed" else None):
+                start = time.perf_counter()
+                step(model, ids[:, context + i : context + i + 1], cache, keep=1)
+                seconds[name].append(time.perf_counter() - start)
+    speed = {name: 1 / statistics.median(s) for name, s in seconds.items()}
+    return {
+        "op": "model",
+        "context": context,
+        "chunk": chunk,
+        "tokens_per_s": speed,
+        "decode_ratio": speed["packed"] / speed["exact"],
+        "prefill_s": prefill,
+        "prefill_ratio": prefill["packed"] / prefill["exact"],
+        "bytes": held,
+        "peak_rss_bytes": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 7168])
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens read at once (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    model, tokenizer = models.load(args.model)
+    ids = tokenizer(texts.read("licences"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    measure(model, ids, 256, args.chunk, 4)
+    records = [{"op": "env", "env": {**report.environment(), "threads": torch.get_num_threads(), "model": args.model}}]
+    for context in args.contexts:
+        records.append(r := measure(model, ids, context, args.chunk, args.steps))
+        print(
+            f"{context:6d} tokens: decode {r['tokens_per_s']['packed']:.1f} / {r['tokens_per_s']['exact']:.1f} tokens/s "
+            f"({r['decode_ratio']:.2f}x), prefill {r['prefill_s']['packed']:.1f} / {r['prefill_s']['exact']:.1f} s "
+            f"({r['prefill_ratio']:.2f}x), cache {r['bytes']['packed'] / 1e6:.1f} / {r['bytes']['exact'] / 1e6:.1f} MB, "
+            f"peak {r['peak_rss_bytes']['packed'] / 1e6:.0f} / {r['peak_rss_bytes']['exact'] / 1e6:.0f} MB",
+            flush=True,
+        )
+    if args.json:
+        report.write_json(args.json, records)
+
+
+if __name__ == "__main__":
+    main()
