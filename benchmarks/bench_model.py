@@ -2,8 +2,8 @@
 
     python benchmarks/bench_model.py --contexts 512 2048 7168 --json OUT
 
-Steps of both caches alternate, so that a noisy machine is equally unkind to them; medians. Peak memory is of the process
-during the prefill, above what it held before.
+Steps of both caches alternate, so that a noisy machine is equally unkind to them; medians. Peak memory is of the
+process during the prefill, above what it held before.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ def main() -> None:
     records = [{"op": "env", "env": {**report.environment(), "threads": torch.get_num_threads(), "model": args.model}}]
     for context in args.contexts:
         records.append(r := measure(model, ids, context, args.chunk, args.steps))
+        mb = {key: {name: size / 1e6 for name, size in r[key].items()} for key in ("bytes", "peak_rss_bytes")}
         print(
-            f"{context:6d} tokens: decode {r['tokens_per_s']['packed']:.1f} / {r['tokens_per_s']['exact']:.1f} tokens/s "
-            f"({r['decode_ratio']:.2f}x), prefill {r['prefill_s']['packed']:.1f} / {r['prefill_s']['exact']:.1f} s "
-            f"({r['prefill_ratio']:.2f}x), cache {r['bytes']['packed'] / 1e6:.1f} / {r['bytes']['exact'] / 1e6:.1f} MB, "
-            f"peak {r['peak_rss_bytes']['packed'] / 1e6:.0f} / {r['peak_rss_bytes']['exact'] / 1e6:.0f} MB",
+            f"{context:6d} tokens, packed / exact: decode {r['tokens_per_s']['packed']:.1f} / "
+            f"{r['tokens_per_s']['exact']:.1f} tokens/s ({r['decode_ratio']:.2f}x), prefill {r['prefill_s']['packed']:.1f} "
+            f"/ {r['prefill_s']['exact']:.1f} s ({r['prefill_ratio']:.2f}x), cache {mb['bytes']['packed']:.1f} / "
+            f"{mb['bytes']['exact']:.1f} MB, peak {mb['peak_rss_bytes']['packed']:.0f} / "
+            f"{mb['peak_rss_bytes']['exact']:.0f} MB",
             flush=True,
         )
     if args.json:
