@@ -73,8 +73,8 @@ def main() -> None:
         mb = {key: {name: size / 1e6 for name, size in r[key].items()} for key in ("bytes", "peak_rss_bytes")}
         print(
             f"{context:6d} tokens, packed / exact: decode {r['tokens_per_s']['packed']:.1f} / "
-            f"{r['tokens_per_s']['exact']:.1f} tokens/s ({r['decode_ratio']:.2f}x), prefill {r['prefill_s']['packed']:.1f} "
-            f"/ {r['prefill_s']['exact']:.1f} s ({r['prefill_ratio']:.2f}x), cache {mb['bytes']['packed']:.1f} / "
+            f"{r['tokens_per_s']['exact']:.1f} tokens/s ({r['decode_ratio']:.2f}x), prefill "
+            f"{r['prefill_s']['packed']:.1f} / {r['prefill_s']['exact']:.1f} s ({r['prefill_ratio']:.2f}x), cache {mb['bytes']['packed']:.1f} / "
             f"{mb['bytes']['exact']:.1f} MB, peak {mb['peak_rss_bytes']['packed']:.0f} / "
             f"{mb['peak_rss_bytes']['exact']:.0f} MB",
             flush=True,
