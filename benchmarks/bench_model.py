@@ -70,15 +70,13 @@ def main() -> None:
     records = [{"op": "env", "env": {**report.environment(), "threads": torch.get_num_threads(), "model": args.model}}]
     for context in args.contexts:
         records.append(r := measure(model, ids, context, args.chunk, args.steps))
-        mb = {key: {name: size / 1e6 for name, size in r[key].items()} for key in ("bytes", "peak_rss_bytes")}
-        print(
-            f"{context:6d} tokens, packed / exact: decode {r['tokens_per_s']['packed']:.1f} / "
-            f"{r['tokens_per_s']['exact']:.1f} tokens/s ({r['decode_ratio']:.2f}x), prefill "
-            f"{r['prefill_s']['packed']:.1f} / {r['prefill_s']['exact']:.1f} s ({r['prefill_ratio']:.2f}x), cache {mb['bytes']['packed']:.1f} / "
-            f"{mb['bytes']['exact']:.1f} MB, peak {mb['peak_rss_bytes']['packed']:.0f} / "
-            f"{mb['peak_rss_bytes']['exact']:.0f} MB",
-            flush=True,
-        )
+        speed, read = r["tokens_per_s"], r["prefill_s"]
+        held, peak = ({name: size / 1e6 for name, size in r[key].items()} for key in ("bytes", "peak_rss_bytes"))
+        print(f"{context} tokens, packed / exact:")
+        print(f"  decode {speed['packed']:.1f} / {speed['exact']:.1f} tokens/s ({r['decode_ratio']:.2f}x)")
+        print(f"  prefill {read['packed']:.1f} / {read['exact']:.1f} s ({r['prefill_ratio']:.2f}x)")
+        print(f"  cache {held['packed']:.1f} / {held['exact']:.1f} MB", end="")
+        print(f", peak {peak['packed']:.0f} / {peak['exact']:.0f} MB", flush=True)
     if args.json:
         report.write_json(args.json, records)
 
