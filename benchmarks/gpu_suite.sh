@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one go: compile in parallel, test, measure. Results go to $OUT (default: build/gpu).
-# Usage: benchmarks/gpu_session.sh [compile] [test] [bench] [sanitize]
+# Usage: benchmarks/gpu_suite.sh [compile] [test] [bench] [sanitize]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-build/gpu} PYTHONPATH=src:tests PYTHONUNBUFFERED=1
