@@ -104,25 +104,43 @@ def measure(
         }
         for name, seconds in _take_turns(calls).items():
             times.setdefault(name, []).extend(seconds)
+    shape = (batch, q_heads, kv_heads, head_dim, context)
+    return record("cpu", shape, codec, size, read_gb_s, times, rel_error)
+
+
+def record(
+    device: str,
+    shape: tuple[int, int, int, int, int],
+    codec: Codec,
+    size: int,
+    limit_gb_s: float,
+    times: dict[str, list[float]],
+    rel_error: float,
+) -> dict[str, Any]:
+    """One measured shape in the form that every `bench decode` saves.
+
+    Args:
+        device: where it ran.
+        shape: batch, q_heads, kv_heads, head_dim, context.
+        codec: of the packed cache.
+        size: bytes of the packed cache.
+        limit_gb_s: bandwidth that the machine reaches, for `share_of_copy`.
+        times: seconds of every call, by name; "ours" is the packed cache, all others are peers.
+        rel_error: of the result, against the reference.
+    """
     us = {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
     best = us.pop("ours")
+    names = ("batch", "q_heads", "kv_heads", "head_dim", "context")
     return {
         "op": "decode_attention",
-        "device": "cpu",
-        "shape": {
-            "batch": batch,
-            "q_heads": q_heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "context": context,
-            "q_len": 1,
-        },
-        "k_bits": spec.k_bits,
-        "v_bits": spec.v_bits,
+        "device": device,
+        "shape": {**dict(zip(names, shape)), "q_len": 1},
+        "k_bits": codec.spec.k_bits,
+        "v_bits": codec.spec.v_bits,
         "us": best,
         "us_min": min(times["ours"]) * 1e6,
         "gb_s": size / best / 1e3,
-        "share_of_copy": size / read_gb_s / 1e3 / best,
+        "share_of_copy": size / limit_gb_s / 1e3 / best,
         "peers_us": us,
         "peers_us_min": {name: min(seconds) * 1e6 for name, seconds in times.items() if name != "ours"},
         "ratio": min(us.values()) / best,

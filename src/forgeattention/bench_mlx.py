@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
+from .bench import record
 from .codec import PAGE, Codec
 from .codec.spec import CodecSpec
 from .evaluation.report import environment, progress
@@ -91,34 +91,9 @@ def measure(
     error = calls["ours"](q).astype(mx.float32) - expected
     rel_error = float(mx.linalg.norm(error.reshape(-1)) / mx.linalg.norm(expected.reshape(-1)))
     times = _take_turns(calls, q)
-    us = {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
-    best = us.pop("ours")
-    return {
-        "op": "decode_attention",
-        "device": str(mx.default_device()),
-        "shape": {
-            "batch": batch,
-            "q_heads": q_heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "context": context,
-            "q_len": 1,
-        },
-        "k_bits": spec.k_bits,
-        "v_bits": spec.v_bits,
-        "us": best,
-        "us_min": min(times["ours"]) * 1e6,
-        "gb_s": size / best / 1e3,
-        "share_of_copy": size / copy_gb_s / 1e3 / best,
-        "tokens_per_s": batch / best * 1e6,
-        "peers_us": us,
-        "peers_us_min": {name: min(seconds) * 1e6 for name, seconds in times.items() if name != "ours"},
-        "ratio": min(us.values()) / best,
-        "rel_error": rel_error,
-        "packed_bytes": size,
-        "peers_bytes": held,
-        "effective_bits": codec.format.effective_bits,
-    }
+    shape = (batch, q_heads, kv_heads, head_dim, context)
+    result = record(str(mx.default_device()), shape, codec, size, copy_gb_s, times, rel_error)
+    return {**result, "tokens_per_s": batch / result["us"] * 1e6, "peers_bytes": held}
 
 
 def copy_bandwidth() -> float:
