@@ -1,0 +1,50 @@
+"""docs/results.md says what the JSON files say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import make_results
+import result_tables
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert make_results.PAGE.read_text() == make_results.page(), "run python benchmarks/make_results.py"
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"benchmarks/results/[\w.-]+?\.json", make_results.page()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_a_line_becomes_the_newest_files_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_results, "RESULTS", tmp_path)
+    monkeypatch.setattr(make_results, "ROOT", tmp_path)
+    for name, us in (("x-b-2026-01-02", 1.5), ("x-a-2026-01-10", 2.5), ("x-c-2026-01-09", 3.5)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"us": us, "env": {"device": "D", "commit": "abc"}}))
+    monkeypatch.setitem(result_tables.RENDERERS, "one", lambda content: f"{content['us']} us")
+    want = "Before.\n\n2.5 us\n\n[`x-a-2026-01-10.json`](../x-a-2026-01-10.json): D, commit abc.\n\nAfter."
+    assert make_results.fill("Before.\n\n{{ one x-*.json }}\n\nAfter.") == want
+    with pytest.raises(ValueError, match=r"^\[results\] expected a kind in"):
+        make_results.fill("{{ two x-*.json }}")
+    with pytest.raises(ValueError, match=r"^\[results\] expected a file y-\*\.json in"):
+        make_results.fill("{{ one y-*.json }}")
+
+
+def test_the_fastest_peer_of_a_shape_is_the_one_compared_with() -> None:
+    shape = {"batch": 1, "q_heads": 8, "kv_heads": 2, "head_dim": 64, "context": 4096}
+    common = {"op": "decode_attention", "shape": shape, "share_of_copy": 0.5}
+    records = [
+        {"env": {}},
+        {**common, "k_code": "scalar", "v_code": "scalar", "us": 10.0, "peers_us": {"a": 30.0, "b": 20.0}},
+        {**common, "k_code": "trellis8", "v_code": "scalar", "us": 16.0, "peers_us": {"a": 32.0, "b": 24.0}},
+    ]
+    last = result_tables.decode(records).splitlines()[-1]
+    assert last == "| 1 x 4K, 8/2, 64 | b | 20.0 | 10.0, 2.00x, 50% | 16.0, 1.25x, 50% |"
