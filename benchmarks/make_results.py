@@ -7,9 +7,10 @@ The parts are joined in the order of their names. A line of a part of the form
 
     {{ KIND FILE }}
 
-becomes the table that `result_tables.RENDERERS[KIND]` makes of benchmarks/results/FILE, with a link to the file and what
-it says of machine, versions and commit. FILE may hold `*`: the newest date in the name is taken. Everything else is kept
-as it is: to add results, put a part beside the others; to give them a table, add a function to result_tables.py.
+becomes the table that `result_tables.RENDERERS[KIND]` makes of benchmarks/results/FILE, with a link to the file and
+what it says of machine, versions and commit. FILE may hold `*`: the newest date in the name is taken. Everything else
+is kept as it is: to add results, put a part beside the others; to give them a table, add a function to
+result_tables.py.
 """
 
 from __future__ import annotations
