@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from forgeattention import cli
+from forgeattention.codec.presets import PRESETS
 
 
 def leaves(parser, path=()):
@@ -97,6 +98,23 @@ def test_fetch_writes_json(capsys, tmp_path):
     assert out == f"smollm2: {written['path']}\n"
     assert written["name"] == "smollm2"
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_serve_says_which_engines_there_are_and_hands_over(capsys, monkeypatch):
+    from forgeattention import serve
+
+    absent = [name for name in ("hf", "mlx", "vllm") if name not in serve.ENGINES]
+    for name in absent:
+        code, _, err = run(capsys, "serve", "--engine", name)
+        assert (code, err.startswith("forgeattn: [serve] expected an engine of this version")) == (2, True)
+    calls = []
+    fake = argparse.Namespace(serve=lambda *args, **options: calls.append((*args, options)))
+    monkeypatch.setattr(serve.importlib, "import_module", lambda name: fake)
+    for name in serve.ENGINES:
+        argv = f"serve --engine {name} --model m --preset small --port 7 -- --max-tokens 5".split()
+        assert serve.run(cli.build_parser().parse_args(argv))["engine"] == name
+    options = {"host": "127.0.0.1", "port": 7, "arguments": ["--max-tokens", "5"]}
+    assert calls == [("m", PRESETS["small"], options)] * len(serve.ENGINES)
 
 
 def test_doctor_reports_every_backend_and_why(capsys, tmp_path):

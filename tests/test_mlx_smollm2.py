@@ -59,16 +59,16 @@ def test_smollm2_answers_as_it_does_in_transformers() -> None:
 
 
 SERVER = """
-import logging, sys
-from forgeattention import CodecSpec
-from forgeattention.mlx_lm import PackedKVCache, serve
+import sys
+from forgeattention import cli
+from forgeattention.mlx_lm import PackedKVCache
 
 update = PackedKVCache.update_and_fetch
 def counted(self, keys, values):
     print(f"batched {self.batched}", file=sys.stderr, flush=True)
     return update(self, keys, values)
 PackedKVCache.update_and_fetch = counted
-serve(sys.argv[1], CodecSpec(refine=False, k_code="scalar", sinks=3, window=12), port=int(sys.argv[2]))
+sys.exit(cli.main(["serve", "--engine", "mlx", "--model", sys.argv[1], "--port", sys.argv[2]]))
 """
 
 
@@ -83,7 +83,7 @@ def test_the_server_answers_from_packed_caches_and_batches(tmp_path: Path) -> No
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), str(port)], stderr=log, env=env)
     try:
-        prompts = ["a" * 150, "b" * 90, "c" * 200]
+        prompts = ["a" * 250, "b" * 90, "c" * 300]
         wait_for(port, server)
         alone = [complete(port, prompt) for prompt in prompts]
         with ThreadPoolExecutor(3) as pool:

@@ -60,6 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--seed", type=int, default=0)
 
+    serve = _leaf(commands, "serve", "forgeattention.serve:run", "an OpenAI-compatible server with packed caches")
+    _add_model(serve)
+    _add_bits(serve)
+    serve.add_argument("--engine", choices=("hf", "mlx", "vllm"), required=True, help="whose server it is")
+    serve.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
+    serve.add_argument("--port", type=int, default=8080, help="(default %(default)s)")
+    serve.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: more of that server's own arguments")
+
     bench = _branch(commands, "bench", "measure speed beside the fastest peers")
     decode = _leaf(bench, "decode", "forgeattention.bench:decode", "attention of one new token over a packed context")
     decode.add_argument("--device", default="cpu", help="cpu, cuda or metal (default %(default)s)")
