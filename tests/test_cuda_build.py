@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tolerances
@@ -52,6 +55,32 @@ def test_every_kernel_compiles_with_a_small_stack(arch: str) -> None:
 def test_structures_have_no_gaps_that_differ() -> None:
     assert ctypes.sizeof(args.DecodeParams) % 8 == 0
     assert ctypes.sizeof(args.TransformArgs) == 48
+
+
+def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
+    """A value of a ctypes type made of rising numbers, and what a packer is given for it."""
+    if issubclass(kind, ctypes.Structure):
+        value = kind(*(flat(field[1], numbers)[0] for field in kind._fields_))
+        return value, [bytes(value)]
+    if issubclass(kind, ctypes.Array):
+        parts = [next(numbers) for _ in range(kind._length_)]
+        return kind(*parts), parts
+    number = next(numbers)
+    return number, [number]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [args.DecodeParams, args.EncodeParams, args.DecodePagesParams, args.ScoresParams],
+    ids=lambda params: params.__name__,
+)
+def test_packed_parameters_are_those_of_ctypes(params: type[ctypes.Structure]) -> None:
+    pack = args.Packer(params)
+    for begin in (1, 1000):
+        numbers = itertools.count(begin)
+        parts = [flat(field[1], numbers) for field in params._fields_]
+        want = params(*(value for value, _ in parts))
+        assert bytes(pack(*(x for _, given in parts for x in given))) == bytes(want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,10 +14,12 @@ import ctypes
 import logging
 import math
 import weakref
-from functools import cache, lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
@@ -71,8 +73,6 @@ class _Constants:
                 target.append(self._args(t, signs, self._put(matrix) if matrices else 0, out, mu))
 
     def _put(self, array: Any) -> int:
-        import torch
-
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
         self._keep.append(tensor)
         return int(tensor.data_ptr())
@@ -85,8 +85,22 @@ class _Constants:
         return args.TransformArgs(signs, matrix, out, mu, rows * columns if own else 0, rows if own_mu else 0)
 
 
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def _on(device: Any) -> AbstractContextManager[Any]:
+    """Makes a device the current one; costs little where it is."""
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def _stream(device: Any) -> int:
+    # torch.cuda.current_stream makes an object first, which takes ten times as long.
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 _constants: weakref.WeakKeyDictionary[Codec, dict[Any, _Constants]] = weakref.WeakKeyDictionary()
 _counters: dict[tuple[int, int], Any] = {}
+_replaced: list[Any] = []
 _bad: dict[int, Any] = {}
 
 
@@ -99,18 +113,16 @@ def _constants_of(codec: Codec, device: Any) -> _Constants:
 
 def _counters_of(device: Any, stream: int, count: int) -> Any:
     """Zeroed counters that every launch leaves zero. One buffer per stream: launches on one stream do not overlap."""
-    import torch
-
     key = (device.index, stream)
     have = _counters.get(key)
     if have is None or have.numel() < count:
+        if have is not None:
+            _replaced.append(have)  # graphs captured with it may be replayed
         have = _counters[key] = torch.zeros(max(count, 65536), dtype=torch.int32, device=device)
     return have
 
 
 def _bad_of(device: Any) -> Any:
-    import torch
-
     if device.index not in _bad:
         _bad[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
     return _bad[device.index]
@@ -118,8 +130,6 @@ def _bad_of(device: Any) -> Any:
 
 def encode_failed(device: Any) -> bool:
     """Whether an `encode` since the last call met NaN, infinity or a scale that does not fit. Waits for the device."""
-    import torch
-
     flag = _bad_of(torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device))
     failed = bool(flag.item())
     if failed:
@@ -128,20 +138,16 @@ def encode_failed(device: Any) -> bool:
 
 
 def _address(x: Any) -> int:
-    return 0 if x is None else int(x.data_ptr())
+    return 0 if x is None else x.data_ptr()
 
 
 def _rows(x: Any) -> Any:
     """The tensor with a contiguous last axis and rows that start at multiples of 16 bytes; a copy if it is not so."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
     size = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s % size == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1)
-    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=_contiguous())
-
-
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache
@@ -150,13 +156,11 @@ def _warn_of_plain_codes() -> None:
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
-    import torch
-
     if codec.spec.refine or codec.shaping is not None:
         _warn_of_plain_codes()
     fmt, dtype = codec.format, dtype_of(k)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    with torch.cuda.device(k.device):
+    with _on(k.device):
         kernel = nvrtc.kernel("encode", args.encode_macros(codec, dtype), k.device.index, args.encode_shared_bytes(fmt))
         constants = _constants_of(codec, k.device)
         params = args.EncodeParams(
@@ -168,12 +172,10 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
             codec.v_codebook.unit,
         )
         pages = k.shape[1] // PAGE
-        kernel.launch((pages, codec.kv_heads, 1), 256, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch((pages, codec.kv_heads, 1), 256, _stream(k.device), params)
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
-    import torch
-
     fmt, device = codec.format, table.lengths.device
     width = fmt.padded_dim if rotated else codec.head_dim
     shape = (table.lengths.shape[0], codec.kv_heads, table.max_length, width)
@@ -183,7 +185,7 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
     if rotated:
         extra["FA_ROTATION"] = 0
-    with torch.cuda.device(device):
+    with _on(device):
         kernel = nvrtc.kernel(
             "decode_pages",
             args.macros(codec, args.DecodePagesParams, **extra),
@@ -202,7 +204,7 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
             codec.v_codebook.unit,
         )
         grid = (-(-table.max_length // PAGE), codec.kv_heads, shape[0])
-        kernel.launch(grid, 256, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch(grid, 256, _stream(device), params)
     return k, v
 
 
@@ -210,9 +212,26 @@ def _without_mu(t: args.TransformArgs) -> args.TransformArgs:
     return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.matrix_stride, 0)
 
 
-@cache
-def _decode_plan(fmt: Any, kv_heads: int, queries: int, device: int) -> args.DecodePlan:
-    return args.decode_plan(fmt, kv_heads, queries, limits(device))
+_decode_params = args.Packer(args.DecodeParams)
+_NONE = (0, 0, 0)
+
+
+class _DecodeLaunch:
+    """What the launches for one codec, number of queries and pair of dtypes have in common."""
+
+    def __init__(self, codec: Codec, constants: _Constants, group: int, n: int, dtypes: tuple[str, str], device: int):
+        self.plan = args.decode_plan(codec.format, codec.kv_heads, group * n, limits(device))
+        macros = self.plan.macros(codec, *dtypes)
+        self.kernel = nvrtc.kernel("decode_attention", macros, device, self.plan.shared_bytes)
+        self.processors = limits(device).processors
+        self.threads = 32 * self.plan.warps
+        # Floats of all parts of one row's KV head, and how many of them come before the sums.
+        self.outputs = self.plan.blocks * self.plan.slots * self.plan.queries * codec.format.padded_dim
+        self.floats = self.plan.blocks * self.plan.slots * self.plan.queries * (codec.format.padded_dim + 2)
+        self.transforms = tuple(map(bytes, constants.attend))
+        self.queries = codec.kv_heads, group, n, group * n, self.plan.blocks
+        self.cut = self.plan.cut
+        self.units = codec.k_codebook.unit, codec.v_codebook.unit
 
 
 def decode_attention(
@@ -224,60 +243,55 @@ def decode_attention(
     causal: bool,
     sink_logits: Any | None,
 ) -> tuple[Any, Any]:
-    import torch
-
-    batch, q_heads, n, head_dim = q.shape
+    batch, q_heads, n, _ = q.shape
     device, kv_heads = q.device, codec.kv_heads
-    group = q_heads // kv_heads
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out = torch.empty((batch, q_heads, n, head_dim), dtype=q.dtype, device=device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out, lse
-    exact_k, exact_v = (None, None) if exact is None else (_rows(exact.k), _rows(exact.v))
-    with torch.cuda.device(device):
+    exact_k, exact_v = (q, q) if exact is None else (_rows(exact.k), _rows(exact.v))
+    with _on(device):
         constants = _constants_of(codec, device)
-        exact_dtype = q.dtype if exact is None else exact.k.dtype
-        key = ("decode_attention", group * n, q.dtype, exact_dtype)
-        if key not in constants.kernels:
-            plan = _decode_plan(codec.format, kv_heads, group * n, device.index)
-            names = plan.macros(codec, dtype_of(q), dtype_of(q if exact is None else exact.k))
-            constants.kernels[key] = plan, nvrtc.kernel("decode_attention", names, device.index, plan.shared_bytes)
-        plan, kernel = constants.kernels[key]
-        stream = torch.cuda.current_stream().cuda_stream
-        heads = batch * kv_heads * plan.blocks
-        part = torch.empty(
-            heads * plan.slots * plan.queries * (codec.format.padded_dim + 2), dtype=torch.float32, device=device
-        )
-        sums = part.data_ptr() + 4 * heads * plan.slots * plan.queries * codec.format.padded_dim
-        strides = [(ctypes.c_int64 * 3)(*(x.stride()[:3] if x is not None else ())) for x in (q, exact_k, exact_v)]
-        params = args.DecodeParams(
+        key = ("decode_attention", q_heads, n, q.dtype, exact_k.dtype)
+        launch = constants.kernels.get(key)
+        if launch is None:
+            dtypes = dtype_of(q), dtype_of(exact_k)
+            launch = _DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
+            constants.kernels[key] = launch
+        stream = _stream(device)
+        heads = batch * kv_heads
+        part = torch.empty(heads * launch.floats, dtype=torch.float32, device=device)
+        params = _decode_params(
             q.data_ptr(),
-            *(map(_address, (table.base, table.offsets, table.lengths)) if table is not None else (0, 0, 0)),
-            _address(exact_k),
-            _address(exact_v),
-            _address(None if exact is None else exact.lengths),
-            _address(sink_logits),
+            *(_NONE if table is None else map(_address, (table.base, table.offsets, table.lengths))),
+            *(_NONE if exact is None else (exact_k.data_ptr(), exact_v.data_ptr(), exact.lengths.data_ptr())),
+            0 if sink_logits is None else sink_logits.data_ptr(),
             out.data_ptr(),
             lse.data_ptr(),
             part.data_ptr(),
-            sums,
-            _counters_of(device, stream, heads).data_ptr(),
-            *constants.attend,
-            *strides,
+            part.data_ptr() + 4 * heads * launch.outputs,
+            _counters_of(device, stream, heads * launch.plan.blocks).data_ptr(),
+            *launch.transforms,
+            *q.stride()[:3],
+            *exact_k.stride()[:3],
+            *exact_v.stride()[:3],
             0 if table is None else table.offsets.stride(0),
-            *(batch, kv_heads, group, n, group * n, plan.blocks, int(causal)),
-            *(plan.chunks_short, plan.chunks_long, plan.long_pages, plan.min_pages, plan.exact_per_page, plan.slots),
-            *(scale * LOG2E, codec.k_codebook.unit, codec.v_codebook.unit),
+            batch,
+            *launch.queries,
+            causal,
+            *launch.cut,
+            scale * LOG2E,
+            *launch.units,
         )
-        grid = plan.grid(
-            limits(device.index).processors,
+        grid = launch.plan.grid(
+            launch.processors,
             batch,
             kv_heads,
             0 if table is None else table.max_length,
             0 if exact is None else exact.max_length,
         )
-        kernel.launch((grid, 1, 1), 32 * plan.warps, stream, params)
+        launch.kernel.launch((grid, 1, 1), launch.threads, stream, params)
     return out, lse
 
 
@@ -296,31 +310,27 @@ def _scores_params(codec: Codec, table: PageTable, x: Any, out: Any, side: int, 
 
 
 def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
-    import torch
-
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty((*q.shape[:3], table.max_length), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    with torch.cuda.device(q.device):
+    with _on(q.device):
         kernel = nvrtc.kernel("qk_scores", args.scores_macros(codec, dtype_of(q)), q.device.index, 0)
         params = _scores_params(codec, table, q, out, 0, scale)
         warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
         across = codec.kv_heads * params.blocks
         groups = min(-(-pages // warps), max(1, 8 * limits(q.device.index).processors // (across * q.shape[0])))
-        kernel.launch((groups, across, q.shape[0]), 32 * warps, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch((groups, across, q.shape[0]), 32 * warps, _stream(table.lengths.device), params)
     return out
 
 
 def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     """Weights that are not finite give an undefined result here: finding them would wait for the device."""
-    import torch
-
     p = p.contiguous()
     batch, q_heads, n, _ = p.shape
     if p.shape[0] == 0 or n == 0 or table.max_length == 0:
         return torch.zeros((batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
-    with torch.cuda.device(p.device):
+    with _on(p.device):
         shared = args.value_sum_shared_bytes(codec.format)
         kernel = nvrtc.kernel("value_sum", args.scores_macros(codec, "float32"), p.device.index, shared)
         warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
@@ -328,7 +338,7 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
         out = torch.empty((splits, batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
         params = _scores_params(codec, table, p, out, 1, 1.0)
         grid = (splits, codec.kv_heads * params.blocks, batch)
-        kernel.launch(grid, 32 * warps, torch.cuda.current_stream().cuda_stream, params)
+        kernel.launch(grid, 32 * warps, _stream(table.lengths.device), params)
         return out.sum(0)
 
 

@@ -6,7 +6,10 @@ Nothing here needs a GPU, so it is tested without one.
 from __future__ import annotations
 
 import ctypes
+import struct
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 from ..codec.codec import Codec
 from ..codec.spec import CODES, PAGE, SCALE_FORMATS, SCALE_RULES, PageFormat
@@ -84,6 +87,36 @@ class ScoresParams(ctypes.Structure):
         ("scale", F32),
         ("unit", F32),
     ]
+
+
+class Packer:
+    """Fills a parameter structure several times faster than its ctypes constructor.
+
+    Called with the values of the fields in order (arrays flat, structures as bytes), it gives the structure, which
+    holds until the same thread calls again.
+    """
+
+    def __init__(self, params: type[ctypes.Structure]) -> None:
+        self._params = params
+        self._layout = struct.Struct("@" + "".join(_code(field[1]) for field in params._fields_))
+        self._local = threading.local()
+
+    def __call__(self, *values: Any) -> ctypes.Structure:
+        try:
+            out = self._local.out
+        except AttributeError:
+            out = self._local.out = self._params()
+        self._layout.pack_into(out, 0, *values)
+        return out
+
+
+def _code(kind: Any) -> str:
+    """The letters of module `struct` for a ctypes type. Nested structures are bytes: what precedes must align them."""
+    if issubclass(kind, ctypes.Structure):
+        return f"{ctypes.sizeof(kind)}s"
+    if issubclass(kind, ctypes.Array):
+        return str(kind._length_) + _code(kind._type_)
+    return {P: "P", I64: "q", I32: "i", F32: "f"}[kind]
 
 
 def scores_warps(fmt: PageFormat) -> int:
@@ -175,6 +208,18 @@ class DecodePlan:
             FA_CTAS=self.ctas,
             FA_TYPE=TYPES[dtype],
             FA_EXACT_TYPE=TYPES[exact_dtype],
+        )
+
+    @property
+    def cut(self) -> tuple[int, int, int, int, int, int]:
+        """How the kernel cuts rows, in the order of `DecodeParams`."""
+        return (
+            self.chunks_short,
+            self.chunks_long,
+            self.long_pages,
+            self.min_pages,
+            self.exact_per_page,
+            self.slots,
         )
 
     def grid(self, processors: int, batch: int, kv_heads: int, max_length: int, max_exact: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 Macros = tuple[tuple[str, str], ...]
+_Pointer = ctypes.c_void_p
 
 
 @lru_cache
@@ -128,6 +129,7 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._launch = driver.cuLaunchKernel
         self.stem, self.shared_bytes = stem, shared_bytes
         code = cubin(stem, macros, arch)
         self._library = _check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"loading {stem}")
@@ -156,11 +158,11 @@ class Kernel:
         )
 
     def launch(self, grid: tuple[int, int, int], threads: int, stream: int, params: ctypes.Structure) -> None:
-        argument = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        (error,) = self._driver.cuLaunchKernel(
+        argument = _Pointer(ctypes.addressof(params))
+        (error,) = self._launch(
             self._function, *grid, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(argument), 0
         )
-        if int(error):
+        if error:
             raise RuntimeError(f"[{self.stem}] launch failed: {error.name}")
 
 

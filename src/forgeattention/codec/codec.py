@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import weakref
 from functools import cached_property
 
 import numpy as np
@@ -17,9 +19,27 @@ from .transform import Transform, make_transform
 WRITE_ONLY = ("key_mean", "k_scale_rule", "v_scale_rule", "refine")
 """Fields of a spec that only an encoder reads."""
 
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, Codec] = weakref.WeakValueDictionary()
+
+
+def codec_of(handle: str) -> Codec:
+    """The codec that `Codec.handle` names.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    codec = _by_handle.get(handle)
+    if codec is None:
+        raise ValueError(f"[codec] expected the handle of a living codec; got {handle!r}")
+    return codec
+
 
 class Codec:
     """Codec of one layer.
+
+    Attributes:
+        handle: a name for it within this process, where only a string can be passed on.
 
     Args:
         spec: the choices.
@@ -52,6 +72,8 @@ class Codec:
     ) -> None:
         if kv_heads < 1:
             raise ValueError(f"[codec] expected kv_heads >= 1; got {kv_heads}")
+        self.handle = f"codec{next(_handles)}"
+        _by_handle[self.handle] = self
         self.spec = spec
         self.kv_heads = kv_heads
         self.format: PageFormat = spec.page_format(head_dim)

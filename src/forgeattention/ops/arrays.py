@@ -16,6 +16,12 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def traced() -> bool:
+    """Whether torch.compile or torch.export is reading this call, so that it must become one of `ops.library`."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def is_mlx(x: Any) -> bool:
     mx = sys.modules.get("mlx.core")
     return mx is not None and isinstance(x, mx.array)
@@ -23,10 +29,10 @@ def is_mlx(x: Any) -> bool:
 
 def device_of(x: Any) -> str:
     """ "cpu", "cuda" or "mlx"; "" for what is not an array of a known framework."""
+    if is_torch(x):
+        return x.device.type
     if isinstance(x, np.ndarray):
         return "cpu"
-    if is_torch(x):
-        return str(x.device.type)
     return "mlx" if is_mlx(x) else ""
 
 

@@ -55,6 +55,9 @@ def check_table(op: str, table: Any, batch: int | None, like: Any = None) -> Non
     """A PageTable of `batch` rows (any number if None) on the device of `like`."""
     if not isinstance(table, PageTable):
         raise fail(op, "a PageTable", type(table).__name__)
+    seen = batch, "" if like is None else device_of(like)
+    if seen in table.checked:
+        return
     rows: int | str = "batch" if batch is None else batch
     check_index(op, "table.lengths", table.lengths, "int32", (rows,))
     check_index(op, "table.offsets", table.offsets, "int64", (table.lengths.shape[0], "max_pages"))
@@ -66,6 +69,7 @@ def check_table(op: str, table: Any, batch: int | None, like: Any = None) -> Non
         array = getattr(table, name)
         if like is not None and array is not None and device_of(array) != device_of(like):
             raise fail(op, f"table.{name} on {device_of(like)}", device_of(array))
+    table.checked.append(seen)
 
 
 def check_exact(op: str, exact: Any, codec: Codec, q: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec.codec import Codec
+from .arrays import traced
 from .checks import check_codec, check_exact, check_index, check_queries, check_scale, check_table, fail
 from .dispatch import select
 from .table import ExactTokens, PageTable
@@ -43,6 +44,10 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit together, or lengths out of range.
     """
+    if traced():
+        from . import library
+
+        return library.decode_attention(q, codec, table, exact, scale, causal, sink_logits, backend)
     op = "decode_attention"
     check_codec(op, codec)
     check_queries(op, q, codec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec.codec import Codec
-from .arrays import FLOATS, dtype_name
+from .arrays import FLOATS, dtype_name, traced
 from .checks import check_codec, check_table, fail
 from .dispatch import select
 from .table import PageTable
@@ -27,6 +27,10 @@ def decode_pages(
         k and v [batch, kv_heads, table.max_length, head_dim] in the framework of `table.lengths`; zero from each
         row's length on.
     """
+    if traced():
+        from . import library
+
+        return library.decode_pages(codec, table, dtype, rotated, backend)
     check_codec("decode_pages", codec)
     check_table("decode_pages", table, None)
     name = dtype_name(dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from .arrays import dtype_of
+from .arrays import dtype_of, traced
 from .checks import check_codec, check_index, check_vectors, describe, fail
 from .dispatch import select
 
@@ -25,6 +25,10 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, *, backe
         ValueError: a wrong shape or dtype, an offset outside `out`, NaN or infinity, vectors whose scale exceeds
             the scale format. Nothing is written then. (CUDA reports values lazily: see backends/cuda.py.)
     """
+    if traced():
+        from . import library
+
+        return library.encode(k, v, codec, out, offsets, backend)
     check_codec("encode", codec)
     check_vectors("encode", "k", k, codec, 3, codec.kv_heads)
     check_vectors("encode", "v", v, codec, 3, codec.kv_heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec.codec import Codec
+from .arrays import traced
 from .checks import check_codec, check_queries, check_scale, check_table
 from .dispatch import select
 from .table import PageTable
@@ -28,6 +29,10 @@ def prefill_attention(
         out float32 [batch, q_heads, n, head_dim] and lse float32 [batch, q_heads, n] (natural log); zeros and -inf for
         a row without packed tokens.
     """
+    if traced():
+        from . import library
+
+        return library.prefill_attention(q, codec, table, scale, backend)
     check_codec("prefill_attention", codec)
     check_queries("prefill_attention", q, codec)
     scale = check_scale("prefill_attention", scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec.codec import Codec
+from .arrays import traced
 from .checks import check_codec, check_queries, check_scale, check_table
 from .dispatch import select
 from .table import PageTable
@@ -23,6 +24,10 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend: 
     Returns:
         float32 [batch, q_heads, n, table.max_length], -inf from each row's length on.
     """
+    if traced():
+        from . import library
+
+        return library.qk_scores(q, codec, table, scale, backend)
     check_codec("qk_scores", codec)
     check_queries("qk_scores", q, codec)
     scale = check_scale("qk_scores", scale)

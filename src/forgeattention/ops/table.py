@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,8 @@ class PageTable:
     offsets: Any
     lengths: Any
     max_length: int
+    checked: list[tuple[Any, str]] = field(default_factory=list, init=False, repr=False)
+    """Rows and device that an op found this table to fit: a table is used by many calls and never changes."""
 
 
 @dataclass(frozen=True, eq=False)

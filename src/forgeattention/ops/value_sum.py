@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec.codec import Codec
-from .arrays import device_of, dtype_of
+from .arrays import device_of, dtype_of, traced
 from .checks import check_codec, check_table, describe, fail
 from .dispatch import select
 from .table import PageTable
@@ -26,6 +26,10 @@ def value_sum(p: Any, codec: Codec, table: PageTable, *, backend: str = "auto") 
     Raises:
         ValueError: a wrong shape or dtype, a weight that is not finite.
     """
+    if traced():
+        from . import library
+
+        return library.value_sum(p, codec, table, backend)
     op = "value_sum"
     check_codec(op, codec)
     if not device_of(p) or dtype_of(p) != "float32" or len(p.shape) != 4:
