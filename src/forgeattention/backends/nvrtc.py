@@ -28,6 +28,12 @@ def available() -> tuple[bool, str]:
     name = torch.cuda.get_device_name()
     if major < 8:
         return False, f"{name} has compute capability {major}.{minor}; 8.0 or newer is needed"
+    usable, versions = toolchain()
+    return usable, f"{name}, sm_{major}{minor}, {versions}" if usable else versions
+
+
+def toolchain() -> tuple[bool, str]:
+    """Whether kernels can be compiled and a driver answers, and the versions or what is missing."""
     try:
         from cuda.bindings import driver, nvrtc
 
@@ -38,10 +44,7 @@ def available() -> tuple[bool, str]:
         return False, f"cuda-core and NVRTC do not load ({failure}); install forgeattention[cuda]"
     if int(error):
         return False, f"the CUDA driver does not answer ({error.name})"
-    return (
-        True,
-        f"{name}, sm_{major}{minor}, NVRTC {'.'.join(map(str, version))}, driver API {api // 1000}.{api % 1000 // 10}",
-    )
+    return True, f"NVRTC {'.'.join(map(str, version))}, driver API {api // 1000}.{api % 1000 // 10}"
 
 
 def _compiler() -> tuple[Any, Any]:
@@ -63,7 +66,7 @@ def sources(stem: str) -> tuple[str, str]:
     """The text of a kernel and the SHA-256 of all that it may include."""
     text = (KERNELS / "cuda" / f"{stem}.cu").read_text()
     digest = hashlib.sha256(text.encode())
-    for path in sorted([*(KERNELS / "cuda").glob("*.cuh"), *(KERNELS / "shared").glob("*.h")]):
+    for path in sorted([*(KERNELS / "cuda").glob("*.cu*"), *(KERNELS / "shared").glob("*.h")]):
         digest.update(path.read_bytes())
     return text, digest.hexdigest()
 

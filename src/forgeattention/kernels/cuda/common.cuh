@@ -7,6 +7,13 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+// How a kernel's function begins: one structure is all it takes. The mlx_*.cu, whose caller passes no structure, make it
+// a function that they call.
+#ifndef FA_KERNEL
+#define FA_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+#define FA_PARAMS const __grid_constant__ Params
+#endif
+
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 #define NEG_INF __int_as_float(0xff800000)

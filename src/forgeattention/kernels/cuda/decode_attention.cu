@@ -313,7 +313,7 @@ struct Pages {
   __device__ __forceinline__ const u8* record(const Params& p) const { return p.base + offset + (i64)head * RECORD; }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) decode_attention(const __grid_constant__ Params p) {
+FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];
   const Shared sh(shared);
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;

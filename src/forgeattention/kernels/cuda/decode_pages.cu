@@ -68,7 +68,7 @@ __device__ __forceinline__ void write(const Params& p, const u8* record, const f
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) decode_pages(const __grid_constant__ Params p) {
+FA_KERNEL(THREADS) decode_pages(FA_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
   float *y = (float*)shared, *scales = y + fa::PAGE * ROW;
   const int page = blockIdx.x, head = blockIdx.y, row = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;

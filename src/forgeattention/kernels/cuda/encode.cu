@@ -324,7 +324,7 @@ __device__ __forceinline__ float header_byte(float mean, u32 header, int channel
   return x > 127.f ? x - 2.f : x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) encode(const __grid_constant__ Params p) {
+FA_KERNEL(THREADS, 2) encode(FA_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
   const Shared sh(shared);
   const int page = blockIdx.x, head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;

@@ -1,7 +1,7 @@
 // Scaled scores of queries against packed keys. Grid: (page groups, kv_heads * blocks, rows).
 #include "scores_args.cuh"
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) qk_scores(const __grid_constant__ Params p) {
+FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
   __shared__ __align__(16) u8 parts[WARPS][K_BYTES];
   __shared__ __align__(16) u8 terms[QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];

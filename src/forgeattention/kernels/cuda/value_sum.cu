@@ -2,7 +2,7 @@
 // group of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
 #include "scores_args.cuh"
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) value_sum(const __grid_constant__ Params p) {
+FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];  // parts [WARPS][RECORD]; then sums [WARPS][QUERIES][DIM + 1]
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float scales[WARPS][fa::PAGE];

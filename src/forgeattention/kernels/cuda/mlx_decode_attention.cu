@@ -1,0 +1,56 @@
+#include "mlx.cuh"
+
+#include "decode_attention.cu"
+
+// `counter` is zero and this launch's alone, though an input to MLX.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
+    mlx_decode_attention(const void* q, const u8* base, const i64* offsets, const int* lengths, const void* exact_k, const void* exact_v,
+                         const int* exact_lengths, const float* sink_logits, u32* counter, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v),
+                         void* out, float* lse, float* part, float2* part_ml, int sinks_given, FA_TRANSFORM_SCALARS(k),
+                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int batch, int kv_heads, int group, int n, int blocks,
+                         int causal, int chunks_short, int chunks_long, int long_pages, int min_pages, int exact_per_page, int slots,
+                         float scale_log2, float k_unit, float v_unit) {
+  Params p;
+  p.q = q;
+  p.base = base;
+  p.offsets = offsets;
+  p.lengths = lengths;
+  p.exact_k = exact_k;
+  p.exact_v = exact_v;
+  p.exact_lengths = exact_lengths;
+  p.sink_logits = sinks_given ? sink_logits : nullptr;
+  p.out = out;
+  p.lse = lse;
+  p.part = part;
+  p.part_ml = part_ml;
+  p.counter = counter;
+  p.k_transform = FA_TRANSFORM(k);
+  p.v_transform = FA_TRANSFORM(v);
+  p.q_stride[0] = (i64)kv_heads * group * n * HEAD_DIM;
+  p.q_stride[1] = (i64)n * HEAD_DIM;
+  p.q_stride[2] = HEAD_DIM;
+  p.k_stride[0] = (i64)kv_heads * capacity * HEAD_DIM;
+  p.k_stride[1] = (i64)capacity * HEAD_DIM;
+  p.k_stride[2] = HEAD_DIM;
+  p.v_stride[0] = (i64)kv_heads * capacity * HEAD_DIM;
+  p.v_stride[1] = (i64)capacity * HEAD_DIM;
+  p.v_stride[2] = HEAD_DIM;
+  p.max_pages = max_pages;
+  p.batch = batch;
+  p.kv_heads = kv_heads;
+  p.group = group;
+  p.n = n;
+  p.queries = group * n;
+  p.blocks = blocks;
+  p.causal = causal;
+  p.chunks_short = chunks_short;
+  p.chunks_long = chunks_long;
+  p.long_pages = long_pages;
+  p.min_pages = min_pages;
+  p.exact_per_page = exact_per_page;
+  p.slots = slots;
+  p.scale_log2 = scale_log2;
+  p.k_unit = k_unit;
+  p.v_unit = v_unit;
+  decode_attention(p);
+}
