@@ -226,3 +226,21 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     view = _table("value_sum", table)
     _native.value_sum(_native_codec(codec), shape, _address(p), view, _address(out), get_num_threads())
     return out
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    from .cpu_sparse import sparse_scores
+
+    return sparse_scores(q, codec, table, scale)
+
+
+def sparse_threshold(scores: Any, table: PageTable, top_k: Any, top_p: float | None, exact_lse: Any) -> Any:
+    from .cpu_sparse import sparse_threshold
+
+    return sparse_threshold(scores, table, top_k, top_p, exact_lse)
+
+
+def sparse_attention(scores: Any, threshold: Any, codec: Codec, table: PageTable, other: Any) -> tuple[Any, Any]:
+    from .cpu_sparse import sparse_attention
+
+    return sparse_attention(scores, threshold, codec, table, other)

@@ -12,9 +12,13 @@ from .. import reference
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from ..ops.arrays import dtype_of, from_numpy, to_numpy
+from ..ops.sparse import Scores, Threshold
 from ..ops.table import ExactTokens, PageTable
 from ..reference.attention import attention
 from ..reference.pages import decode_page
+from ..reference.sparse import page_statistics
+from . import reference_sparse
+from .reference_sparse import sparse_threshold as sparse_threshold
 
 U8 = NDArray[np.uint8]
 
@@ -132,3 +136,15 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
         if length:
             out[row] = reference.value_sum(weights, pages, codec)
     return from_numpy(out, p, "float32")
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
+    scores = qk_scores(q, codec, table, scale)
+    return Scores(scores, from_numpy(page_statistics(to_numpy(scores)), q, "float32"))
+
+
+def sparse_attention(
+    scores: Scores, threshold: Threshold, codec: Codec, table: PageTable, other: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    pages = [_pages("sparse_attention", codec, table, row) for row in range(scores.scores.shape[0])]
+    return reference_sparse.sparse_attention(scores, threshold, codec, pages, other)

@@ -7,6 +7,7 @@ from .encode import encode
 from .merge import merge
 from .prefill_attention import prefill_attention
 from .qk_scores import qk_scores
+from .sparse import Scores, Threshold, sparse_attention, sparse_scores, sparse_threshold
 from .table import ExactTokens, PageTable
 from .threads import get_num_threads, set_num_threads
 from .value_sum import value_sum
@@ -14,6 +15,8 @@ from .value_sum import value_sum
 __all__ = [
     "ExactTokens",
     "PageTable",
+    "Scores",
+    "Threshold",
     "decode_attention",
     "decode_pages",
     "encode",
@@ -23,5 +26,8 @@ __all__ = [
     "qk_scores",
     "report",
     "set_num_threads",
+    "sparse_attention",
+    "sparse_scores",
+    "sparse_threshold",
     "value_sum",
 ]

@@ -15,6 +15,7 @@
 
 #include "half.h"
 #include "ops.h"
+#include "sparse.h"
 
 namespace nb = nanobind;
 using namespace fa;
@@ -143,6 +144,31 @@ NB_MODULE(_native, m) {
     const nb::gil_scoped_release release;
     value_sum(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, pointer<const float>(p), table_of(table),
               pointer<float>(out), threads);
+  });
+
+  using ScoredView = std::tuple<std::tuple<int, int, int>, int, uintptr_t, uintptr_t>;  // shape, max_length, scores, statistics
+  const auto scored = [](const ScoredView& v) {
+    const auto& [batch, q_heads, n] = std::get<0>(v);
+    return Scored{{batch, q_heads, n}, std::get<1>(v), pointer<const float>(std::get<2>(v)), pointer<const float>(std::get<3>(v))};
+  };
+  m.def("sparse_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale,
+                            uintptr_t scores, uintptr_t stats, int threads) {
+    const nb::gil_scoped_release release;
+    sparse_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
+                  pointer<float>(scores), pointer<float>(stats), threads);
+  });
+  m.def("sparse_threshold", [scored](ScoredView s, uintptr_t lengths, uintptr_t budgets, int budget, float top_p, uintptr_t exact_lse,
+                                     uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, int threads) {
+    const nb::gil_scoped_release release;
+    sparse_threshold(scored(s), pointer<const int>(lengths), pointer<const int>(budgets), budget, top_p,
+                     pointer<const float>(exact_lse), pointer<float>(threshold), pointer<int>(last), pointer<int>(kept),
+                     pointer<float>(dropped), threads);
+  });
+  m.def("sparse_attention", [scored](const Codec& codec, ScoredView s, TableView table, uintptr_t threshold, uintptr_t last,
+                                     uintptr_t out, uintptr_t lse, int threads) {
+    const nb::gil_scoped_release release;
+    sparse_attention(codec, scored(s), table_of(table), pointer<const float>(threshold), pointer<const int>(last),
+                     pointer<float>(out), pointer<float>(lse), threads);
   });
 
   m.def("read_pass", [](uintptr_t data, int64_t bytes, int threads) {

@@ -1,0 +1,46 @@
+"""The oracle's sparse attention on a batch of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..codec.codec import Codec
+from ..ops.arrays import dtype_of, from_numpy, to_numpy
+from ..ops.merge import merge
+from ..ops.sparse import Scores, Threshold
+from ..ops.table import PageTable
+from ..reference import sparse
+
+
+def sparse_threshold(
+    scores: Scores, table: PageTable, top_k: Any | None, top_p: float | None, exact_lse: Any | None
+) -> Threshold:
+    s, lengths = to_numpy(scores.scores), to_numpy(table.lengths)
+    exact = np.full(s.shape[:3], -np.inf) if exact_lse is None else to_numpy(exact_lse).astype(np.float64)
+    budgets = None if top_k is None else np.broadcast_to(np.asarray(to_numpy(top_k)), s.shape[1])
+    out = np.zeros((4, *s.shape[:3]))
+    for b, h, i in np.ndindex(*s.shape[:3]):
+        k = None if budgets is None else int(budgets[h])
+        out[:, b, h, i] = sparse.sparse_threshold(s[b, h, i, : lengths[b]], k, top_p, float(exact[b, h, i]))
+    dtypes = ("float32", "int32", "int32", "float32")
+    return Threshold(*(from_numpy(x, scores.scores, dtype) for x, dtype in zip(out, dtypes)))
+
+
+def sparse_attention(
+    scores: Scores, threshold: Threshold, codec: Codec, pages: list[Any], other: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    """`pages`: of each row its pages [n, kv_heads, record_bytes] and its length."""
+    s, t, last = (to_numpy(x) for x in (scores.scores, threshold.score, threshold.last))
+    out, lse = np.zeros((*s.shape[:3], codec.head_dim)), np.full(s.shape[:3], -np.inf)
+    for b, (records, length) in enumerate(pages):
+        if length:
+            _, v = reference.decode_pages(records, codec)
+            keep = sparse.survivors(s[b, ..., :length], t[b], last[b])
+            out[b], lse[b] = sparse.sparse_attention(s[b, ..., :length], keep, v[:, :length])
+    if other is None:
+        return from_numpy(out, scores.scores, "float32"), from_numpy(lse, scores.scores, "float32")
+    o, joined = merge(out, lse, to_numpy(other[0]).astype(np.float64), to_numpy(other[1]).astype(np.float64))
+    return from_numpy(o, other[0], dtype_of(other[0])), from_numpy(joined, other[1], "float32")

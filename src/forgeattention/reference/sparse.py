@@ -1,0 +1,97 @@
+"""Sparse attention: which packed tokens a query keeps, and attention over those alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..codec.spec import PAGE
+
+F64 = NDArray[np.float64]
+
+
+def page_statistics(scores: ArrayLike) -> F64:
+    """Of each page of 64 tokens the largest score m and the sum of exp(score - m).
+
+    Args:
+        scores: [..., tokens], -inf where there is no token.
+
+    Returns:
+        [..., pages, 2]; -inf and 0 for a page without tokens.
+    """
+    s = np.asarray(scores, np.float64)
+    pages = -(-s.shape[-1] // PAGE)
+    pad = [(0, 0)] * (s.ndim - 1) + [(0, pages * PAGE - s.shape[-1])]
+    s = np.pad(s, pad, constant_values=-np.inf).reshape(*s.shape[:-1], pages, PAGE)
+    top = s.max(-1, initial=-np.inf)
+    return np.stack([top, np.exp(s - np.where(np.isfinite(top), top, 0)[..., None]).sum(-1)], -1)
+
+
+def survivors(scores: ArrayLike, threshold: ArrayLike, last: ArrayLike) -> NDArray[np.bool_]:
+    """Which tokens are kept: those above the threshold, and of those equal to it the ones up to position `last`.
+
+    Args:
+        scores: [..., tokens], -inf where there is no token.
+        threshold, last: [...].
+
+    Returns:
+        bool [..., tokens].
+    """
+    s, t = np.asarray(scores, np.float64), np.asarray(threshold, np.float64)[..., None]
+    equal = (s == t) & (np.arange(s.shape[-1]) <= np.asarray(last)[..., None])
+    return ((s > t) | equal) & (s > -np.inf)
+
+
+def sparse_threshold(
+    scores: ArrayLike, top_k: int | None, top_p: float | None, exact_lse: float = -np.inf
+) -> tuple[float, int, int, float]:
+    """The threshold of one query.
+
+    Args:
+        scores: [tokens], finite.
+        top_k: keep so many of the largest scores, the earlier of equal ones first.
+        top_p: or keep the fewest tokens, largest scores first, that with the exact tokens carry this share of the mass.
+        exact_lse: log-sum-exp of the tokens that are attended anyway.
+
+    Returns:
+        threshold and last position (see `survivors`; inf and -1 for none), tokens kept, and the share of the whole
+        softmax mass that is dropped.
+    """
+    s = np.asarray(scores, np.float64)
+    order = np.argsort(-s, kind="stable")
+    top = max(float(s.max(initial=-np.inf)), exact_lse)
+    mass = np.exp(s[order] - top) if np.isfinite(top) else np.zeros(len(s))
+    total = mass.sum() + (np.exp(exact_lse - top) if np.isfinite(top) else 0)
+    dropped = np.concatenate([np.cumsum(mass[::-1])[::-1], [0.0]]) / (total if total > 0 else 1)
+    if top_k is not None:
+        kept = min(top_k, len(s))
+    elif top_p is not None:
+        kept = int(np.flatnonzero(dropped <= 1 - top_p)[0])
+    else:
+        raise ValueError("[sparse_threshold] expected top_k or top_p; got neither")
+    if kept == 0:
+        return np.inf, -1, 0, float(dropped[0])
+    return float(s[order[kept - 1]]), int(order[kept - 1]), kept, float(dropped[kept])
+
+
+def sparse_attention(scores: ArrayLike, keep: ArrayLike, v: ArrayLike) -> tuple[F64, F64]:
+    """Softmax attention over the kept tokens.
+
+    Args:
+        scores: [q_heads, n, tokens].
+        keep: bool, likewise.
+        v: [kv_heads, tokens, head_dim].
+
+    Returns:
+        o [q_heads, n, head_dim] and the log-sum-exp [q_heads, n]; zeros and -inf where nothing is kept.
+    """
+    s = np.where(np.asarray(keep, bool), np.asarray(scores, np.float64), -np.inf)
+    v64 = np.asarray(v, np.float64)
+    top = s.max(-1, keepdims=True, initial=-np.inf)
+    top = np.where(np.isfinite(top), top, 0)
+    p = np.exp(s - top)
+    total = p.sum(-1)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + top[..., 0]
+    weights = p / np.where(total > 0, total, 1)[..., None]
+    return np.einsum("hnt,htd->hnd", weights, np.repeat(v64, s.shape[0] // v64.shape[0], 0)), lse
