@@ -20,7 +20,8 @@ def sparse_threshold(
 ) -> Threshold:
     s, lengths = to_numpy(scores.scores), to_numpy(table.lengths)
     exact = np.full(s.shape[:3], -np.inf) if exact_lse is None else to_numpy(exact_lse).astype(np.float64)
-    budgets = None if top_k is None else np.broadcast_to(np.asarray(to_numpy(top_k)), s.shape[1])
+    given = top_k if top_k is None or isinstance(top_k, int) else to_numpy(top_k)
+    budgets = None if given is None else np.broadcast_to(given, s.shape[1])
     out = np.zeros((4, *s.shape[:3]))
     for b, h, i in np.ndindex(*s.shape[:3]):
         k = None if budgets is None else int(budgets[h])
