@@ -37,21 +37,7 @@ available = nvrtc.available
 
 @lru_cache
 def limits(device: int) -> args.Limits:
-    from cuda.bindings import driver
-
-    names = driver.CUdevice_attribute
-    wanted = (
-        names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        names.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-    )
-    values = []
-    for name in wanted:
-        error, value = driver.cuDeviceGetAttribute(name, device)
-        if int(error):
-            raise RuntimeError(f"[cuda] reading device {device} failed: {error.name}")
-        values.append(int(value))
-    return args.Limits(*values)
+    return args.Limits(*nvrtc.attributes(device, *args.LIMITS))
 
 
 class _Constants:

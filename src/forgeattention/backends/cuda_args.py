@@ -171,6 +171,14 @@ def decode_pages_shared_bytes(fmt: PageFormat) -> int:
     return 4 * (PAGE * (fmt.padded_dim + 1) + PAGE)
 
 
+LIMITS = (
+    "MULTIPROCESSOR_COUNT",
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR",
+)
+"""Names of the device attributes that `Limits` holds."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a device offers to one launch. Defaults: H100."""

@@ -16,6 +16,7 @@ from ..codec.spec import PAGE, SCALE_RULES
 from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from .metal_launch import Device, Launch, constants, format_template, mlx_device, packed_queries, unpacked_values
+from .mlx_arrays import page_places, some_exact, some_table, store_pages
 
 LOG2E = 1.4426950408889634
 TILE = 4 * PAGE
@@ -46,15 +47,6 @@ def rows_per_block(rows: int, padded_dim: int) -> int:
     return -(-rows // blocks)
 
 
-def _table(table: PageTable | None, batch: int, xp: Any) -> PageTable:
-    if table is not None and table.base is None:
-        raise ValueError("[metal] expected a page table with a base array; got absolute addresses")
-    if table is not None:
-        return table
-    nothing = xp.zeros((batch,), dtype=xp.int32)
-    return PageTable(xp.zeros((16,), dtype=xp.uint8), xp.zeros((batch, 1), dtype=xp.int64), nothing, 0)
-
-
 def _pages(table: PageTable) -> dict[str, Any]:
     return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
 
@@ -77,10 +69,7 @@ def decode_attention(
     padded = codec.format.padded_dim
     c = constants(codec, xp)
     rotated, plain, bias = packed_queries(q, codec, scale * LOG2E, xp)
-    table = _table(table, batch, xp)
-    if exact is None:
-        nothing = xp.zeros((batch, kv_heads, 1, dim), dtype=xp.float32)
-        exact = ExactTokens(nothing, nothing, xp.zeros((batch,), dtype=xp.int32), 0)
+    table, exact = some_table(table, batch, xp), some_exact(exact, batch, codec, xp)
     splits = max(1, split_count(-(-table.max_length // TILE)))
     block = rows_per_block(rows, padded)
     packed_o, packed_ml, exact_o, exact_ml = device.run(
@@ -333,13 +322,9 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: 
     """
     device = device or mlx_device()
     xp = device.xp
-    if out is None:
-        raise ValueError("[encode] expected an array that takes the pages; got absolute addresses")
+    where = page_places(out, offsets, codec)
     if codec.shaping is not None:
         raise ValueError("[encode] expected a codec without query_gram on Metal; got one that shapes its errors")
-    where = [int(o) for o in np.asarray(offsets)]
-    if where and not (min(where) >= 0 and max(where) + codec.page_bytes <= out.size):
-        raise ValueError(f"[encode] expected offsets within {out.size} bytes; got {max(where)}")
     c = constants(codec, xp)
     y = []
     for x, forward, mu in ((k, c.k_forward, c.k_mu), (v, c.v_forward, c.v_mu)):
@@ -369,8 +354,4 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: 
         raise ValueError("[encode] expected finite k and v; got NaN or infinity")
     if faults:
         raise ValueError(f"[encode] expected vectors that {spec.scales} scales can hold; got larger ones")
-    flat = out if out.ndim == 1 else out.reshape(-1)
-    for page, offset in enumerate(where):
-        flat[offset : offset + codec.page_bytes] = records[page].reshape(-1)
-    if out.ndim != 1:
-        out[...] = flat.reshape(out.shape)
+    store_pages(out, records, where)

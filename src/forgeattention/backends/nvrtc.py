@@ -125,6 +125,18 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def attributes(device: int, *names: str) -> list[int]:
+    """Attributes of a device, by their names in the driver API without its CU_DEVICE_ATTRIBUTE_."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUdevice_attribute
+    _check(driver.cuInit(0), "starting the driver")
+    return [
+        int(_check(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), device), name))
+        for name in names
+    ]
+
+
 class Kernel:
     """A loaded kernel. `launch` passes one structure, which the kernel takes as its only parameter."""
 

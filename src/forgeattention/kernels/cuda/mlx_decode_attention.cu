@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
     mlx_decode_attention(const void* q, const u8* base, const i64* offsets, const int* lengths, const void* exact_k, const void* exact_v,
                          const int* exact_lengths, const float* sink_logits, u32* counter, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v),
                          void* out, float* lse, float* part, float2* part_ml, int sinks_given, FA_TRANSFORM_SCALARS(k),
-                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int batch, int kv_heads, int group, int n, int blocks,
+                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int batch, int kv_heads, int group, int n, int queries, int blocks,
                          int causal, int chunks_short, int chunks_long, int long_pages, int min_pages, int exact_per_page, int slots,
                          float scale_log2, float k_unit, float v_unit) {
   Params p;
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
   p.counter = counter;
   p.k_transform = FA_TRANSFORM(k);
   p.v_transform = FA_TRANSFORM(v);
-  p.q_stride[0] = (i64)kv_heads * group * n * HEAD_DIM;
+  p.q_stride[0] = (i64)kv_heads * queries * HEAD_DIM;
   p.q_stride[1] = (i64)n * HEAD_DIM;
   p.q_stride[2] = HEAD_DIM;
   p.k_stride[0] = (i64)kv_heads * capacity * HEAD_DIM;
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
   p.kv_heads = kv_heads;
   p.group = group;
   p.n = n;
-  p.queries = group * n;
+  p.queries = queries;
   p.blocks = blocks;
   p.causal = causal;
   p.chunks_short = chunks_short;

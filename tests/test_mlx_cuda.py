@@ -1,0 +1,249 @@
+"""Ops on MLX arrays on NVIDIA GPUs: without one, launches fit their kernels' entries; on one, results are right."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+
+import tolerances  # noqa: E402
+from cuda_cases import CASES, Case  # noqa: E402
+
+from forgeattention import ops  # noqa: E402
+from forgeattention.backends import cuda_args as args  # noqa: E402
+from forgeattention.backends import mlx_cuda, nvrtc  # noqa: E402
+from forgeattention.codec import Codec  # noqa: E402
+from forgeattention.ops import ExactTokens, PageTable  # noqa: E402
+
+KV = 2
+PARAMS = {
+    "decode_attention": args.DecodeParams,
+    "decode_pages": args.DecodePagesParams,
+    "encode": args.EncodeParams,
+    "qk_scores": args.ScoresParams,
+    "value_sum": args.ScoresParams,
+}
+TYPES = {
+    "u8": ("uint8",),
+    "i64": ("int64",),
+    "int": ("int32",),
+    "u32": ("int32",),
+    "float": ("float32",),
+    "float2": ("float32",),
+    "void": ("float32", "float16", "bfloat16"),
+}
+available, reason = mlx_cuda.available()
+on_gpu = pytest.mark.skipif(not available, reason=reason)
+
+
+def entry(op: str) -> str:
+    """The text of an op's entry, its macros of mlx.cuh expanded."""
+    text = (nvrtc.KERNELS / "cuda" / f"mlx_{op}.cu").read_text()
+    macros = (nvrtc.KERNELS / "cuda" / "mlx.cuh").read_text().replace("\\\n", " ")
+    for name, body in re.findall(r"#define (FA_TRANSFORM_\w+)\(side\) (.+)", macros):
+        text = re.sub(rf"{name}\((\w+)\)", lambda m, body=body: body.replace("side##", m[1]), text)
+    return text
+
+
+def parameters(op: str) -> list[tuple[str, str, bool]]:
+    """(name, type, whether it is a pointer) of an entry's parameters."""
+    text = re.search(rf"mlx_{op}\((.+?)\) {{", entry(op), re.DOTALL)[1]
+    out, kind = [], ""
+    for part in " ".join(text.split()).split(", "):
+        words = part.replace("const ", "").replace("*", " * ").split()
+        kind = words[0] if len(words) > 1 and words[0] != "*" else kind
+        out.append((words[-1], kind, "*" in words))
+    return out
+
+
+def make_codec(case: Case, mu: bool = True) -> Codec:
+    rng = np.random.default_rng(7)
+    extra = {}
+    if case.rotation == "custom":
+        shape = (KV, case.head_dim, case.head_dim)
+        for side in "kv":
+            noise = 0.3 / math.sqrt(case.head_dim) * rng.standard_normal(shape)
+            extra[f"{side}_matrix"] = np.eye(case.head_dim) + noise
+    if mu:
+        extra |= {f"{side}_mu": rng.standard_normal((KV, case.head_dim)) for side in "kv"}
+    return case.codec(KV, **extra)
+
+
+class Tokens:
+    """Rows of 130, 64 and 0 packed tokens, pages scattered in one array, and some exact ones."""
+
+    def __init__(self, case: Case, mu: bool = True) -> None:
+        self.case, self.codec = case, make_codec(case, mu)
+        rng, d = np.random.default_rng(0), case.head_dim
+        k, v = rng.standard_normal((2, KV, 320, d)).astype(np.float32)
+        self.k, self.v = k + 2 * rng.standard_normal((KV, 1, d)).astype(np.float32), v
+        size = self.codec.page_bytes
+        self.places = np.array([3, 0, 4, 1, 2], np.int64) * size
+        self.base = np.zeros(5 * size, np.uint8)
+        offsets = np.array([self.places[:3], [self.places[3], -1, -1], [-1, -1, -1]])
+        self.lengths = np.array([130, 64, 0], np.int32)
+        self.offsets = offsets
+        self.exact = rng.standard_normal((2, 3, KV, 9, d)).astype(np.float32)
+        self.exact_lengths = np.array([9, 6, 8], np.int32)
+        self.q = rng.standard_normal((3, KV * case.group, case.n, d)).astype(np.float32)
+        self.sinks = rng.standard_normal(KV * case.group).astype(np.float32)
+
+    def mlx(self, base: Any) -> tuple[Any, Any, Any]:
+        """q, table and exact tokens as MLX arrays."""
+        case = self.case
+        q = mx.array(self.q).astype(getattr(mx, case.dtype))
+        exact = (mx.array(x).astype(getattr(mx, case.exact_dtype)) for x in self.exact)
+        table = PageTable(base, mx.array(self.offsets), mx.array(self.lengths), 130)
+        return q, table, ExactTokens(*exact, mx.array(self.exact_lengths), 9)
+
+
+@pytest.fixture
+def launches(monkeypatch: Any) -> list[mlx_cuda.Launch]:
+    """Launches that were asked for; each gives zeros."""
+    seen: list[mlx_cuda.Launch] = []
+
+    def run(launch: mlx_cuda.Launch) -> list[Any]:
+        seen.append(launch)
+        return [mx.zeros(shape, dtype=getattr(mx, dtype)) for shape, dtype in launch.outputs.values()]
+
+    monkeypatch.setattr(mlx_cuda.Launch, "run", run)
+    monkeypatch.setattr(mlx_cuda, "limits", args.Limits)
+    return seen
+
+
+def all_ops(made: Tokens) -> None:
+    base = mx.zeros((len(made.base),), dtype=mx.uint8)
+    k, v = (mx.array(x).astype(getattr(mx, made.case.dtype)) for x in (made.k, made.v))
+    mlx_cuda.encode(k, v, made.codec, base, mx.array(made.places))
+    q, table, exact = made.mlx(base)
+    for sinks in (None, mx.array(made.sinks)):
+        mlx_cuda.decode_attention(q, made.codec, table, exact, 0.1, made.case.n > 1, sinks)
+    mlx_cuda.decode_attention(q, made.codec, None, exact, 0.1, False, None)
+    mlx_cuda.decode_attention(q, made.codec, table, None, 0.1, False, None)
+    mlx_cuda.decode_pages(made.codec, table, "float16", True)
+    mlx_cuda.decode_pages(made.codec, table, "float32", False)
+    scores = mlx_cuda.qk_scores(q, made.codec, table, 0.1)
+    mlx_cuda.value_sum(scores, made.codec, table)
+    mlx_cuda.prefill_attention(q, made.codec, table, 0.1)
+
+
+@pytest.mark.parametrize("case", [Case(head_dim=64, group=3, k_code="trellis8"), CASES[-1]], ids=str)
+def test_launches_fit_the_entries_which_compile(launches: list[Any], case: Case) -> None:
+    all_ops(Tokens(case))
+    assert {launch.op for launch in launches} == set(PARAMS)
+    for launch in launches:
+        found = parameters(launch.op)
+        arrays = [name for name, _, pointer in found if pointer]
+        assert arrays == [*launch.inputs, *launch.outputs]
+        assert [name for name, _, pointer in found if not pointer] == list(launch.scalars)
+        kinds = {name: kind for name, kind, _ in found}
+        dtypes = {name: str(x.dtype).rsplit(".", 1)[-1] for name, x in launch.inputs.items()}
+        dtypes |= {name: dtype for name, (_, dtype) in launch.outputs.items()}
+        given = {name.replace("_mu", "_given"): x for name, x in launch.scalars.items()}
+        for name, dtype in dtypes.items():
+            absent = name == "sink_logits" and not given["sinks_given"]
+            assert absent or dtype in TYPES[kinds[name]], (launch.op, name)
+        for name, x in launch.scalars.items():
+            assert type(x) is {"int": int, "float": float}[kinds[name]], (launch.op, name)
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    for op, macros in {(launch.op, launch.macros) for launch in launches}:
+        assert nvrtc.cubin(f"mlx_{op}", macros, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("op", PARAMS)
+def test_entries_fill_the_whole_structure(op: str) -> None:
+    text = entry(op)
+    for name, kind, *_ in PARAMS[op]._fields_:
+        if issubclass(kind, ctypes.Array):
+            assert all(f"p.{name}[{i}] = " in text for i in range(kind._length_)), name
+        else:
+            assert f"p.{name} = " in text, name
+
+
+def test_pages_are_stored_in_runs_at_their_places() -> None:
+    from forgeattention.backends.mlx_arrays import page_places, store_pages
+
+    codec = make_codec(Case(head_dim=64))
+    size = codec.page_bytes
+    records = np.random.default_rng(0).integers(0, 255, (5, size), np.uint8)
+    want = np.zeros((7, size), np.uint8)
+    want[[4, 5, 0, 1, 3]] = records
+    for shape in ((7 * size,), (7, size)):
+        out = mx.zeros(shape, dtype=mx.uint8)
+        where = page_places(out, mx.array(np.array([4, 5, 0, 1, 3]) * size), codec)
+        store_pages(out, mx.array(records), where)
+        assert (np.array(out).reshape(7, size) == want).all()
+    for offsets in ([-1], [6 * size + 1]):
+        with pytest.raises(ValueError, match=r"\[encode\] expected offsets within"):
+            page_places(out, np.array(offsets), codec)
+    with pytest.raises(ValueError, match=r"\[encode\] expected an array"):
+        page_places(None, np.array([0]), codec)
+
+
+def close(found: Any, want: Any, limit: float) -> bool:
+    found = np.array(found.astype(mx.float32)).astype(np.float64)
+    finite = np.isfinite(want)
+    assert (np.isfinite(found) == finite).all()
+    return bool(np.linalg.norm((found - want)[finite]) <= limit * np.linalg.norm(want[finite]))
+
+
+@on_gpu
+@pytest.mark.parametrize("mu", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ops_give_what_the_oracle_does(case: Case, mu: bool) -> None:
+    made = Tokens(case, mu)
+    codec, limit = made.codec, tolerances.CUDA_ATTENTION[case.dtype]
+    base = mx.zeros((len(made.base),), dtype=mx.uint8)
+    k, v = (mx.array(x).astype(getattr(mx, case.dtype)) for x in (made.k, made.v))
+    ops.encode(k, v, codec, base, mx.array(made.places), backend="cuda")
+    q, table, exact = made.mlx(base)
+    # From here on the oracle reads the GPU's pages.
+    host = PageTable(np.array(base), made.offsets, made.lengths, 130)
+    rows = PageTable(host.base, made.places[None], np.array([320], np.int32), 320)
+    ops.encode(*(np.array(x.astype(mx.float32)) for x in (k, v)), codec, made.base, made.places, backend="reference")
+    best = PageTable(made.base, *(getattr(rows, name) for name in ("offsets", "lengths", "max_length")))
+    for x, y, z in zip(*(ops.decode_pages(codec, t, backend="reference") for t in (rows, best)), (k, v)):
+        mine, plain = (np.linalg.norm(decoded[0] - np.array(z.astype(mx.float32))) for decoded in (x, y))
+        assert mine < (1 + tolerances.CUDA_ENCODE_LOSS) * plain
+    q64 = np.array(q.astype(mx.float32))
+    tokens = ExactTokens(*(np.array(x.astype(mx.float32)) for x in (exact.k, exact.v)), made.exact_lengths, 9)
+    for packed, recent, sinks in ((table, exact, True), (table, None, False), (None, exact, False)):
+        causal = recent is not None and case.n > 1
+        logits = mx.array(made.sinks) if sinks else None
+        found = ops.decode_attention(q, codec, packed, recent, 0.1, causal=causal, sink_logits=logits)
+        want = ops.decode_attention(
+            q64, codec, host if packed else None, tokens if recent else None, 0.1, causal=causal,
+            sink_logits=made.sinks if sinks else None, backend="reference",
+        )  # fmt: skip
+        assert found[0].dtype == q.dtype
+        assert close(found[0], want[0], limit)
+        assert close(found[1], want[1], limit)
+    found = ops.decode_pages(codec, table, dtype="float32")
+    want = ops.decode_pages(codec, host, backend="reference")
+    assert all(close(x, y, tolerances.CUDA_DECODE["float32"]) for x, y in zip(found, want))
+    scores = ops.qk_scores(q, codec, table, 0.1)
+    want = ops.qk_scores(q64, codec, host, 0.1, backend="reference")
+    assert close(scores, want, limit)
+    p = np.random.default_rng(5).standard_normal(want.shape).astype(np.float32)
+    assert close(ops.value_sum(mx.array(p), codec, table), ops.value_sum(p, codec, host, backend="reference"), limit)
+    found = ops.prefill_attention(q, codec, table, 0.1)
+    want = ops.prefill_attention(q64, codec, host, 0.1, backend="reference")
+    assert all(close(x, y, tolerances.CUDA_PREFILL) for x, y in zip(found, want))
+
+
+@on_gpu
+def test_encode_refuses_what_it_cannot_code_and_writes_nothing() -> None:
+    codec = make_codec(Case(head_dim=64))
+    base = mx.ones((2 * codec.page_bytes,), dtype=mx.uint8)
+    k = mx.random.normal((KV, 128, 64))
+    for bad in (float("nan"), float("inf")):
+        v = mx.where(mx.arange(64) == 3, bad, k)
+        with pytest.raises(ValueError, match=r"\[encode\] expected finite"):
+            ops.encode(k, v, codec, base, mx.array(np.array([0, codec.page_bytes])))
+    assert (np.array(base) == 1).all()
