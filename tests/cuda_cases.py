@@ -84,10 +84,17 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     codec = case.codec(kv_heads, **extra)
     plan = args.decode_plan(codec.format, kv_heads, case.group * case.n, args.Limits())
     pages = {"FA_WIDTH": case.head_dim, "FA_TYPE": args.TYPES["float32"]}
+    scratch = {"FA_WIDTH": codec.format.padded_dim, "FA_TYPE": args.TYPES["float16"], "FA_ROTATION": 0}
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
         ("encode", args.encode_macros(codec, case.dtype)),
         ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),
+        (
+            "decode_pages",
+            args.macros(codec, args.DecodePagesParams, **scratch),
+        ),
+        ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FA_TYPE=args.TYPES[case.dtype])),
+        ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),
         ("qk_scores", args.scores_macros(codec, case.dtype)),
         ("value_sum", args.scores_macros(codec, "float32")),
     ]

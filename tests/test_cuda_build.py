@@ -71,7 +71,14 @@ def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize(
     "params",
-    [args.DecodeParams, args.EncodeParams, args.DecodePagesParams, args.ScoresParams],
+    [
+        args.DecodeParams,
+        args.EncodeParams,
+        args.DecodePagesParams,
+        args.ScoresParams,
+        args.TurnQueriesParams,
+        args.MergePartsParams,
+    ],
     ids=lambda params: params.__name__,
 )
 def test_packed_parameters_are_those_of_ctypes(params: type[ctypes.Structure]) -> None:

@@ -89,6 +89,31 @@ class ScoresParams(ctypes.Structure):
     ]
 
 
+PARTS = 8
+"""Most parts that one launch of merge_parts joins."""
+
+
+class TurnQueriesParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("q", "out", "shift")),
+        ("transform", TransformArgs),
+        ("q_stride", I64 * 3),
+        *((name, I32) for name in ("rows", "q_heads", "group", "n")),
+    ]
+
+
+class MergePartsParams(ctypes.Structure):
+    _fields_ = [
+        ("part", P * PARTS),
+        ("part_lse", P * PARTS),
+        *((name, P) for name in ("shift", "sum", "out", "lse")),
+        ("transform", TransformArgs),
+        ("stride", I64 * (3 * PARTS)),
+        *((name, I32) for name in ("rows", "kv_heads", "queries", "parts", "first", "last")),
+        ("scale", F32),
+    ]
+
+
 class Packer:
     """Fills a parameter structure several times faster than its ctypes constructor.
 
@@ -150,6 +175,17 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
 
 
+def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
+    """The macros of kernels that rotate vectors and read no pages."""
+    common = {
+        "FA_DIM": codec.format.padded_dim,
+        "FA_HEAD_DIM": codec.head_dim,
+        "FA_ROTATION": ROTATIONS[codec.rotation],
+        "FA_PARAMS_BYTES": ctypes.sizeof(params),
+    }
+    return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
 def encode_macros(codec: Codec, dtype: str) -> Macros:
     spec = codec.spec
     return macros(
@@ -168,7 +204,7 @@ def encode_shared_bytes(fmt: PageFormat) -> int:
 
 
 def decode_pages_shared_bytes(fmt: PageFormat) -> int:
-    return 4 * (PAGE * (fmt.padded_dim + 1) + PAGE)
+    return 4 * (PAGE * (fmt.padded_dim + 4) + PAGE)
 
 
 LIMITS = (

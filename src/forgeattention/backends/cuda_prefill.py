@@ -1,9 +1,9 @@
 """Prefill attention on CUDA: pages are decoded, a bounded number at a time and without rotating them back, into scratch
-that torch's flash attention reads; the parts are joined by their log-sum-exp.
+that cuDNN's or flash attention reads; the parts are joined by their log-sum-exp.
 
-Decoding costs a few per cent of the products of a whole chunk of queries, so fusing it would gain
-little: the queries of a KV head's group are folded into one long chunk, and each page is decoded once per chunk.
-Row lengths are read on the host: unlike decode, prefill waits for the device.
+Decoding costs a few per cent of the products of a whole chunk of queries, so a kernel of our own would have to match
+cuDNN's to gain anything. The queries of a KV head's group are folded into one long chunk: each page is decoded once.
+Rows of different lengths are attended one by one, and their lengths are read on the host.
 """
 
 from __future__ import annotations
@@ -14,80 +14,137 @@ import torch
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from ..codec.transform import Transform
+from ..ops.arrays import dtype_of
 from ..ops.table import PageTable
-from . import cuda
+from . import cuda, nvrtc
+from . import cuda_args as args
 
-SCRATCH_PAGES = 256
-"""Pages decoded at a time: 16384 tokens, 64 MiB in float16 for 8 KV heads of 128 channels."""
+SCRATCH_TOKENS = 16384
+"""Tokens decoded at a time, over all rows: 64 MiB in float16 for 8 KV heads of 128 channels."""
+WIDE_SCRATCH_TOKENS = 1024
+"""The same for heads wider than `FLASH_HEAD_DIM`, whose scores are kept in memory."""
 FLASH_HEAD_DIM = 256
+CUDNN_TOKENS = tuple(1 << i for i in range(14, 9, -1))
+"""What cuDNN is asked for: it builds a plan for every number of tokens, in up to a second, so there must be few."""
+
+Part = tuple[torch.Tensor, torch.Tensor]
+_turn_params = args.Packer(args.TurnQueriesParams)
+_merge_params = args.Packer(args.MergePartsParams)
 
 
-def _per_head(codec: Codec, matrix: Any, device: Any) -> Any:
-    t = torch.from_numpy(matrix).to(device)
-    return t.expand(codec.kv_heads, *t.shape[1:])
+def pieces(tokens: int, scratch: int, cudnn: bool) -> list[list[int]]:
+    """How many tokens each call attends: a list per filling of the scratch."""
+    fillings: list[list[int]] = []
+    while tokens:
+        left = min(tokens, scratch)
+        tokens -= left
+        sizes: list[int] = []
+        for size in CUDNN_TOKENS if cudnn else ():
+            sizes += [size] * (left // size)
+            left %= size
+        fillings.append(sizes + [left] * (left > 0))
+    return fillings
 
 
-class _Maps:
-    """Transforms of queries and outputs as matrices [kv_heads, padded_dim, padded_dim] on the device."""
-
-    def __init__(self, codec: Codec, device: Any) -> None:
-        k, v = codec.k_transform, codec.v_transform
-        self.q = _per_head(codec, k.inverse, device)  # q' = A^-T q, as rows: q A^-1
-        self.out = _per_head(codec, v.inverse.transpose(0, 2, 1).copy(), device)
-        self.k_mu, self.v_mu = self._mu(codec, k, device), self._mu(codec, v, device)
-
-    @staticmethod
-    def _mu(codec: Codec, t: Transform, device: Any) -> Any:
-        return None if t.mu is None else torch.from_numpy(t.mu).to(device).expand(codec.kv_heads, -1)
+def _cudnn_helps(q: torch.Tensor) -> bool:
+    """Whether cuDNN runs here and is the faster one: on Hopper and newer."""
+    if torch.cuda.get_device_capability(q.device)[0] < 9:
+        return False
+    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_cudnn_attention(params)
 
 
-def _flash(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
-    """Attention of q [kv_heads, n, d] over all of k, v [kv_heads, tokens, d] in float16: out and lse in float32."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cudnn: bool) -> Part:
+    """Attention of q [batch, kv_heads, m, d] over all of k, v [batch, kv_heads, tokens, d] in float16, and its lse."""
+    aten = torch.ops.aten
+    if cudnn and k.shape[2] in CUDNN_TOKENS:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+        return out, lse.reshape(q.shape[:3])
     if q.shape[-1] <= FLASH_HEAD_DIM:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q[None], k[None], v[None], scale=scale)
-        return out[0].float(), lse[0]
-    s = scale * (q @ k.transpose(1, 2)).float()
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        return out, lse
+    s = scale * (q @ k.transpose(2, 3)).float()
     lse = torch.logsumexp(s, -1)
-    return (torch.exp(s - lse[..., None]).to(v.dtype) @ v).float(), lse
+    return torch.exp(s - lse[..., None]).to(v.dtype) @ v, lse
 
 
-def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> tuple[Any, Any]:
+def _kernel(codec: Codec, constants: Any, stem: str, params: Any, device: int, **extra: int) -> Any:
+    key = (stem, *extra.items())
+    if key not in constants.kernels:
+        constants.kernels[key] = nvrtc.kernel(stem, args.rotation_macros(codec, params, **extra), device, 0)
+    return constants.kernels[key]
+
+
+def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> Part:
     batch, q_heads, n, head_dim = q.shape
-    kv_heads, padded = codec.kv_heads, codec.format.padded_dim
-    group = q_heads // kv_heads
-    out = torch.zeros((batch, q_heads, n, head_dim), dtype=torch.float32, device=q.device)
-    lse = torch.full((batch, q_heads, n), -torch.inf, dtype=torch.float32, device=q.device)
+    out = torch.empty((batch, q_heads, n, head_dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    constants = cuda._constants_of(codec, q.device)
-    if "prefill" not in constants.kernels:
-        constants.kernels["prefill"] = _Maps(codec, q.device)
-    maps = constants.kernels["prefill"]
-    lengths = table.lengths.tolist()
-    for row, length in enumerate(lengths):
-        if not length:
-            continue
-        x = torch.nn.functional.pad(q[row].float(), (0, padded - head_dim)).reshape(kv_heads, group * n, padded)
-        turned = (x @ maps.q).to(torch.float16)
-        parts = []
-        for first in range(0, length, SCRATCH_PAGES * PAGE):
-            tokens = min(length - first, SCRATCH_PAGES * PAGE)
-            pages = slice(first // PAGE, -(-(first + tokens) // PAGE))
-            count = torch.full((1,), tokens, dtype=torch.int32, device=q.device)
-            part = PageTable(table.base, table.offsets[row : row + 1, pages], count, tokens)
-            k, v = cuda.decode_pages(codec, part, "float16", True)
-            parts.append(_flash(turned, k[0], v[0], scale))
-        y, total = parts[0]
-        for o, l in parts[1:]:
-            joined = torch.logaddexp(total, l)
-            y = y * torch.exp(total - joined)[..., None] + o * torch.exp(l - joined)[..., None]
-            total = joined
-        y = y @ maps.out
-        if maps.v_mu is not None:
-            y = y + maps.v_mu[:, None]
-        if maps.k_mu is not None:
-            total = total + scale * torch.einsum("hnd,hd->hn", x, maps.k_mu)
-        out[row] = y[..., :head_dim].reshape(q_heads, n, head_dim)
-        lse[row] = total.reshape(q_heads, n)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if table.uniform:
+        runs = [(slice(0, batch), table.max_length)]
+    else:
+        runs = [(slice(row, row + 1), length) for row, length in enumerate(table.lengths.tolist())]
+    with cuda._on(q.device):
+        for rows, length in runs:
+            if length:
+                _rows(q[rows], codec, table, rows, length, scale, out[rows], lse[rows])
+            else:
+                out[rows] = 0
+                lse[rows] = -torch.inf
     return out, lse
+
+
+def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scale: float, out: Any, lse: Any) -> None:
+    """Rows of one length: fills out and lse."""
+    batch, q_heads, n, _ = q.shape
+    device, kv_heads, dim = q.device, codec.kv_heads, codec.format.padded_dim
+    group, total = q_heads // kv_heads, batch * q_heads * n
+    constants, stream = cuda._constants_of(codec, device), cuda._stream(device)
+    turned = torch.empty((batch, kv_heads, group * n, dim), dtype=torch.float16, device=device)
+    shift = torch.empty(total, dtype=torch.float32, device=device)
+    kernel = _kernel(
+        codec, constants, "turn_queries", args.TurnQueriesParams, device.index, FA_TYPE=args.TYPES[dtype_of(q)]
+    )
+    grid, threads = (-(-total // 8), 1, 1), 256
+    own = bytes(constants.attend[0]), bytes(constants.attend[1])
+    params = _turn_params(
+        q.data_ptr(), turned.data_ptr(), shift.data_ptr(), own[0], *q.stride()[:3], total, q_heads, group, n
+    )
+    kernel.launch(grid, threads, stream, params)
+    cudnn = _cudnn_helps(turned)
+    scratch = max(PAGE, (SCRATCH_TOKENS if dim <= FLASH_HEAD_DIM else WIDE_SCRATCH_TOKENS) // batch // PAGE * PAGE)
+    fillings = pieces(length, scratch, cudnn)
+    joined = torch.empty((total, dim), dtype=torch.float32, device=device) if len(fillings) > 1 else None
+    merge = _kernel(codec, constants, "merge_parts", args.MergePartsParams, device.index)
+    first = 0
+    for i, sizes in enumerate(fillings):
+        tokens = sum(sizes)
+        held = torch.full((batch,), tokens, dtype=torch.int32, device=device)
+        pages = slice(first // PAGE, -(-(first + tokens) // PAGE))
+        part = PageTable(table.base, table.offsets[rows, pages], held, tokens)
+        k, v = cuda.decode_pages(codec, part, "float16", True)
+        parts, at = [], 0
+        for size in sizes:
+            parts.append(_attend(turned, k[:, :, at : at + size], v[:, :, at : at + size], scale, cudnn))
+            at += size
+        del k, v
+        params = _merge_params(
+            *_filled([o.data_ptr() for o, _ in parts], args.PARTS),
+            *_filled([l.data_ptr() for _, l in parts], args.PARTS),
+            shift.data_ptr(),
+            0 if joined is None else joined.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            own[1],
+            *_filled([s for o, _ in parts for s in o.stride()[:3]], 3 * args.PARTS),
+            *(total, kv_heads, group * n, len(parts), i == 0, i + 1 == len(fillings)),
+            scale,
+        )
+        merge.launch(grid, threads, stream, params)
+        first += tokens
+
+
+def _filled(values: list[int], count: int) -> list[int]:
+    return values + [0] * (count - len(values))

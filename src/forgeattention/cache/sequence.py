@@ -142,7 +142,9 @@ class LayerCache:
     def row(self, row: int) -> tuple[PageTable | None, ExactTokens]:
         """The packed and the exact tokens of one row, as a batch of one."""
         rows, packed, exact = slice(row, row + 1), int(self._packed[row]), int(self._exact[row])
-        table = PageTable(self.pool.base, self._offsets[rows], self._packed_device[rows], packed) if packed else None
+        table = (
+            PageTable(self.pool.base, self._offsets[rows], self._packed_device[rows], packed, True) if packed else None
+        )
         return table, ExactTokens(self._k[rows], self._v[rows], self._exact_device[rows], exact)
 
     def row_pages(self, row: int) -> Ids:
@@ -438,7 +440,8 @@ class LayerCache:
         self._exact_max, most = int(exact.max(initial=0)), int(packed.max(initial=0))
         self._uniform = len(exact) == 0 or bool((exact == exact[0]).all() and (packed == packed[0]).all())
         self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
-        self._table = PageTable(self.pool.base, self._offsets, self._packed_device, most) if most else None
+        even = bool((packed == most).all())
+        self._table = PageTable(self.pool.base, self._offsets, self._packed_device, most, even) if most else None
 
     def _decode(self, pages: Ids) -> tuple[Any, Any]:
         """Keys and values [pages, kv_heads, 64, head_dim] of single pages."""

@@ -17,12 +17,14 @@ class PageTable:
             Entries past a row's last page are never read.
         lengths: int32 [batch], packed tokens of each row; the last page may be partly used.
         max_length: host upper bound of `lengths`, so that no launch waits for the device.
+        uniform: every row has max_length tokens, so that prefill need not read the lengths.
     """
 
     base: Any | None
     offsets: Any
     lengths: Any
     max_length: int
+    uniform: bool = False
     checked: list[tuple[Any, str]] = field(default_factory=list, init=False, repr=False)
     """Rows and device that an op found this table to fit: a table is used by many calls and never changes."""
 

@@ -1,0 +1,63 @@
+// Attention over parts of the packed tokens, joined by log-sum-exp and brought back to the model's coordinates. One warp per query.
+//
+// Macros: FA_DIM, FA_HEAD_DIM, FA_ROTATION, FA_PARAMS_BYTES.
+#include "transform.cuh"
+
+constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM, E = DIM / 32, WARPS = 8, MOST = 8;
+
+struct Params {
+  const void* part[MOST];       // f16 [batch, kv_heads, group n, DIM]
+  const float* part_lse[MOST];  // [batch, kv_heads, group n], contiguous
+  const float* shift;           // [rows], times scale added to lse
+  float* sum;                   // [rows, DIM] parts joined earlier and now, rotated; null if there are no others
+  float* out;                   // [rows, HEAD_DIM], written with the last parts
+  float* lse;                   // [rows], of parts joined so far
+  TransformArgs transform;
+  i64 stride[MOST][3];          // elements: row of the batch, KV head, query
+  int rows, kv_heads, queries;  // rows = batch * kv_heads * queries, queries = group * n
+  int parts, first, last;       // first, last: whether these parts are
+  float scale;
+};
+static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_parts(const __grid_constant__ Params p) {
+  const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (row >= p.rows) return;
+  const int query = row % p.queries, head = row / p.queries % p.kv_heads, batch = row / p.queries / p.kv_heads;
+  float top = p.first ? NEG_INF : p.lse[row];
+  const float before = top;
+  for (int i = 0; i < p.parts; ++i) top = fmaxf(top, __ldg(p.part_lse[i] + row));
+  const float safe = top == NEG_INF ? 0.f : top;
+  float x[E], sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < E; ++k) x[k] = 0.f;
+  if (!p.first) {
+    sum = __expf(before - safe);
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = sum * p.sum[(i64)row * DIM + 32 * k + lane];
+  }
+  for (int i = 0; i < p.parts; ++i) {
+    const float weight = __expf(__ldg(p.part_lse[i] + row) - safe);
+    const i64 from = batch * p.stride[i][0] + head * p.stride[i][1] + query * p.stride[i][2];
+    sum += weight;
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] = fmaf(weight, load_element<HALF>(p.part[i], from + 32 * k + lane), x[k]);
+  }
+  const float inverse = sum > 0.f ? 1.f / sum : 0.f, lse = safe + __logf(sum);
+#pragma unroll
+  for (int k = 0; k < E; ++k) x[k] *= inverse;
+  if (!p.last) {
+#pragma unroll
+    for (int k = 0; k < E; ++k) p.sum[(i64)row * DIM + 32 * k + lane] = x[k];
+    if (lane == 0) p.lse[row] = lse;
+    return;
+  }
+  transform_out<DIM, FA_ROTATION>(x, p.transform, head, lane);
+#pragma unroll
+  for (int k = 0; k < E; ++k) {
+    const int c = 32 * k + lane;
+    if (p.transform.mu) x[k] += __ldg(p.transform.mu + head * p.transform.mu_stride + c);
+    if (c < HEAD_DIM) p.out[(i64)row * HEAD_DIM + c] = x[k];
+  }
+  if (lane == 0) p.lse[row] = lse + p.scale * p.shift[row];
+}

@@ -1,0 +1,34 @@
+// Queries into the coordinates of packed keys, for attention by other kernels over decoded pages. One warp per query.
+//
+// Macros: FA_DIM, FA_HEAD_DIM, FA_ROTATION, FA_TYPE (of q), FA_PARAMS_BYTES.
+#include "transform.cuh"
+
+constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM, E = DIM / 32, WARPS = 8;
+
+struct Params {
+  const void* q;    // FA_TYPE [batch, q_heads, n, head_dim]
+  void* out;        // f16 [batch, q_heads, n, DIM], contiguous
+  float* shift;     // [batch, q_heads, n] q . mu
+  TransformArgs transform;
+  i64 q_stride[3];  // elements: row, head, token
+  int rows, q_heads, group, n;  // rows = batch * q_heads * n
+};
+static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) turn_queries(const __grid_constant__ Params p) {
+  const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (row >= p.rows) return;
+  const int token = row % p.n, q_head = row / p.n % p.q_heads, batch = row / p.n / p.q_heads, head = q_head / p.group;
+  const i64 from = batch * p.q_stride[0] + q_head * p.q_stride[1] + token * p.q_stride[2];
+  float x[E];
+#pragma unroll
+  for (int k = 0; k < E; ++k) {
+    const int c = 32 * k + lane;
+    x[k] = c < HEAD_DIM ? load_element<FA_TYPE>(p.q, from + c) : 0.f;
+  }
+  const float shift = dot_mu<DIM>(x, p.transform, head, lane);
+  transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
+#pragma unroll
+  for (int k = 0; k < E; ++k) store_element<HALF>(p.out, (i64)row * DIM + 32 * k + lane, x[k]);
+  if (lane == 0) p.shift[row] = shift;
+}
