@@ -1,8 +1,8 @@
 """CUDA backend: launches of kernels/cuda on torch tensors, on torch's current stream.
 
-No op waits for the device, and all can be captured in CUDA graphs: lengths and page tables are read by the kernels, and
-launch shapes follow from the host's upper bounds. Captured launches share a small buffer of counters with the stream
-they were captured on: do not replay two graphs captured on one stream at the same time.
+No op but prefill of uneven rows waits for the device, and all can be captured in CUDA graphs: lengths and page tables
+are read by the kernels, and launch shapes follow from the host's upper bounds. Captured launches share scratch with the
+stream they were captured on: do not replay two graphs captured on one stream at the same time.
 
 `encode` therefore cannot raise for values: a page with NaN or infinity is left undefined and sets a flag on the device,
 which `encode_failed` reads.
@@ -10,10 +10,10 @@ which `encode_failed` reads.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -58,6 +58,13 @@ class _Constants:
             for target, matrix in ((self.encode, t.forward.transpose(0, 2, 1)), (self.attend, t.inverse)):
                 target.append(self._args(t, signs, self._put(matrix) if matrices else 0, out, mu))
 
+    def kernel(self, key: tuple[Any, ...], options: Callable[[], tuple[args.Macros, int]]) -> nvrtc.Kernel:
+        """The kernel key[0], of which the key tells the variant; `options`: its macros and bytes of shared memory."""
+        if key not in self.kernels:
+            macros, shared = options()
+            self.kernels[key] = nvrtc.kernel(key[0], macros, self._device.index, shared)
+        return self.kernels[key]
+
     def _put(self, array: Any) -> int:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
         self._keep.append(tensor)
@@ -85,7 +92,8 @@ def _stream(device: Any) -> int:
 
 
 _constants: weakref.WeakKeyDictionary[Codec, dict[Any, _Constants]] = weakref.WeakKeyDictionary()
-_counters: dict[tuple[int, int], Any] = {}
+_counters: dict[tuple[int, int], Any] = {}  # every launch leaves them zero
+_parts: dict[tuple[int, int], Any] = {}
 _replaced: list[Any] = []
 _bad: dict[int, Any] = {}
 
@@ -97,14 +105,14 @@ def _constants_of(codec: Codec, device: Any) -> _Constants:
     return per_device[device]
 
 
-def _counters_of(device: Any, stream: int, count: int) -> Any:
-    """Zeroed counters that every launch leaves zero. One buffer per stream: launches on one stream do not overlap."""
+def _scratch_of(kept: dict[tuple[int, int], Any], device: Any, stream: int, count: int, dtype: Any) -> Any:
+    """A buffer of at least `count` elements, zero at first. One per stream: launches on one stream do not overlap."""
     key = (device.index, stream)
-    have = _counters.get(key)
+    have = kept.get(key)
     if have is None or have.numel() < count:
         if have is not None:
             _replaced.append(have)  # graphs captured with it may be replayed
-        have = _counters[key] = torch.zeros(max(count, 65536), dtype=torch.int32, device=device)
+        have = kept[key] = torch.zeros(max(count, 65536), dtype=dtype, device=device)
     return have
 
 
@@ -141,24 +149,30 @@ def _warn_of_plain_codes() -> None:
     log.warning("CUDA pages are coded without refinement and noise shaping: as readable, less faithful than the CPU's")
 
 
+_encode_params = args.Packer(args.EncodeParams)
+_decode_pages_params = args.Packer(args.DecodePagesParams)
+_scores_params = args.Packer(args.ScoresParams)
+
+
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     if codec.spec.refine or codec.shaping is not None:
         _warn_of_plain_codes()
-    fmt, dtype = codec.format, dtype_of(k)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with _on(k.device):
-        kernel = nvrtc.kernel("encode", args.encode_macros(codec, dtype), k.device.index, args.encode_shared_bytes(fmt))
         constants = _constants_of(codec, k.device)
-        params = args.EncodeParams(
+        kernel = constants.kernel(
+            ("encode", k.dtype),
+            lambda: (args.encode_macros(codec, dtype_of(k)), args.encode_shared_bytes(codec.format)),
+        )
+        params = _encode_params(
             *map(_address, (k, v, out, offsets, _bad_of(k.device))),
-            *constants.encode,
-            (ctypes.c_int64 * 2)(*k.stride()[:2]),
-            (ctypes.c_int64 * 2)(*v.stride()[:2]),
+            *map(bytes, constants.encode),
+            *k.stride()[:2],
+            *v.stride()[:2],
             codec.k_codebook.unit,
             codec.v_codebook.unit,
         )
-        pages = k.shape[1] // PAGE
-        kernel.launch((pages, codec.kv_heads, 1), 256, _stream(k.device), params)
+        kernel.launch((k.shape[1] // PAGE, codec.kv_heads, 1), 256, _stream(k.device), params)
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
@@ -168,29 +182,27 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     if k.numel() == 0:
         return k, v
-    extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
-    if rotated:
-        extra["FA_ROTATION"] = 0
+
+    def options() -> tuple[args.Macros, int]:
+        extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
+        if rotated:
+            extra["FA_ROTATION"] = args.ROTATIONS["none"]
+        return args.macros(codec, args.DecodePagesParams, **extra), args.decode_pages_shared_bytes(fmt)
+
     with _on(device):
-        kernel = nvrtc.kernel(
-            "decode_pages",
-            args.macros(codec, args.DecodePagesParams, **extra),
-            device.index,
-            args.decode_pages_shared_bytes(fmt),
-        )
         constants = _constants_of(codec, device)
+        kernel = constants.kernel(("decode_pages", dtype, rotated), options)
         transforms = constants.attend if not rotated else [_without_mu(t) for t in constants.attend]
-        params = args.DecodePagesParams(
+        params = _decode_pages_params(
             *map(_address, (table.base, table.offsets, table.lengths, k, v)),
-            *transforms,
+            *map(bytes, transforms),
             table.offsets.stride(0),
             codec.kv_heads,
             table.max_length,
             codec.k_codebook.unit,
             codec.v_codebook.unit,
         )
-        grid = (-(-table.max_length // PAGE), codec.kv_heads, shape[0])
-        kernel.launch(grid, 256, _stream(device), params)
+        kernel.launch((-(-table.max_length // PAGE), codec.kv_heads, shape[0]), 256, _stream(device), params)
     return k, v
 
 
@@ -232,7 +244,7 @@ def decode_attention(
     batch, q_heads, n, _ = q.shape
     device, kv_heads = q.device, codec.kv_heads
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out, lse
@@ -247,7 +259,7 @@ def decode_attention(
             constants.kernels[key] = launch
         stream = _stream(device)
         heads = batch * kv_heads
-        part = torch.empty(heads * launch.floats, dtype=torch.float32, device=device)
+        part = _scratch_of(_parts, device, stream, heads * launch.floats, torch.float32).data_ptr()
         params = _decode_params(
             q.data_ptr(),
             *(_NONE if table is None else map(_address, (table.base, table.offsets, table.lengths))),
@@ -255,9 +267,9 @@ def decode_attention(
             0 if sink_logits is None else sink_logits.data_ptr(),
             out.data_ptr(),
             lse.data_ptr(),
-            part.data_ptr(),
-            part.data_ptr() + 4 * heads * launch.outputs,
-            _counters_of(device, stream, heads * launch.plan.blocks).data_ptr(),
+            part,
+            part + 4 * heads * launch.outputs,
+            _scratch_of(_counters, device, stream, heads * launch.plan.blocks, torch.int32).data_ptr(),
             *launch.transforms,
             *q.stride()[:3],
             *exact_k.stride()[:3],
@@ -281,18 +293,25 @@ def decode_attention(
     return out, lse
 
 
-def _scores_params(codec: Codec, table: PageTable, x: Any, out: Any, side: int, scale: float) -> args.ScoresParams:
-    _, q_heads, n, _ = x.shape
-    group = q_heads // codec.kv_heads
-    return args.ScoresParams(
+def _launch_scores(stem: str, codec: Codec, table: PageTable, x: Any, out: Any, scale: float, groups: int) -> None:
+    """A launch of qk_scores or value_sum with `groups` CTAs across the pages."""
+    side = int(stem == "value_sum")
+    constants = _constants_of(codec, x.device)
+    shared = args.value_sum_shared_bytes(codec.format) if side else 0
+    kernel = constants.kernel((stem, x.dtype), lambda: (args.scores_macros(codec, dtype_of(x)), shared))
+    group, n = x.shape[1] // codec.kv_heads, x.shape[2]
+    blocks = -(-group * n // 8)
+    params = _scores_params(
         *map(_address, (x, table.base, table.offsets, table.lengths, out)),
-        _constants_of(codec, x.device).attend[side],
-        (ctypes.c_int64 * 3)(*x.stride()[:3]),
+        bytes(constants.attend[side]),
+        *x.stride()[:3],
         table.offsets.stride(0),
-        *(codec.kv_heads, group, n, group * n, -(-group * n // 8), table.max_length),
+        *(codec.kv_heads, group, n, group * n, blocks, table.max_length),
         scale,
         (codec.v_codebook if side else codec.k_codebook).unit,
     )
+    grid = (groups, codec.kv_heads * blocks, x.shape[0])
+    kernel.launch(grid, 32 * args.scores_warps(codec.format), _stream(x.device), params)
 
 
 def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
@@ -301,30 +320,25 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     if out.numel() == 0:
         return out
     with _on(q.device):
-        kernel = nvrtc.kernel("qk_scores", args.scores_macros(codec, dtype_of(q)), q.device.index, 0)
-        params = _scores_params(codec, table, q, out, 0, scale)
-        warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
-        across = codec.kv_heads * params.blocks
-        groups = min(-(-pages // warps), max(1, 8 * limits(q.device.index).processors // (across * q.shape[0])))
-        kernel.launch((groups, across, q.shape[0]), 32 * warps, _stream(table.lengths.device), params)
+        pages, warps = -(-table.max_length // PAGE), args.scores_warps(codec.format)
+        group = q.shape[1] // codec.kv_heads
+        across = codec.kv_heads * -(-group * q.shape[2] // 8) * q.shape[0]
+        groups = min(-(-pages // warps), max(1, 8 * limits(q.device.index).processors // across))
+        _launch_scores("qk_scores", codec, table, q, out, scale, groups)
     return out
 
 
 def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     """Weights that are not finite give an undefined result here: finding them would wait for the device."""
     p = p.contiguous()
-    batch, q_heads, n, _ = p.shape
-    if p.shape[0] == 0 or n == 0 or table.max_length == 0:
-        return torch.zeros((batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
+    if p.shape[0] == 0 or p.shape[2] == 0 or table.max_length == 0:
+        return torch.zeros((*p.shape[:3], codec.head_dim), dtype=torch.float32, device=p.device)
     with _on(p.device):
-        shared = args.value_sum_shared_bytes(codec.format)
-        kernel = nvrtc.kernel("value_sum", args.scores_macros(codec, "float32"), p.device.index, shared)
-        warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
-        splits = max(1, min(64, pages // (2 * warps)))  # by max_length alone, so that a row's result ignores the batch
-        out = torch.empty((splits, batch, q_heads, n, codec.head_dim), dtype=torch.float32, device=p.device)
-        params = _scores_params(codec, table, p, out, 1, 1.0)
-        grid = (splits, codec.kv_heads * params.blocks, batch)
-        kernel.launch(grid, 32 * warps, _stream(table.lengths.device), params)
+        pages = -(-table.max_length // PAGE)
+        # By max_length alone, so that a row's result ignores the batch.
+        splits = max(1, min(64, pages // (2 * args.scores_warps(codec.format))))
+        out = torch.empty((splits, *p.shape[:3], codec.head_dim), dtype=torch.float32, device=p.device)
+        _launch_scores("value_sum", codec, table, p, out, 1.0, splits)
         return out.sum(0)
 
 

@@ -16,7 +16,7 @@ from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from ..ops.arrays import dtype_of
 from ..ops.table import PageTable
-from . import cuda, nvrtc
+from . import cuda
 from . import cuda_args as args
 
 SCRATCH_TOKENS = 16384
@@ -68,13 +68,6 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, cud
     return torch.exp(s - lse[..., None]).to(v.dtype) @ v, lse
 
 
-def _kernel(codec: Codec, constants: Any, stem: str, params: Any, device: int, **extra: int) -> Any:
-    key = (stem, *extra.items())
-    if key not in constants.kernels:
-        constants.kernels[key] = nvrtc.kernel(stem, args.rotation_macros(codec, params, **extra), device, 0)
-    return constants.kernels[key]
-
-
 def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> Part:
     batch, q_heads, n, head_dim = q.shape
     out = torch.empty((batch, q_heads, n, head_dim), dtype=torch.float32, device=q.device)
@@ -104,8 +97,9 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
     constants, stream = cuda._constants_of(codec, device), cuda._stream(device)
     turned = torch.empty((batch, kv_heads, group * n, dim), dtype=torch.float16, device=device)
     shift = torch.empty(total, dtype=torch.float32, device=device)
-    kernel = _kernel(
-        codec, constants, "turn_queries", args.TurnQueriesParams, device.index, FA_TYPE=args.TYPES[dtype_of(q)]
+    kernel = constants.kernel(
+        ("turn_queries", q.dtype),
+        lambda: (args.rotation_macros(codec, args.TurnQueriesParams, FA_TYPE=args.TYPES[dtype_of(q)]), 0),
     )
     grid, threads = (-(-total // 8), 1, 1), 256
     own = bytes(constants.attend[0]), bytes(constants.attend[1])
@@ -117,7 +111,7 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
     scratch = max(PAGE, (SCRATCH_TOKENS if dim <= FLASH_HEAD_DIM else WIDE_SCRATCH_TOKENS) // batch // PAGE * PAGE)
     fillings = pieces(length, scratch, cudnn)
     joined = torch.empty((total, dim), dtype=torch.float32, device=device) if len(fillings) > 1 else None
-    merge = _kernel(codec, constants, "merge_parts", args.MergePartsParams, device.index)
+    merge = constants.kernel(("merge_parts",), lambda: (args.rotation_macros(codec, args.MergePartsParams), 0))
     first = 0
     for i, sizes in enumerate(fillings):
         tokens = sum(sizes)

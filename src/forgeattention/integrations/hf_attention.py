@@ -16,6 +16,12 @@ from ..ops.table import ExactTokens, PageTable
 Part = tuple[torch.Tensor, torch.Tensor]
 
 
+def flash(q: torch.Tensor) -> bool:
+    """Whether torch's flash attention takes these queries on CUDA. It reads grouped heads as they are, and its causal
+    mask is aligned to the last query and key."""
+    return q.is_cuda and q.dtype != torch.float32 and q.shape[-1] <= 256
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -45,11 +51,11 @@ def attention(
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if q.device.type != "cuda":
         raise ValueError(f"[forge] expected tensors on the CPU or CUDA; got {q.device}")
+    if bias is None and flash(q):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if bias is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     if bias is not None:
         # The kernel wants rows of the bias at multiples of 16 bytes.
         tokens = bias.shape[-1]
@@ -107,13 +113,15 @@ def _chunk(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    m, n = q.shape[2], k.shape[2]
+    m, n, held = q.shape[2], k.shape[2], exact.max_length
     bias = None
-    if 1 < m < n:
+    if flash(q):
+        if held:
+            k, v = (torch.cat([old[:, :, :held], new], 2) for old, new in ((exact.k, k), (exact.v, v)))
+    elif 1 < m < n:
         bias = q.new_full((1, 1, m, n), -torch.inf).triu_(n - m + 1)
-    o, lse = attention(q, k, v, scale, causal=m == n, bias=bias)
-    held = exact.max_length
-    if held:
+    o, lse = attention(q, k, v, scale, causal=m == n or flash(q), bias=bias)
+    if held and not flash(q):
         o, lse = ops.merge(o.float(), lse, *attention(q, exact.k[:, :, :held], exact.v[:, :, :held], scale))
     if table is not None:
         packed = ops.prefill_attention(q, past.codec, table, scale, backend=past.backend)

@@ -20,10 +20,10 @@ struct Params {
 };
 static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
 
-// Where a level lies in shared memory. Runs of eight channels change places, so that neither the lanes of a key's unit (quarters
-// of the channels) nor those of a value's (tokens 16 apart) meet in a bank.
+// Where a level lies in shared memory. Runs of eight channels change places within their 32, so that neither the lanes of a key's
+// unit (quarters of the channels) nor those of a value's (tokens 16 apart) meet in a bank.
 __device__ __forceinline__ int place(int token, int channel) {
-  return token * ROW + (channel ^ ((token >> 4 ^ channel / (DIM / 4)) & 3) << 3);
+  return token * ROW + (channel ^ ((token >> 4 ^ channel >> 5) & 3) << 3);
 }
 
 // Levels of four codes plus 128, a byte each; indices in the low nibbles.
