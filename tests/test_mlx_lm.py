@@ -53,7 +53,7 @@ def words() -> Any:
 def test_models_compute_what_stock_layers_of_decoded_values_do(seam: Any, kind: str, chunk: int) -> None:
     made, prompt = model(kind), tokens(1, 170)[0]
     want, want_logs = greedy(made, slow_prompt_cache(made), prompt, NEW, chunk)
-    cache = forge.make_prompt_cache(made, SPEC)
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False)
     found, logs = greedy(made, cache, prompt, NEW, chunk)
     assert np.abs(logs - want_logs).max() < MLX_MODEL
     assert found == want
@@ -68,7 +68,7 @@ def test_packing_is_seen_by_the_model(llama: Any, seam: Any) -> None:
     # so that the test above could fail
     prompt = tokens(1, 170)[0]
     _, exact = greedy(llama, stock.make_prompt_cache(llama), prompt, 3)
-    _, packed = greedy(llama, forge.make_prompt_cache(llama, SPEC), prompt, 3)
+    _, packed = greedy(llama, forge.make_prompt_cache(llama, SPEC, fitted=False), prompt, 3)
     assert np.abs(exact - packed).max() > 10 * MLX_MODEL
 
 
@@ -79,7 +79,7 @@ def test_half_precision(seam: Any, dtype: str) -> None:
     want, _ = greedy(made, stock.make_prompt_cache(made), prompt, 8)
     found, _ = greedy(made, forge.make_prompt_cache(made, exact), prompt, 8)
     assert found == want
-    cache = forge.make_prompt_cache(made, SPEC)
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False)
     greedy(made, cache, prompt, 8)
     assert cache[0].cache.dtype == dtype
 
@@ -88,12 +88,17 @@ def test_stream_generate_and_generate(llama: Any, words: Any, seam: Any) -> None
     prompt = tokens(1, 170)[0]
     cache = slow_prompt_cache(llama)
     want = [r.token for r in mlx_lm.stream_generate(llama, words, prompt, max_tokens=NEW, prompt_cache=cache)]
-    cache = forge.make_prompt_cache(llama, SPEC)
+    cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
     found = [r.token for r in mlx_lm.stream_generate(llama, words, prompt, max_tokens=NEW, prompt_cache=cache)]
     assert found == want
     assert len(set(found)) > 8
     text = mlx_lm.generate(
-        llama, words, prompt, max_tokens=NEW, prompt_cache=forge.make_prompt_cache(llama, SPEC), prefill_step_size=50
+        llama,
+        words,
+        prompt,
+        max_tokens=NEW,
+        prompt_cache=forge.make_prompt_cache(llama, SPEC, fitted=False),
+        prefill_step_size=50,
     )
     slow = mlx_lm.generate(
         llama, words, prompt, max_tokens=NEW, prompt_cache=slow_prompt_cache(llama), prefill_step_size=50
@@ -103,7 +108,7 @@ def test_stream_generate_and_generate(llama: Any, words: Any, seam: Any) -> None
 
 def test_a_second_turn_goes_on_in_the_same_cache(llama: Any, words: Any, seam: Any) -> None:
     first, second = tokens(2, 90)
-    caches = forge.make_prompt_cache(llama, SPEC), slow_prompt_cache(llama)
+    caches = forge.make_prompt_cache(llama, SPEC, fitted=False), slow_prompt_cache(llama)
     for turn in (first, second):
         texts = [mlx_lm.generate(llama, words, turn, max_tokens=9, prompt_cache=cache) for cache in caches]
         assert texts[0] == texts[1]
@@ -115,7 +120,7 @@ def test_speculative_decoding(seam: Any, words: Any, kind: str) -> None:
     window = {"sliding_window": 1000} if kind == "gemma3_text" else {}
     made, draft = model(kind, **window), model(kind, num_hidden_layers=3 if window else 1, **window)
     prompt, found, accepted = tokens(1, 150)[0], [], 0
-    for make in (lambda m: forge.make_prompt_cache(m, SPEC), slow_prompt_cache):
+    for make in (lambda m: forge.make_prompt_cache(m, SPEC, fitted=False), slow_prompt_cache):
         cache = make(made) + make(draft)
         steps = mlx_lm.stream_generate(
             made, words, prompt, max_tokens=NEW, draft_model=draft, num_draft_tokens=3, prompt_cache=cache
@@ -133,12 +138,12 @@ def test_batch_generate_gives_each_row_what_it_gets_alone(llama: Any, words: Any
     prompts = [*tokens(2, 150), *tokens(1, 40, seed=1), *tokens(1, 210, seed=2)]
     alone = []
     for prompt in prompts:
-        cache = forge.make_prompt_cache(llama, SPEC)
+        cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
         steps = mlx_lm.stream_generate(llama, words, prompt, max_tokens=20, prompt_cache=cache)
         alone.append([r.token for r in steps])
     # rows leave at different times, as some reach their own maximum
     most = [20, 3, 11, 20]
-    caches = [forge.make_prompt_cache(llama, SPEC) for _ in prompts]
+    caches = [forge.make_prompt_cache(llama, SPEC, fitted=False) for _ in prompts]
     answer = mlx_lm.batch_generate(
         llama, words, prompts, caches, max_tokens=most, return_token_ids=True, return_prompt_caches=True,
         prefill_batch_size=3, completion_batch_size=3,
@@ -160,10 +165,10 @@ def test_batches_of_hybrids(seam: Any, words: Any, kind: str) -> None:
     prompts = [*tokens(1, 150), *tokens(1, 90, seed=1)]
     alone = []
     for prompt in prompts:
-        cache = forge.make_prompt_cache(made, SPEC)
+        cache = forge.make_prompt_cache(made, SPEC, fitted=False)
         steps = mlx_lm.stream_generate(made, words, prompt, max_tokens=12, prompt_cache=cache)
         alone.append([r.token for r in steps])
-    caches = [forge.make_prompt_cache(made, SPEC) for _ in prompts]
+    caches = [forge.make_prompt_cache(made, SPEC, fitted=False) for _ in prompts]
     answer = mlx_lm.batch_generate(made, words, prompts, caches, max_tokens=12, return_token_ids=True)
     assert answer.token_ids == alone
 
@@ -171,7 +176,7 @@ def test_batches_of_hybrids(seam: Any, words: Any, kind: str) -> None:
 def test_trim_of_hybrids(seam: Any) -> None:
     for kind, kept in (("gpt_oss", True), ("qwen3_next", False)):
         made = model(kind, **({"sliding_window": 300} if kept else {}))
-        cache, prompt = forge.make_prompt_cache(made, SPEC), tokens(1, 170)[0]
+        cache, prompt = forge.make_prompt_cache(made, SPEC, fitted=False), tokens(1, 170)[0]
         want, _ = greedy(made, cache, prompt, 5)
         assert stock.can_trim_prompt_cache(cache) == kept
         assert stock.trim_prompt_cache(cache, 6) == (6 if kept else 0)
@@ -179,7 +184,7 @@ def test_trim_of_hybrids(seam: Any) -> None:
         if kept:
             assert greedy(made, cache, prompt[-1:], 5)[0] == want
     made = model("gpt_oss")  # a window that is full by now cannot be trimmed, and then nothing is
-    cache = forge.make_prompt_cache(made, SPEC)
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False)
     greedy(made, cache, tokens(1, 170)[0], 1)
     assert stock.trim_prompt_cache(cache, 6) == 0
     assert packed_layers(cache)[0].offset == 171
@@ -189,7 +194,7 @@ def test_the_patch_is_undone(llama: Any) -> None:
     original, maker = base.scaled_dot_product_attention, stock.make_prompt_cache
     seam = importlib.import_module("mlx_lm.models.llama")
     sys.modules.pop("mlx_lm.models.olmo2", None)
-    with forge.patched(SPEC):
+    with forge.patched(SPEC, fitted=False):
         with forge.patched():
             assert seam.scaled_dot_product_attention is base.scaled_dot_product_attention is not original
         assert seam.scaled_dot_product_attention is not original
@@ -205,7 +210,7 @@ def test_the_patch_is_undone(llama: Any) -> None:
     assert seam.scaled_dot_product_attention is late.scaled_dot_product_attention is original
     assert stock.make_prompt_cache is mlx_lm.generate.__globals__["make_prompt_cache"] is maker
     assert not hasattr(stock, "PackedKVCache")
-    cache = forge.make_prompt_cache(llama, SPEC)
+    cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
     with pytest.raises(ValueError, match=r"expected mlx-lm under forgeattention\.mlx_lm\.patched"):
         llama(mx.array([[1, 2]]), cache=cache)
     with pytest.raises(RuntimeError, match="inside"), forge.patched():
@@ -216,10 +221,10 @@ def test_the_patch_is_undone(llama: Any) -> None:
 def test_with_a_spec_mlx_lm_makes_packed_caches_itself(llama: Any, words: Any) -> None:
     prompt, made = tokens(1, 170)[0], []
     with forge.patched():
-        cache = forge.make_prompt_cache(llama, SPEC)
+        cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
         want = mlx_lm.generate(llama, words, prompt, max_tokens=5, prompt_cache=cache)
     plain = mlx_lm.generate(llama, words, prompt, max_tokens=5)
-    with forge.patched(SPEC, max_pages=3):
+    with forge.patched(SPEC, fitted=False, max_pages=3):
         assert mlx_lm.generate(llama, words, prompt, max_tokens=5) == want != plain
         made = stock.make_prompt_cache(llama)
         with pytest.raises(ValueError, match=r"\[mlx_lm\] expected no max_kv_size"):
@@ -241,7 +246,7 @@ def test_codecs_of_single_layers(llama: Any, seam: Any) -> None:
 
 def test_report(seam: Any) -> None:
     made = model("gemma3_text")
-    cache = forge.make_prompt_cache(made, SPEC)
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False)
     greedy(made, cache, tokens(1, 400)[0], 1)
     report = forge.report(cache)
     assert (report["packed"], report["of"]) == (1, 3)
@@ -256,7 +261,7 @@ def test_report(seam: Any) -> None:
 def test_saved_caches_go_on_where_they_stopped(kind: str, own: bool, tmp_path: Any) -> None:
     made, prompt, path = model(kind), tokens(1, 170)[0], str(tmp_path / "cache.safetensors")
     with forge.patched():
-        cache = forge.make_prompt_cache(made, SPEC)
+        cache = forge.make_prompt_cache(made, SPEC, fitted=False)
         greedy(made, cache, prompt, 1)
         if own:
             forge.save_prompt_cache(path, cache, made)
@@ -274,7 +279,7 @@ def test_saved_caches_go_on_where_they_stopped(kind: str, own: bool, tmp_path: A
 
 def test_a_damaged_or_foreign_file_is_refused(llama: Any, seam: Any, tmp_path: Any) -> None:
     path = tmp_path / "cache.safetensors"
-    cache = forge.make_prompt_cache(llama, SPEC)
+    cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
     greedy(llama, cache, tokens(1, 170)[0], 1)
     forge.save_prompt_cache(path, cache, llama)
     whole = path.read_bytes()
@@ -295,7 +300,7 @@ def test_a_damaged_or_foreign_file_is_refused(llama: Any, seam: Any, tmp_path: A
 def test_a_saved_fork_leaves_out_the_other_ones_pages(llama: Any, seam: Any, tmp_path: Any) -> None:
     import copy
 
-    cache = forge.make_prompt_cache(llama, SPEC)
+    cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
     greedy(llama, cache, tokens(1, 170)[0], 1)
     other = copy.deepcopy(cache)
     forge.save_prompt_cache(tmp_path / "before.safetensors", cache, llama)
@@ -308,4 +313,4 @@ def test_a_saved_fork_leaves_out_the_other_ones_pages(llama: Any, seam: Any, tmp
 def test_no_full_attention_layer_is_an_error() -> None:
     made = model("qwen3_next", num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"\[mlx_lm\] expected full-attention layers"):
-        forge.make_prompt_cache(made, SPEC)
+        forge.make_prompt_cache(made, SPEC, fitted=False)

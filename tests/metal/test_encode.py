@@ -109,13 +109,6 @@ def test_refinement(k_code, v_code, head_dim, rule):
         assert abs(error["ours", side, True] / error["oracle", side, True] - 1) < METAL_ENCODE["refined_error"]
 
 
-def test_shaped_keys_are_refused():
-    codec = make_codec(query_gram=np.eye(64))
-    k, v = keys_and_values(np.random.default_rng(11), codec)
-    with pytest.raises(ValueError, match="without query_gram on Metal"):
-        encode(k, v, codec)
-
-
 def test_log8_exponents():
     """Over enough pages that some exponents lie at their borders."""
     codec = make_codec((2, "scalar", 2, "scalar", "log8"))

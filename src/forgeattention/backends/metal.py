@@ -7,6 +7,8 @@ emulator only, and what their files say of speed is counted, not measured.
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from .metal_launch import Device, Launch, constants, format_template, mlx_device, packed_queries, unpacked_values
 from .mlx_arrays import page_places, some_exact, some_table, store_pages
+
+log = logging.getLogger("forgeattention")
 
 LOG2E = 1.4426950408889634
 TILE = 4 * PAGE
@@ -314,17 +318,18 @@ def decode_pages(
     return out[0], out[1]
 
 
-def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
-    """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded.
+@lru_cache
+def _warn_of_unshaped_codes() -> None:
+    log.warning("Metal pages are coded without noise shaping: as readable, less faithful than the CPU's")
 
-    Raises:
-        ValueError: as there; also for a codec with a query Gram, by which these kernels cannot shape errors.
-    """
+
+def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
+    """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded."""
     device = device or mlx_device()
     xp = device.xp
     where = page_places(out, offsets, codec)
     if codec.shaping is not None:
-        raise ValueError("[encode] expected a codec without query_gram on Metal; got one that shapes its errors")
+        _warn_of_unshaped_codes()
     c = constants(codec, xp)
     y = []
     for x, forward, mu in ((k, c.k_forward, c.k_mu), (v, c.v_forward, c.v_mu)):

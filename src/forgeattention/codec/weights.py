@@ -71,14 +71,19 @@ def key_weights(model: torch.nn.Module) -> dict[int, KeyWeights | str]:
             if number is not None:
                 try:
                     found[number] = _read(attention, getattr(layer, "input_layernorm", None))
-                except _UnknownForm as reason:
+                except UnknownForm as reason:
                     found[number] = str(reason)
-        for text in sorted({r for r in found.values() if isinstance(r, str)}):
-            log.warning("keys are coded without the model's weights in some layers: %s", text)
-        if not found:
-            log.warning("keys are coded without the model's weights: no layer with a self_attn was found")
+        warn_of_unknown(found)
         _known[model] = found
     return _known[model]
+
+
+def warn_of_unknown(found: dict[int, KeyWeights | str]) -> None:
+    """Logs why keys of some layers are not fitted to the model."""
+    for text in sorted({r for r in found.values() if isinstance(r, str)}):
+        log.warning("keys are coded without the model's weights in some layers: %s", text)
+    if not found:
+        log.warning("keys are coded without the model's weights: no layer with a self_attn was found")
 
 
 def weight_codecs(model: torch.nn.Module, spec: CodecSpec, layers: Iterable[int]) -> dict[int, Codec]:
@@ -97,26 +102,42 @@ def weight_codecs(model: torch.nn.Module, spec: CodecSpec, layers: Iterable[int]
     return out
 
 
-class _UnknownForm(Exception):
-    pass
+class UnknownForm(Exception):
+    """A layer whose weights are not where they are looked for; says so."""
 
 
 def _read(attention: Any, norm: Any) -> KeyWeights:
     q, k, head_dim = _projections(attention)
     if head_dim not in HEAD_DIMS:
-        raise _UnknownForm(f"head_dim {head_dim} is not one of {HEAD_DIMS}")
+        raise UnknownForm(f"head_dim {head_dim} is not one of {HEAD_DIMS}")
     gain = _gain(norm, q[0].shape[1])
     pairs = _rope_pairs(attention, head_dim)
     c_q, c_k = (_energy(w, bias, gain, head_dim) for w, bias in (q, (k[0], None)))
-    for name, c in (("q_norm", c_q), ("k_norm", c_k)):
-        if (own := getattr(attention, name, None)) is not None:
+    own = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    q_gain, k_gain = (None if n is None else _gain(n, head_dim) for n in own)
+    return fit(c_q, c_k, pairs, q_gain, k_gain)
+
+
+def fit(c_q: F64, c_k: F64, pairs: NDArray[np.intp], q_gain: F64 | None, k_gain: F64 | None) -> KeyWeights:
+    """What a layer's keys and queries are like.
+
+    Args:
+        c_q, c_k: energy of each channel as projected, [q_heads, head_dim] and [kv_heads, head_dim].
+        pairs: [2, head_dim], every channel and the one that RoPE turns it into (itself if none).
+        q_gain, k_gain: [head_dim], gains of norms over the channels of a head after the projections, or None.
+
+    Raises:
+        UnknownForm: an energy that no model has.
+    """
+    for c, gain in ((c_q, q_gain), (c_k, k_gain)):
+        if gain is not None:
             # A norm over the channels of a head sets their sum; its gain is linear.
-            c *= head_dim / c.sum(1, keepdims=True) * _gain(own, head_dim) ** 2
+            c *= c.shape[1] / c.sum(1, keepdims=True) * gain**2
     kv_heads = len(c_k)
-    c_q = c_q.reshape(kv_heads, -1, head_dim).sum(1)
+    c_q = c_q.reshape(kv_heads, -1, c_k.shape[1]).sum(1)
     c_q, c_k = c_q[:, pairs].mean(1), c_k[:, pairs].mean(1)
     if not (np.isfinite(c_q).all() and np.isfinite(c_k).all() and (c_q.sum(1) > 0).all() and (c_k.sum(1) > 0).all()):
-        raise _UnknownForm("a projection is zero or not finite")
+        raise UnknownForm("a projection is zero or not finite")
     ratio = (c_q / c_q.mean(1, keepdims=True) + FLOOR) / (c_k / c_k.mean(1, keepdims=True) + FLOOR)
     return KeyWeights(2.0 ** (np.rint(STEPS * np.log2(ratio) / 4) / STEPS), c_q)
 
@@ -126,28 +147,28 @@ def _projections(attention: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], int]
     head_dim = getattr(attention, "head_dim", None)
     fused = getattr(attention, "qkv_proj", None)
     if not isinstance(head_dim, int):
-        raise _UnknownForm(f"{type(attention).__name__} names no head_dim")
+        raise UnknownForm(f"{type(attention).__name__} names no head_dim")
     if fused is not None:
         config = attention.config
         heads, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         weight, bias = _matrix(fused)
         if weight.shape[0] != heads + 2 * kv:
-            raise _UnknownForm(f"{type(attention).__name__}.qkv_proj has {weight.shape[0]} rows, not {heads + 2 * kv}")
+            raise UnknownForm(f"{type(attention).__name__}.qkv_proj has {weight.shape[0]} rows, not {heads + 2 * kv}")
         cut = (slice(0, heads), slice(heads, heads + kv))
         q, k = ((weight[s], None if bias is None else bias[s]) for s in cut)
         return q, k, head_dim
     if getattr(attention, "q_proj", None) is None or getattr(attention, "k_proj", None) is None:
-        raise _UnknownForm(f"{type(attention).__name__} has no q_proj and k_proj")
+        raise UnknownForm(f"{type(attention).__name__} has no q_proj and k_proj")
     q, k = _matrix(attention.q_proj), _matrix(attention.k_proj)
     if any(w.shape[0] % head_dim for w, _ in (q, k)) or q[0].shape[0] % k[0].shape[0]:
-        raise _UnknownForm(f"{type(attention).__name__} projects to {q[0].shape[0]} and {k[0].shape[0]} channels")
+        raise UnknownForm(f"{type(attention).__name__} projects to {q[0].shape[0]} and {k[0].shape[0]} channels")
     return q, k, head_dim
 
 
 def _matrix(linear: Any) -> tuple[Any, Any]:
     weight = getattr(linear, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
-        raise _UnknownForm(f"{type(linear).__name__} holds no plain weights")
+        raise UnknownForm(f"{type(linear).__name__} holds no plain weights")
     return weight.detach(), None if getattr(linear, "bias", None) is None else linear.bias.detach()
 
 
@@ -171,7 +192,7 @@ def _gain(norm: Any, dim: int) -> F64:
         return np.ones(dim)
     weight = getattr(norm, "weight", None)
     if weight is None or weight.shape != (dim,) or weight.is_meta:
-        raise _UnknownForm(f"{type(norm).__name__} has no gain of {dim} channels")
+        raise UnknownForm(f"{type(norm).__name__} has no gain of {dim} channels")
     # Of mean 0 and unit variance: norms only apply their gain, however the model stores it, and perhaps a bias.
     probe = torch.ones_like(weight)
     probe[::2] = -1
@@ -192,9 +213,9 @@ def _rope_pairs(attention: Any, head_dim: int) -> NDArray[np.intp]:
     rotated = int(head_dim * (part or 1.0))
     rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     if rotate_half is None or rotated % 2:
-        raise _UnknownForm(f"{type(attention).__module__} has no rotate_half to read RoPE's pairs from")
+        raise UnknownForm(f"{type(attention).__module__} has no rotate_half to read RoPE's pairs from")
     partner = np.arange(head_dim)
     partner[:rotated] = np.abs(rotate_half(torch.arange(1, rotated + 1)[None])[0].numpy()) - 1
     if (partner[partner] != np.arange(head_dim)).any():
-        raise _UnknownForm(f"{type(attention).__module__}.rotate_half does not swap pairs")
+        raise UnknownForm(f"{type(attention).__module__}.rotate_half does not swap pairs")
     return np.stack([np.arange(head_dim), partner])

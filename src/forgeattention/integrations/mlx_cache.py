@@ -328,6 +328,11 @@ class PackedKVCache:
             out._position = out.cache.lengths
         return out
 
+    def adopt(self, codec: Codec) -> None:
+        """Takes a codec that reads the same pages: one that codes new pages better than what a file said."""
+        if self.cache is not None and self.cache.codec.fingerprint == codec.fingerprint:
+            self.codec = self.cache.codec = codec
+
     def _like(self) -> PackedKVCache:
         return PackedKVCache(
             self.spec, codec=self.codec, codecs=self.codecs, max_pages=self.max_pages, backend=self.backend
@@ -358,6 +363,7 @@ class PackedKVCache:
             return (_bytes(header),)
         made, codec = self.cache, self.cache.codec
         header |= {"head_dim": codec.head_dim, "kv_heads": codec.kv_heads, "codec": codec.fingerprint}
+        header["diagonal"] = None if codec.k_transform.diagonal is None else codec.k_transform.diagonal.tolist()
         counts = made.packed_lengths // PAGE
         table = np.full((made.batch, max(1, counts.max(initial=0))), -1, np.int64)
         for row in range(made.batch):
@@ -380,7 +386,9 @@ class PackedKVCache:
         if len(value) == 1:
             return
         _, pages, table, lengths, k, v = value
-        codec = made or Codec(self.spec, header["head_dim"], header["kv_heads"])
+        codec = made or _codec(self.spec, header["head_dim"], header["kv_heads"], header["diagonal"])
+        if header["diagonal"] is not None:
+            self.codec = codec
         if codec.fingerprint != header["codec"]:
             raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
         packed, exact = np.array(lengths)
@@ -402,10 +410,22 @@ class PackedKVCache:
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> PackedKVCache:
-        """The inverse of `state`; a codec with matrices or centres of its own cannot be restored so."""
+        """The inverse of `state`. A codec with matrices or centres of its own cannot be restored so, and one fitted to
+        a model's weights codes new pages without shaping their errors until it is adopted again."""
         out = cls()
         out.state = state
         return out
+
+
+def _codec(spec: CodecSpec, head_dim: int, kv_heads: int, diagonal: Any) -> Codec:
+    scales = None if diagonal is None else np.array(diagonal)[:, :head_dim]
+    return Codec(spec, head_dim, kv_heads, k_diagonal=scales)
+
+
+def readable(spec: CodecSpec, codec: Codec) -> Codec:
+    """What a saved cache tells of a codec: the spec and the scales of key channels; it reads the same pages, unless the
+    codec has matrices or centres of its own."""
+    return _codec(spec, codec.head_dim, codec.kv_heads, codec.k_transform.diagonal)
 
 
 def _bytes(header: dict[str, Any]) -> mx.array:

@@ -32,7 +32,8 @@ from mlx_lm.models import cache as stock
 from .. import models
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
-from .mlx_cache import Codecs, PackedKVCache, PackedStates, Seam
+from .mlx_cache import Codecs, PackedKVCache, PackedStates, Seam, readable
+from .mlx_weights import weight_codecs
 
 __all__ = ["PackedKVCache", "load_prompt_cache", "make_prompt_cache", "patched", "report", "save_prompt_cache", "serve"]
 
@@ -44,6 +45,7 @@ def make_prompt_cache(
     spec: CodecSpec | None = None,
     *,
     codecs: Mapping[int, Codec] | None = None,
+    fitted: bool = True,
     max_pages: int | None = None,
     backend: str = "auto",
 ) -> list[Any]:
@@ -56,13 +58,18 @@ def make_prompt_cache(
         model: mlx-lm's model.
         spec: how the cache is coded.
         codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
+        fitted: fit the other layers' codecs to the model's weights where these are found (`codec.weights`).
         max_pages: most pages of one layer, or None.
         backend: which kernels run, "auto" or a name of `ops`.
 
     Raises:
         ValueError: a codec for a layer that is not packed, or no layer that could be.
     """
-    own = dict(codecs or {})
+    made = _stock_prompt_cache(model)
+    own, given = dict(codecs or {}), set(codecs or {})
+    if fitted and len(made) == len(model.layers):
+        known = weight_codecs(model, CodecSpec() if spec is None else spec, range(len(made)))
+        own = {i: codec for i, codec in known.items() if _packs(made[i])} | own
     shared: Codecs = {}
     packed: set[int] = set()
 
@@ -70,17 +77,21 @@ def make_prompt_cache(
         if type(layer) is stock.KVCache:
             packed.add(i)
             return PackedKVCache(spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend)
-        if type(layer) is stock.CacheList:
-            kinds = [type(x) for x in layer.caches]
-            # Attention beside a recurrent state. Two caches of keys are latents and their index.
-            if kinds.count(stock.KVCache) == 1 and set(kinds) <= {stock.KVCache, stock.ArraysCache}:
-                return stock.CacheList(*(swap(i, x) for x in layer.caches))
-        return layer
+        return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
 
-    made = [swap(i, layer) for i, layer in enumerate(_stock_prompt_cache(model))]
-    if not packed or not set(own) <= packed:
-        raise ValueError(f"[mlx_lm] expected full-attention layers, {sorted(own)} among them; got {sorted(packed)}")
+    made = [swap(i, layer) for i, layer in enumerate(made)]
+    if not packed or not given <= packed:
+        raise ValueError(f"[mlx_lm] expected full-attention layers, {sorted(given)} among them; got {sorted(packed)}")
     return made
+
+
+def _packs(layer: Any) -> bool:
+    """Whether a layer of mlx-lm's has a cache of keys and values that can be packed."""
+    if type(layer) is not stock.CacheList:
+        return type(layer) is stock.KVCache
+    kinds = [type(x) for x in layer.caches]
+    # Attention beside a recurrent state. Two caches of keys are latents and their index.
+    return kinds.count(stock.KVCache) == 1 and set(kinds) <= {stock.KVCache, stock.ArraysCache}
 
 
 # The function itself, since `patched` replaces the name.
@@ -173,16 +184,15 @@ def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], model:
     mlx-lm's own save_prompt_cache works too, under `patched`, but knows neither model nor damage.
 
     Raises:
-        ValueError: a packed layer with a codec that its spec does not give.
+        ValueError: a packed layer with a codec that follows neither from its spec nor from the model's weights.
     """
     path = Path(path)
     # A copy leaves behind the pages of other sequences that share the memory.
     alone = [layer.extract(0) if isinstance(layer, PackedKVCache) else layer for layer in cache]
     for i, layer in enumerate(alone):
-        if isinstance(layer, PackedKVCache) and layer.codec is not None:
-            plain = Codec(layer.spec, layer.codec.head_dim, layer.codec.kv_heads)
-            if plain.fingerprint != layer.codec.fingerprint:
-                raise ValueError(f"[mlx_lm] expected codecs that a spec describes; got another in layer {i}")
+        codec = layer.codec if isinstance(layer, PackedKVCache) else None
+        if codec is not None and readable(layer.spec, codec).fingerprint != codec.fingerprint:
+            raise ValueError(f"[mlx_lm] expected codecs of a spec and the model's weights; got another in layer {i}")
     metadata = {
         "forgeattention": str(FORMAT_VERSION),
         "model": fingerprint(model),
@@ -207,7 +217,7 @@ def load_prompt_cache(path: str | os.PathLike[str], model: Any) -> list[Any]:
     with patched():
         try:
             cache, metadata = stock.load_prompt_cache(os.fspath(path), return_metadata=True)
-        except (RuntimeError, KeyError, IndexError, UnicodeDecodeError) as error:
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"[mlx_lm] expected a complete prompt cache; got {path}: {error}") from None
     for name, want, got in (
         ("format version", str(FORMAT_VERSION), metadata.get("forgeattention")),
@@ -216,6 +226,10 @@ def load_prompt_cache(path: str | os.PathLike[str], model: Any) -> list[Any]:
     ):
         if want != got:
             raise ValueError(f"[mlx_lm] expected {name} {want!r}; got {got!r} in {path}")
+    for i, layer in enumerate(cache):
+        for part in layer.caches if isinstance(layer, stock.CacheList) else [layer]:
+            if isinstance(part, PackedKVCache) and i in (codecs := weight_codecs(model, part.spec, [i])):
+                part.adopt(codecs[i])
     return cache
 
 
