@@ -246,18 +246,27 @@ class LayerCache:
         other._set_lengths(self._exact[index], self._packed[index])
         return other
 
-    def join(self, other: LayerCache) -> None:
-        """Adds the rows of another cache behind this one's. Pages of the same pool are shared, others copied.
-
-        Raises:
-            ValueError: another codec, dtype or device; a full pool.
-        """
+    def check_join(self, other: LayerCache) -> None:
+        """Raises what `join` would raise."""
         codec, theirs = self.codec.fingerprint, other.codec.fingerprint
         if codec != theirs or other.dtype != self.dtype or not self.arrays.owns(other._k):
             raise ValueError(
                 f"[cache.join] expected codec {codec}, {self.dtype} and this device; got {theirs}, {other.dtype}, "
                 f"{type(other._k).__name__}"
             )
+        total = int((other._packed // PAGE).sum())
+        if other.pool is not self.pool and self.pool.max_pages is not None:
+            room = self.pool.max_pages - self.pool.in_use
+            if total > room:
+                raise ValueError(f"[cache.join] expected at most {room} more pages; got {total}")
+
+    def join(self, other: LayerCache) -> None:
+        """Adds the rows of another cache behind this one's. Pages of the same pool are shared, others copied.
+
+        Raises:
+            ValueError: another codec, dtype or device; a full pool.
+        """
+        self.check_join(other)
         total = int((other._packed // PAGE).sum())
         if other.pool is self.pool:
             for row in range(other.batch):

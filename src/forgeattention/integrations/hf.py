@@ -157,6 +157,20 @@ class ForgeCache(Cache):
         other._setup(layers)
         return other
 
+    def join(self, other: ForgeCache) -> None:
+        """Adds the rows of another cache of the same model behind this one's. Where one has seen fewer positions, its
+        rows count as padded on the left.
+
+        Raises:
+            ValueError: a layer with a stock cache, or what `LayerCache.join` refuses; nothing has changed.
+        """
+        self._all_packed_or_raise("join")
+        other._all_packed_or_raise("join")
+        for i in self.packed:
+            self.layers[i].check_join(other.layers[i])
+        for i in self.packed:
+            self.layers[i].join(other.layers[i])
+
     def __copy__(self) -> ForgeCache:
         return self.fork()
 

@@ -175,6 +175,21 @@ class PackedLayer(CacheLayerMixin):
                 self._runs.append(last - n if isinstance(last, int) else last[:, :-n])
             n -= min(size, n)
 
+    def check_join(self, other: PackedLayer) -> None:
+        """Raises what `join` would raise."""
+        if self.cache is None or other.cache is None:
+            raise ValueError("[cache.join] expected tokens in both caches; got an empty one")
+        self.cache.check_join(other.cache)
+
+    def join(self, other: PackedLayer) -> None:
+        assert self.cache is not None and other.cache is not None
+        seen = max(self.seen, other.seen)
+        runs = [
+            np.pad(layer.real(0, layer.seen), ((0, 0), (seen - layer.seen, 0))) for layer in (self, other)
+        ]
+        self.cache.join(other.cache)
+        self.seen, self._runs = seen, [np.concatenate(runs)]
+
     def reset(self) -> None:
         self.cache = None
         self.is_initialized = False

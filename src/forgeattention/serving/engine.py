@@ -1,0 +1,344 @@
+"""Continuous batching over one packed page pool: requests enter and leave between any two steps."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codec import PAGE, CodecSpec
+from ..integrations.hf import ForgeCache
+from .metrics import Metrics
+from .prefix import PrefixCache
+from .sampling import Sampler, Sampling, TextStream
+
+log = logging.getLogger("forgeattention")
+
+
+class Busy(Exception):
+    """The queue is full, or the server is ending; `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a request's listener is told: new text; at the end also why it ended.
+
+    Attributes:
+        text: new text, possibly empty.
+        finish: None, "stop", "length", "cancelled" or "error".
+        tokens: new tokens so far.
+        error: what went wrong, for "error".
+    """
+
+    text: str
+    finish: str | None = None
+    tokens: int = 0
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it. `listener` is called from the engine's thread and must not wait."""
+
+    prompt: list[int]
+    sampling: Sampling
+    listener: Callable[[Event], None]
+    number: int = field(default_factory=itertools.count().__next__)
+    arrived: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    cached: int = 0
+    new: list[int] = field(default_factory=list)
+    read: int = 0
+    cache: ForgeCache | None = None
+    sampler: Sampler | None = None
+    text: TextStream | None = None
+
+    @property
+    def pages(self) -> int:
+        """Pages of a layer that the whole answer may fill."""
+        return (len(self.prompt) + self.sampling.max_tokens) // PAGE + 1
+
+
+class Engine:
+    """Reads prompts in pieces and decodes all running requests together, in a thread of its own.
+
+    A request is admitted when the pool has pages for all of its tokens, so that none fails midway for want of room;
+    kept prefixes are given up first.
+
+    Args:
+        model: a transformers model with attn_implementation="forge" whose layers can all be packed.
+        tokenizer: the model's fast tokenizer.
+        spec: how caches are coded.
+        max_pages: pages of a layer for all requests and kept prefixes.
+        max_running: most requests decoded together.
+        max_waiting: most requests that wait; more are refused.
+        piece: tokens of a prompt that are read between two decode steps.
+        prefixes: prefixes kept in memory.
+        folder, max_disk_bytes: where prefixes outlast the process, and how much they may take.
+
+    Raises:
+        ValueError: a model with layers that cannot be packed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        spec: CodecSpec | None = None,
+        *,
+        max_pages: int,
+        max_running: int = 16,
+        max_waiting: int = 64,
+        piece: int = 512,
+        prefixes: int = 32,
+        folder: Path | None = None,
+        max_disk_bytes: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_pages = max_pages
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.piece = piece
+        self.draining = False
+        text = model.config.get_text_config(decoder=True)
+        self.max_length = min(int(text.max_position_embeddings), max_pages * PAGE)
+        ends = model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._spec = spec
+        self._root = ForgeCache(model, spec, max_pages=max_pages)
+        if len(self._root.packed) != len(self._root.layers):
+            raise ValueError(
+                f"[serve] expected a model whose {len(self._root.layers)} layers can all be packed; got "
+                f"{len(self._root.packed)} of the stock full-attention kind"
+            )
+        with torch.inference_mode():  # makes the pools, which every request's cache then shares
+            self._step([[0]], [0], self._root)
+        for layer in self._root.layers:
+            layer.crop(-1)
+        self._pool = self._root.layers[0].cache.pool
+        self.prefixes = PrefixCache(piece, prefixes, folder, max_disk_bytes, self._read_saved)
+        self.metrics = Metrics(self)
+        self._waiting: deque[Request] = deque()
+        self._reading: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._batch: ForgeCache | None = None
+        self._wake = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        return len(self._running) + len(self._reading)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def pages_in_use(self) -> int:
+        return self._pool.in_use
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: a prompt that is empty, or with its answer too long for the model or the pool.
+            Busy: too many are waiting, or the engine is ending.
+        """
+        total = len(request.prompt) + request.sampling.max_tokens
+        if not request.prompt:
+            raise ValueError("[serve] expected a prompt; got an empty one")
+        if total > self.max_length or request.pages > self.max_pages:
+            raise ValueError(
+                f"[serve] expected at most {self.max_length} tokens of prompt and answer; got {len(request.prompt)} and "
+                f"{request.sampling.max_tokens}"
+            )
+        with self._wake:
+            if self.draining or not self.alive:
+                raise Busy("the server is ending", 30)
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{len(self._waiting)} requests are waiting", 1 + len(self._waiting) // self.max_running)
+            self._waiting.append(request)
+            self._wake.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request at the next step."""
+        with self._wake:
+            request.cancelled = True
+            self._wake.notify()
+
+    def drain(self, seconds: float) -> int:
+        """Refuses new requests, ends the others as they finish or after `seconds`, keeps the prefixes on disk.
+
+        Returns:
+            Requests that were cut short.
+        """
+        with self._wake:
+            self.draining = True
+            self._wake.notify()
+        deadline = time.monotonic() + seconds
+        while self.alive and self.running + self.waiting and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = [*self._waiting, *self._reading, *self._running]
+        for request in left:
+            self.cancel(request)
+        with self._wake:
+            self._ended = True
+            self._wake.notify()
+        self._thread.join()
+        self.prefixes.persist(self.model)
+        return len(left)
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._waiting or self._reading or self._running or self._ended):
+                    self._wake.wait()
+                if self._ended and not (self._waiting or self._reading or self._running):
+                    return
+            with torch.inference_mode():
+                self._drop_cancelled()
+                self._admit()
+                if self._reading:
+                    self._guard([self._reading[0]], self._read_piece)
+                if self._running:
+                    self._guard(list(self._running), self._decode)
+
+    def _guard(self, requests: list[Request], action: Callable[[], None]) -> None:
+        """Runs a step; should it fail, the requests in it end with an error and the others go on."""
+        try:
+            action()
+        except Exception as error:
+            log.exception("a step with %d requests failed", len(requests))
+            for request in requests:
+                self._end(request, "error", error=f"{type(error).__name__}: {error}")
+            if self._reading and requests == [self._reading[0]]:
+                self._reading.popleft()
+            else:
+                self._running, self._batch = [], None
+
+    def _drop_cancelled(self) -> None:
+        for queue in (self._waiting, self._reading):
+            for request in [r for r in queue if r.cancelled]:
+                queue.remove(request)
+                self._end(request, "cancelled")
+        self._leave([r for r in self._running if r.cancelled], "cancelled")
+
+    def _admit(self) -> None:
+        while self._waiting and self.running < self.max_running:
+            request = self._waiting[0]
+            active = [*self._reading, *self._running]
+            growth = sum(max(0, r.pages - r.read // PAGE) for r in active) + request.pages
+            while self._pool.in_use + growth > self.max_pages and self.prefixes.drop_oldest():
+                pass
+            if self._pool.in_use + growth > self.max_pages:
+                return
+            self._waiting.popleft()
+            request.sampler = Sampler(request.sampling)
+            request.text = TextStream(self.tokenizer, request.sampling.stop)
+            request.cached, cache = self.prefixes.get(request.prompt)
+            request.cache, request.read = cache or self._root.fork(), request.cached
+            self.metrics.prompt(len(request.prompt), request.cached)
+            self._reading.append(request)
+
+    def _read_piece(self) -> None:
+        request = self._reading[0]
+        assert request.cache is not None
+        end = min(len(request.prompt), request.read + self.piece)
+        logits = self._step([request.prompt[request.read : end]], [request.read], request.cache)
+        request.read = end
+        if end % self.piece == 0:
+            self.prefixes.put(request.prompt[:end], request.cache)
+        if end < len(request.prompt):
+            return
+        if not self._take(request, logits[0]):
+            if self._batch is None:
+                self._batch = request.cache
+            else:
+                self._batch.join(request.cache)
+            self._running.append(request)
+        request.cache = None
+        self._reading.popleft()  # last, so that `drain` always sees the request somewhere
+
+    def _decode(self) -> None:
+        assert self._batch is not None
+        logits = self._step([[r.new[-1]] for r in self._running], [r.read for r in self._running], self._batch)
+        done = []
+        for request, row in zip(self._running, logits):
+            request.read += 1
+            if self._take(request, row):
+                done.append(request)
+        self._leave(done, None)
+
+    def _leave(self, requests: list[Request], finish: str | None) -> None:
+        """Takes requests out of the running batch; `finish` where they have not been told yet."""
+        if not requests:
+            return
+        rows = [i for i, r in enumerate(self._running) if r not in requests]
+        self._running = [self._running[i] for i in rows]
+        if rows:
+            assert self._batch is not None
+            self._batch.reorder_cache(torch.tensor(rows))
+        else:
+            self._batch = None
+        if finish is not None:
+            for request in requests:
+                self._end(request, finish)
+
+    def _take(self, request: Request, logits: torch.Tensor) -> bool:
+        """Draws a request's next token and tells its listener; whether it was the last one."""
+        assert request.sampler is not None and request.text is not None
+        token = request.sampler(logits)
+        request.new.append(token)
+        if len(request.new) == 1:
+            self.metrics.first_token(time.monotonic() - request.arrived)
+        if token in self._ends:
+            return self._end(request, "stop", request.text.flush())
+        text = request.text.push(token)
+        if request.text.stopped:
+            return self._end(request, "stop", text)
+        if len(request.new) >= request.sampling.max_tokens:
+            return self._end(request, "length", text + request.text.flush())
+        if text:
+            request.listener(Event(text, None, len(request.new)))
+        return False
+
+    def _end(self, request: Request, finish: str, text: str = "", error: str = "") -> bool:
+        request.cache = None
+        self.metrics.finished(finish, len(request.new), time.monotonic() - request.arrived)
+        request.listener(Event(text, finish, len(request.new), error))
+        return True
+
+    def _step(self, tokens: list[list[int]], positions: list[int], cache: ForgeCache) -> torch.Tensor:
+        """Logits [batch, vocabulary] after tokens [batch, n] that begin at the given positions."""
+        ids = torch.tensor(tokens, device=self.model.device)
+        first = torch.tensor(positions, device=self.model.device)
+        at = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        out = self.model(
+            input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1]
+
+    def _read_saved(self, path: Path) -> ForgeCache:
+        """A saved prefix, with its pages in the engine's own pool."""
+        cache = self._root.fork([])
+        cache.join(ForgeCache.load(path, self.model, self._spec))
+        return cache
