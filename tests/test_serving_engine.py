@@ -28,8 +28,8 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def shortfall(llama: Any, asked: Asked) -> float:
-    """How far (in standard deviations) a request's tokens' logits are under the largest ones, in a cache of its own that reads the prompt
-    in the engine's pieces: rounding apart 0 for greedy answers."""
+    """How far the logits of a request's tokens are under the largest ones, in standard deviations, in a cache of its
+    own that reads the prompt in the engine's pieces: rounding apart 0 for greedy answers."""
     cache, prompt, new, worst = ForgeCache(llama, SPEC), asked.request.prompt, asked.request.new, 0.0
     pieces = [prompt[at : at + PIECE] for at in range(0, len(prompt), PIECE)] + [[token] for token in new[:-1]]
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def test_a_kept_prefix_gives_the_same_answer(llama):
     prompt = prompts(1)[0] * 4
     first = Asked(made, prompt).wait()
     again = Asked(made, prompt).wait()
-    branch = Asked(made, prompt[: 2 * PIECE] + [97, 98]).wait()
+    branch = Asked(made, [*prompt[: 2 * PIECE], 97, 98]).wait()
     assert first.request.cached == 0
     assert again.request.cached == (len(prompt) - 1) // PIECE * PIECE > 0
     assert branch.request.cached == 2 * PIECE

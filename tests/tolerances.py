@@ -122,6 +122,6 @@ HEAD_256 = 0.01
 # Shares of the softmax mass: float32 sums of a page, float64 over pages.
 SPARSE_MASS = 2e-6
 
-# Logits of tokens drawn in a batch, under the largest of the same row alone, in standard deviations of the logits: matrix
-# products round by batch size, and where a rounded key lies on the border of two codes, the code changes.
+# Logits of tokens drawn in a batch, under the largest of the same row alone, in standard deviations of the logits:
+# matrix products round by batch size, and where a rounded key lies on the border of two codes, the code changes.
 SERVED_LOGITS = 0.1

@@ -12,8 +12,8 @@ from typing import Any
 
 from .evaluation.setup import spec_from
 
-ENGINES = {"mlx": "forgeattention.mlx_lm"}
-"""Modules with a `serve`; the extra of each has its engine's name."""
+ENGINES = {"hf": ("forgeattention.serving.server", "serve"), "mlx": ("forgeattention.mlx_lm", "mlx")}
+"""Modules with a `serve`, and the extra that brings what each needs."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,11 +26,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine not in ENGINES:
         raise ValueError(f"[serve] expected an engine of this version, one of {sorted(ENGINES)}; got {args.engine!r}")
     spec = spec_from(args)
+    module, extra = ENGINES[args.engine]
     try:
-        engine = importlib.import_module(ENGINES[args.engine])
+        engine = importlib.import_module(module)
     except ImportError as error:
         if (error.name or "").startswith("forgeattention"):
             raise
-        raise RuntimeError(f"{error}: install it with pip install 'forgeattention[{args.engine}]'") from error
+        raise RuntimeError(f"{error}: install it with pip install 'forgeattention[{extra}]'") from error
     engine.serve(args.model, spec, host=args.host, port=args.port, arguments=args.arguments)
     return {"engine": args.engine, "model": args.model, "spec": spec.to_json(), "host": args.host, "port": args.port}

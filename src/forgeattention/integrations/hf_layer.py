@@ -182,7 +182,8 @@ class PackedLayer(CacheLayerMixin):
         self.cache.check_join(other.cache)
 
     def join(self, other: PackedLayer) -> None:
-        assert self.cache is not None and other.cache is not None
+        assert self.cache is not None
+        assert other.cache is not None
         seen = max(self.seen, other.seen)
         runs = [
             np.pad(layer.real(0, layer.seen), ((0, 0), (seen - layer.seen, 0))) for layer in (self, other)

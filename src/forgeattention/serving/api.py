@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .engine import Busy, Engine, Event
@@ -26,12 +26,8 @@ DEFAULT_TOKENS = 1024
 REASONS = {"stop": "stop", "length": "length"}
 
 
-class TooLarge(Exception):
-    """A body over the limit."""
-
-
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes while they arrive."""
+    """Refuses bodies of more than `limit` bytes, while they arrive where they do not say how long they are."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
@@ -41,31 +37,22 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        seen, started = 0, False
+        message = f"expected a body of at most {self.limit} bytes"
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.limit:
+            await _error(413, message, "request_too_large")(scope, receive, send)
+            return
+        seen = 0
 
         async def counted() -> Message:
             nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            part = await receive()
+            seen += len(part.get("body", b""))
             if seen > self.limit:
-                raise TooLarge
-            return message
+                raise HTTPException(413, message)
+            return part
 
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            if length.isdigit() and int(length) > self.limit:
-                raise TooLarge
-            await self.app(scope, counted, noted)
-        except TooLarge:
-            if started:
-                raise
-            message = f"expected a body of at most {self.limit} bytes"
-            await _error(413, message, "request_too_large")(scope, receive, send)
+        await self.app(scope, counted, send)
 
 
 def _error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -99,7 +86,13 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         engine.metrics.refused(error.status_code)
-        codes = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "unavailable"}
+        codes = {
+            401: "invalid_api_key",
+            404: "model_not_found",
+            413: "request_too_large",
+            429: "rate_limit_exceeded",
+            503: "unavailable",
+        }
         headers = dict(error.headers or {})
         return _error(error.status_code, str(error.detail), codes.get(error.status_code, "invalid_request"), headers)
 
@@ -138,7 +131,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
             while True:
                 try:
                     event = await asyncio.wait_for(events.get(), 0.5)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     if await request.is_disconnected():
                         raise HTTPException(499, "the client went away") from None
                     continue
@@ -152,14 +145,18 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
         finally:
             engine.cancel(job)
 
-    async def pieces(body: Generation, job: Job, events: asyncio.Queue[Event], head: Any, wrap: Any) -> AsyncIterator[str]:
+    async def pieces(
+        body: Generation, job: Job, events: asyncio.Queue[Event], head: Any, wrap: Any
+    ) -> AsyncIterator[str]:
         """Server-sent events of a request; a client that goes away ends it."""
         try:
             while True:
                 event = await events.get()
                 if event.finish in ("error", "cancelled"):
                     message = event.error or "the server is ending"
-                    yield _sse({"error": {"message": message, "type": "server_error", "param": None, "code": event.finish}})
+                    yield _sse(
+                        {"error": {"message": message, "type": "server_error", "param": None, "code": event.finish}}
+                    )
                     return
                 if event.text or event.finish:
                     yield _sse(head | {"choices": [wrap(event.text, event.finish and REASONS[event.finish])]})
@@ -171,7 +168,9 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
         finally:
             engine.cancel(job)
 
-    async def answer(request: Request, body: Generation, job: Job, events: Any, kind: str, wrap: Any, last: Any) -> Response:
+    async def answer(
+        request: Request, body: Generation, job: Job, events: Any, kind: str, wrap: Any, last: Any
+    ) -> Response:
         head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
             chunk = "chat.completion.chunk" if kind == "chat.completion" else kind
@@ -193,7 +192,10 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
         )
     }
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], responses=errors)
+    both: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    answers = errors | {200: {"description": "An answer, or its pieces as they come", "content": both}}
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], responses=answers)
     async def chat(request: Request, body: Chat) -> Response:
         known(body.model)
         if not engine.tokenizer.chat_template:
@@ -215,7 +217,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
             lambda text, why: {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": why},
         )
 
-    @app.post("/v1/completions", dependencies=[Depends(authorised)], responses=errors)
+    @app.post("/v1/completions", dependencies=[Depends(authorised)], responses=answers)
     async def completions(request: Request, body: Completion) -> Response:
         known(body.model)
         prompt = engine.tokenizer(body.prompt).input_ids if isinstance(body.prompt, str) else body.prompt
@@ -231,7 +233,13 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
 
     @app.get("/v1/models", dependencies=[Depends(authorised)], responses={401: errors[401]})
     async def models() -> dict[str, Any]:
-        entry = {"id": name, "object": "model", "created": made, "owned_by": "local", "max_model_len": engine.max_length}
+        entry = {
+            "id": name,
+            "object": "model",
+            "created": made,
+            "owned_by": "local",
+            "max_model_len": engine.max_length,
+        }
         return {"object": "list", "data": [entry]}
 
     @app.get("/health", responses={503: errors[503]})
@@ -240,7 +248,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
         response.status_code = 200 if well else 503
         return {"status": "ok" if well else "ending" if engine.draining else "failed"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -264,5 +272,3 @@ def _usage(job: Job, new: int) -> dict[str, Any]:
         "total_tokens": read + new,
         "prompt_tokens_details": {"cached_tokens": job.cached},
     }
-
-

@@ -168,8 +168,8 @@ class Engine:
             raise ValueError("[serve] expected a prompt; got an empty one")
         if total > self.max_length or request.pages > self.max_pages:
             raise ValueError(
-                f"[serve] expected at most {self.max_length} tokens of prompt and answer; got {len(request.prompt)} and "
-                f"{request.sampling.max_tokens}"
+                f"[serve] expected at most {self.max_length} tokens of prompt and answer; "
+                f"got {len(request.prompt)} and {request.sampling.max_tokens}"
             )
         with self._wake:
             if self.draining or not self.alive:
@@ -305,7 +305,8 @@ class Engine:
 
     def _take(self, request: Request, logits: torch.Tensor) -> bool:
         """Draws a request's next token and tells its listener; whether it was the last one."""
-        assert request.sampler is not None and request.text is not None
+        assert request.sampler is not None
+        assert request.text is not None
         token = request.sampler(logits)
         request.new.append(token)
         if len(request.new) == 1:
@@ -332,9 +333,7 @@ class Engine:
         ids = torch.tensor(tokens, device=self.model.device)
         first = torch.tensor(positions, device=self.model.device)
         at = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        out = self.model(
-            input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
     def _read_saved(self, path: Path) -> ForgeCache:

@@ -47,7 +47,16 @@ class Generation(BaseModel):
     frequency_penalty: Literal[0] | None = None
 
     def model_post_init(self, _: Any) -> None:
-        for name in ("logprobs", "top_logprobs", "logit_bias", "tools", "functions", "response_format", "best_of", "echo"):
+        for name in (
+            "logprobs",
+            "top_logprobs",
+            "logit_bias",
+            "tools",
+            "functions",
+            "response_format",
+            "best_of",
+            "echo",
+        ):
             if (self.model_extra or {}).get(name) not in (None, False, 0, 1 if name == "best_of" else None, {}, []):
                 raise ValueError(f"{name} is not supported")
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
+from .. import models
 from ..codec import PAGE, CodecSpec
-from ..evaluation.setup import head_dim, setup
+from ..evaluation.setup import head_dim
 from ..plan import parse_memory
 from .api import create_app
 from .engine import Engine
@@ -29,36 +34,70 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signals again when it has ended, which would end the process before `drain`.
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.draining = True
         super().handle_exit(sig, frame)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Serve until SIGTERM or SIGINT; returns how it ended."""
+def serve(model: str, spec: CodecSpec, *, host: str, port: int, arguments: Sequence[str]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets requests finish and keeps their prefixes.
+
+    Args:
+        model: a name of `models.load`.
+        spec: how caches are coded.
+        host, port: where to listen; port 0 takes a free one.
+        arguments: more options, see `parser`. The API key is the environment's FORGEATTN_API_KEY.
+
+    Raises:
+        ValueError: arguments that make no sense, or a model that cannot be packed.
+    """
+    args = parser().parse_args(arguments)
     key = os.environ.get("FORGEATTN_API_KEY") or None
-    if key is None and not _is_loopback(args.host):
-        log.warning("%s is not a loopback address and FORGEATTN_API_KEY is not set: anyone may ask", args.host)
-    made = setup(args)
-    model, tokenizer = made.model, made.tokenizer
-    model.set_attn_implementation("forge")
-    engine = make_engine(model, tokenizer, made.spec, args)
-    name = args.served_name or Path(str(args.model)).name
-    app = create_app(engine, name, api_key=key, max_body=args.max_body)
-    config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.drain), lifespan="off"
+    if key is None and not _is_loopback(host):
+        log.warning("%s is not a loopback address and FORGEATTN_API_KEY is not set: anyone may ask", host)
+    loaded, tokenizer = models.load(
+        model, dtype=getattr(torch, args.dtype), device=args.device, attn_implementation="forge"
     )
-    server = Server(config, engine)
-    sock = socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((args.host, args.port))
-    host, port = sock.getsockname()[:2]
-    print(f"{name} at http://{host}:{port}/v1, {engine.max_pages * PAGE} tokens of cache", flush=True)
-    try:
-        server.run(sockets=[sock])
-    finally:
-        cut = engine.drain(args.drain)
-    return {"served": name, "cut_short": cut, "prefixes_in_memory": len(engine.prefixes)}
+    engine = make_engine(loaded, tokenizer, spec, args)
+    name = args.served_name or Path(model).name
+    app = create_app(engine, name, api_key=key, max_body=args.max_body)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.drain, lifespan="off")
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        address, port = sock.getsockname()[:2]
+        print(f"{name} at http://{address}:{port}/v1, room for {engine.max_pages * PAGE} packed tokens", flush=True)
+        try:
+            Server(config, engine).run(sockets=[sock])
+        finally:
+            cut = engine.drain(args.drain)
+            print(f"ended; {cut} requests were cut short", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options after `--`."""
+    made = argparse.ArgumentParser(prog="forgeattn serve --engine hf ... --", allow_abbrev=False)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    made.add_argument("--served-name", help="the model's name in requests (default: that of --model)")
+    made.add_argument("--cache-memory", default="1GiB", metavar="SIZE", help="of pages (default %(default)s)")
+    made.add_argument("--max-running", type=_positive, default=16, help="requests decoded together")
+    made.add_argument("--max-waiting", type=_positive, default=64, help="requests that wait; more get status 429")
+    made.add_argument("--max-body", type=_positive, default=4 << 20, metavar="BYTES", help="of a request")
+    made.add_argument("--piece", type=_positive, default=512, help="tokens of a prompt read between two steps")
+    made.add_argument("--prefixes", type=int, default=32, help="prompt prefixes kept in memory")
+    made.add_argument("--prefix-folder", type=Path, help="where prefixes outlast the server")
+    made.add_argument("--prefix-disk", default="4GiB", metavar="SIZE", help="most that they take there")
+    made.add_argument("--drain", type=_positive, default=30, metavar="SECONDS", help="for running requests at the end")
+    return made
 
 
 def make_engine(model: Any, tokenizer: Any, spec: CodecSpec, args: argparse.Namespace) -> Engine:
@@ -77,9 +116,16 @@ def make_engine(model: Any, tokenizer: Any, spec: CodecSpec, args: argparse.Name
         max_waiting=args.max_waiting,
         piece=args.piece,
         prefixes=args.prefixes,
-        folder=Path(args.prefix_folder) if args.prefix_folder else None,
+        folder=args.prefix_folder,
         max_disk_bytes=parse_memory(args.prefix_disk),
     )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more; got {text}")
+    return number
 
 
 def _is_loopback(host: str) -> bool:
@@ -87,4 +133,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
