@@ -26,7 +26,7 @@ int main() {
                     fa::word_index(dim, 3, lane, u, 2), fa::word_index(dim, 4, lane, u, 3));
         for (int n = 0; n < 4; ++n)
           for (int e = 0; e < 8; ++e)
-            std::printf("code %d %d %d %d %d %d %d %d\n", dim, lane, u, 8 * n + e, fa::k_token(dim, lane, u, n),
+            std::printf("code %d %d %d %d %d %d %d %d\n", dim, lane, u, 4 * e + n, fa::k_token(dim, lane, u, n),
                         fa::k_channel(dim, lane, u, n, e), fa::v_token(lane, n, e), fa::v_channel(lane, u, e));
       }
   }

@@ -120,7 +120,7 @@ def test_another_model_codec_or_set_of_layers(tmp_path: Path) -> None:
             read(path, codecs)
 
 
-@pytest.mark.parametrize(("field", "value"), [("version", "2"), ("format", "other")])
+@pytest.mark.parametrize(("field", "value"), [("version", "1"), ("format", "other")])
 def test_another_format(tmp_path: Path, field: str, value: str) -> None:
     path = tmp_path / "cache"
     save(path, layers(), "m")

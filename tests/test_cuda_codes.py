@@ -41,5 +41,5 @@ def test_indices(bits: int, states: int, tmp_path: Path) -> None:
     ctypes.CDLL(str(library)).indices(
         words.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int(400)
     )
-    got = (out[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(400, 32)
-    assert np.array_equal(got, codes if states == 1 else trellis_levels(codes, bits, states))
+    got = out[:, None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15
+    assert np.array_equal(got.reshape(400, 32), codes if states == 1 else trellis_levels(codes, bits, states))

@@ -28,7 +28,7 @@ def gram(rng: np.random.Generator, dim: int, heads: int = 1) -> F64:
 def energy(codec: Codec, e: F64) -> F64:
     """e^T H e of errors [64, padded_dim] of head 0."""
     assert codec.shaping is not None
-    return (e @ codec.shaping.factor[0].astype(np.float64).T) ** 2 @ codec.shaping.weight[0]
+    return (e @ codec.shaping.factor[0, 0].astype(np.float64).T) ** 2 @ codec.shaping.weight[0, 0]
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 256, 512])
@@ -46,19 +46,34 @@ def test_groups_are_the_tokens_that_share_units(dim: int) -> None:
     assert (path_groups("k", dim, 1) == np.arange(64)).all()
 
 
-def test_factors_give_the_gram_in_rotated_coordinates() -> None:
+@pytest.mark.parametrize("dim", [64, 96])
+def test_factors_give_the_gram_in_rotated_coordinates(dim: int) -> None:
     rng = np.random.default_rng(0)
-    g = gram(rng, 64, 2)
-    codec = Codec(CodecSpec(), 64, 2, k_diagonal=rng.uniform(0.5, 2, (2, 64)), query_gram=g, gram_ridge=0.0)
+    g = gram(rng, dim, 2)
+    codec = Codec(CodecSpec(), dim, 2, k_diagonal=rng.uniform(0.5, 2, (2, dim)), query_gram=g, gram_ridge=0.0)
     assert codec.shaping is not None
-    factor, weight = (x.astype(np.float64) for x in (codec.shaping.factor, codec.shaping.weight))
-    h = factor.transpose(0, 2, 1) @ (weight[:, :, None] * factor)
     inverse = codec.k_transform.inverse.astype(np.float64)
     want = inverse.transpose(0, 2, 1) @ g @ inverse
-    want *= 64 / np.trace(want, axis1=1, axis2=2)[:, None, None]
-    np.testing.assert_allclose(h, 0.99 * want + 0.01 * np.eye(64), atol=1e-5 * np.abs(want).max())
-    assert (np.triu(factor, 1) == 0).all()
-    assert (np.diagonal(factor, axis1=1, axis2=2) == 1).all()
+    want *= dim / np.trace(want, axis1=1, axis2=2)[:, None, None]
+    orders, _ = packing.key_orders(dim)
+    for i, order in enumerate(orders):
+        factor, weight = (x[:, i].astype(np.float64) for x in (codec.shaping.factor, codec.shaping.weight))
+        h = factor.transpose(0, 2, 1) @ (weight[:, :, None] * factor)
+        np.testing.assert_allclose(h, 0.99 * want + 0.01 * np.eye(dim), atol=1e-5 * np.abs(want).max())
+        by_rank = factor[:, order[:, None], order]
+        assert (np.triu(by_rank, 1) == 0).all()
+        assert (np.diagonal(by_rank, axis1=1, axis2=2) == 1).all()
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256, 512])
+def test_channels_are_ranked_as_paths_visit_them(dim: int) -> None:
+    orders, which = packing.key_orders(dim)
+    assert len(orders) == (3 if dim == 96 else 1)
+    token, channel = packing.k_layout(dim)
+    for lane in range(4, 8):
+        for t in np.unique(token[lane]):
+            rank = np.argsort(orders[which[t]])[channel[lane][token[lane] == t]]
+            assert (np.diff(rank) == 1).all()
 
 
 @settings(max_examples=10, deadline=None)

@@ -129,5 +129,5 @@ def test_nibbles_agree(header, bits, code):
     assert len(got) == len(words)
     codes = packing.unpack_unit(words[:, :bits], bits, code != "scalar")
     levels = codes if code == "scalar" else trellis_levels(codes, bits, int(code[-1]))
-    nibbles = (got[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(len(words), 32)
-    np.testing.assert_array_equal(nibbles, levels)
+    nibbles = got[:, None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15
+    np.testing.assert_array_equal(nibbles.reshape(-1, 32), levels)

@@ -30,7 +30,7 @@ def test_round_trip_and_hash():
         {"k_scale_rule": "max"},
         {"sinks": -1},
         {"window": 1.5},
-        {"version": 2},
+        {"version": 1},
     ],
 )
 def test_wrong_fields_are_refused(wrong):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec.codec import Codec
+from ..codec.packing import key_orders
 from ..codec.spec import CODES, SCALE_FORMATS, SCALE_RULES
 from ..codec.transform import random_signs
 from ..ops.arrays import FLOATS, dtype_of, empty_like, is_torch
@@ -59,7 +60,7 @@ def _make_codec(codec: Codec) -> Any:
     spec, fmt = codec.spec, codec.format
     none = np.zeros(0, np.float32)
     hadamard = spec.rotation == "hadamard"
-    k, v, shaping = codec.k_transform, codec.v_transform, codec.shaping
+    k, v = codec.k_transform, codec.v_transform
 
     def columns(matrix: Any) -> Any:
         return none if hadamard else np.ascontiguousarray(matrix.transpose(0, 2, 1), np.float32)
@@ -87,9 +88,19 @@ def _make_codec(codec: Codec) -> Any:
         columns(v.inverse),
         none if k.mu is None else k.mu,
         none if v.mu is None else v.mu,
-        none if shaping is None else shaping.factor,
-        none if shaping is None else shaping.weight,
+        *_by_rank(codec),
     )
+
+
+def _by_rank(codec: Codec) -> tuple[Any, Any]:
+    """The shaping's factors and weights with their channels in coding order."""
+    shaping, none = codec.shaping, np.zeros(0, np.float32)
+    if shaping is None:
+        return none, none
+    order, _ = key_orders(codec.format.padded_dim)
+    number = np.arange(len(order))
+    factor = shaping.factor[:, number[:, None, None], order[:, :, None], order[:, None, :]]
+    return np.ascontiguousarray(factor), np.ascontiguousarray(shaping.weight[:, number[:, None], order])
 
 
 def _address(x: Any) -> int:

@@ -1,7 +1,8 @@
 """Codes to bytes and back, in NumPy (docs/format.md). The kernels' twin of this file is kernels/shared/format.h.
 
 The order of codes inside a record is that of int8 tensor-core fragments (mma.m16n8k32): lane 4 g + t of 32 holds
-padded_dim / 16 units of 32 codes, and a unit is four nibble words of 8 codes.
+padded_dim / 16 units of 32 codes, and a unit is four nibble words of 8 codes. Code e (0..7) of nibble word n is the
+unit's code 4 e + n; in that order a trellis path runs through them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ U32 = NDArray[np.uint32]
 
 @lru_cache
 def k_layout(padded_dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Token and channel of each key code, both [lane, unit, 32]. A lane's nibble word i = j S + s holds eight
-    neighbouring channels of one token (S = padded_dim / 32)."""
+    """Token and channel of each key code, both [lane, unit, 32]. A lane's nibble word i = 4 unit + n = j S + s holds
+    eight neighbouring channels of one token (S = padded_dim / 32)."""
     steps = padded_dim // 32
-    lane, i, e = np.meshgrid(np.arange(LANES), np.arange(8 * steps), np.arange(8), indexing="ij")
+    lane, unit, e, n = _places(padded_dim)
+    i = 4 * unit + n
     g, t, j, s = lane >> 2, lane & 3, i // steps, i % steps
     token = (g >> 1) * 16 + 2 * j + (g & 1)
     channel = t * (padded_dim // 4) + 8 * s + e
@@ -34,50 +36,76 @@ def k_layout(padded_dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 def v_layout(padded_dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Token and channel of each value code, both [lane, unit, 32]. A unit holds 16 neighbouring tokens of two
     channels; each half of a nibble word is four neighbouring tokens of one channel."""
-    lane, unit, n, e = np.meshgrid(
-        np.arange(LANES), np.arange(padded_dim // 16), np.arange(4), np.arange(8), indexing="ij"
-    )
+    lane, unit, e, n = _places(padded_dim)
     token = (lane & 3) * 16 + 4 * n + (e & 3)
     channel = 16 * unit + (lane >> 2) + 8 * (e >> 2)
     return token.reshape(LANES, -1, 32), channel.reshape(LANES, -1, 32)
 
 
+def _places(padded_dim: int) -> tuple[NDArray[np.intp], ...]:
+    return tuple(np.meshgrid(*map(np.arange, (LANES, padded_dim // 16, 8, 4)), indexing="ij"))
+
+
+@lru_cache
+def key_orders(padded_dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """In which order trellis paths visit the channels of a key.
+
+    Returns:
+        Channels by rank, [orders, padded_dim], and which order a token has, [64]. All tokens have the same, except
+        where units begin within tokens: at padded_dim 96 there are three.
+    """
+    token, channel = k_layout(padded_dim)
+    steps = padded_dim // 32
+    visits = np.empty((PAGE, padded_dim), np.intp)
+    for t in range(4):
+        # A quarter of the channels of all tokens, unit after unit.
+        tokens, channels = token[t::4].ravel(), channel[t::4].ravel()
+        by_token = np.argsort(tokens, kind="stable").reshape(PAGE, 8 * steps)
+        visits[:, t * 8 * steps : (t + 1) * 8 * steps] = channels[by_token]
+    number: dict[bytes, int] = {}
+    which = np.array([number.setdefault(row.tobytes(), len(number)) for row in visits])
+    return visits[np.unique(which, return_index=True)[1]], which
+
+
 def pack_unit(codes: U8, bits: int, trellis: bool) -> U32:
     """Codes [..., 32] of `bits` bits to words [..., bits].
 
-    At 3 bits the words hold the first 24 codes in their nibbles and the last 8 codes in the nibbles' spare bits. A
-    scalar code leaves bit 3 of a nibble spare; a trellis code (level bits w, path bit u) leaves bit 1 spare, so that
-    a word masked is already the nibble w1 w0 . u.
+    Scalar codes of 3 bits: the words hold the codes of n = 0, 1, 2 in their nibbles, and those of n = 3 in the
+    nibbles' spare bits. Trellis codes (level bits w, path bit u): the path bits are a word of their own, code i in bit
+    i; two level bits are the upper (n = 0, 1) or lower (n = 2, 3) pair of the nibbles of two words, one is bit i of a
+    word.
     """
-    c: NDArray[Any] = codes.reshape(*codes.shape[:-1], 4, 8).astype(np.uint32)
-    if bits == 4:
-        nibbles = c
+    c: NDArray[Any] = codes.reshape(*codes.shape[:-1], 8, 4).astype(np.uint32)
+    n0, n1, n2, n3 = nibbles = list(np.moveaxis(c, -1, 0))
+    if trellis:
+        w, place = c >> 1, np.arange(4, dtype=np.uint32)
+        nibbles = [np.bitwise_or.reduce((c & 1) << place, axis=-1)]
+        if bits == 2:
+            nibbles += [np.bitwise_or.reduce(w << place, axis=-1)]
+        else:
+            nibbles += [w[..., 0] << 2 | w[..., 2], w[..., 1] << 2 | w[..., 3]]
     elif bits == 2:
-        nibbles = np.stack([c[..., 0, :] | c[..., 1, :] << 2, c[..., 2, :] | c[..., 3, :] << 2], -2)
-    elif trellis:
-        spare = np.stack([c[..., 3, :] >> 2 & 1, c[..., 3, :] >> 1 & 1, c[..., 3, :] & 1], -2)
-        nibbles = (c[..., :3, :] & 6) << 1 | (c[..., :3, :] & 1) | spare << 1
-    else:
-        spare = np.stack([c[..., 3, :] & 1, c[..., 3, :] >> 1 & 1, c[..., 3, :] >> 2 & 1], -2)
-        nibbles = c[..., :3, :] | spare << 3
+        nibbles = [n0 | n1 << 2, n2 | n3 << 2]
+    elif bits == 3:
+        nibbles = [n | (n3 >> k & 1) << 3 for k, n in enumerate((n0, n1, n2))]
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    return np.bitwise_or.reduce(nibbles << shifts, axis=-1).astype(np.uint32)
+    return np.bitwise_or.reduce(np.stack(nibbles, -2) << shifts, axis=-1).astype(np.uint32)
 
 
 def unpack_unit(words: U32, bits: int, trellis: bool) -> U8:
     """The inverse of `pack_unit`: words [..., bits] to codes [..., 32]."""
-    n = words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
-    if bits == 4:
-        c = n
+    w = np.moveaxis(words[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15, -2, 0)  # [bits, ..., 8] nibbles
+    if trellis:
+        path = [w[0] >> n & 1 for n in range(4)]
+        level = [w[1] >> n & 1 for n in range(4)] if bits == 2 else [w[1] >> 2, w[2] >> 2, w[1] & 3, w[2] & 3]
+        c = [pair << 1 | u for pair, u in zip(level, path)]
+    elif bits == 4:
+        c = list(w)
     elif bits == 2:
-        c = np.stack([n[..., 0, :] & 3, n[..., 0, :] >> 2, n[..., 1, :] & 3, n[..., 1, :] >> 2], -2)
-    elif trellis:
-        last = (n[..., 0, :] >> 1 & 1) << 2 | (n[..., 1, :] >> 1 & 1) << 1 | (n[..., 2, :] >> 1 & 1)
-        c = np.concatenate([(n >> 1 & 6) | (n & 1), last[..., None, :]], -2)
+        c = [w[0] & 3, w[0] >> 2, w[1] & 3, w[1] >> 2]
     else:
-        last = n[..., 0, :] >> 3 | (n[..., 1, :] >> 3) << 1 | (n[..., 2, :] >> 3) << 2
-        c = np.concatenate([n & 7, last[..., None, :]], -2)
-    return c.reshape(*words.shape[:-1], 32).astype(np.uint8)
+        c = [*(w & 7), w[0] >> 3 | (w[1] >> 3) << 1 | (w[2] >> 3) << 2]
+    return np.stack(c, -1).reshape(*words.shape[:-1], 32).astype(np.uint8)
 
 
 def words_to_bytes(words: U32) -> U8:

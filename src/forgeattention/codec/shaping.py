@@ -3,6 +3,7 @@
 A key's error e costs (q . e)^2 over the queries q, e^T H e with H their Gram matrix. Factored as H = M^T diag(d) M with
 M unit lower triangular this is sum_i d_i (e_i + sum_(j<i) M_ij e_j)^2, so that channels are coded one after another,
 each making up for the errors before it (the LDL feedback of QuIP, arXiv 2307.13304). Readers know nothing of it.
+Channels come in the order in which trellis paths visit them (`packing.key_orders`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .packing import key_orders
 from .transform import Transform
 
 F32 = NDArray[np.float32]
@@ -24,8 +26,9 @@ class Shaping:
     """The feedback of one layer's keys, in rotated coordinates.
 
     Attributes:
-        factor: M, unit lower triangular, float32 [heads, padded_dim, padded_dim], heads being 1 or kv_heads.
-        weight: d, float32 [heads, padded_dim], of mean about 1.
+        factor: M, float32 [heads, orders, padded_dim, padded_dim], heads being 1 or kv_heads; unit lower triangular
+            once rows and columns are brought into the order of `packing.key_orders`.
+        weight: d, float32 [heads, orders, padded_dim], of mean about 1.
     """
 
     factor: F32
@@ -61,10 +64,16 @@ def make_shaping(gram: ArrayLike, ridge: float, transform: Transform, head_dim: 
     h /= np.trace(h, axis1=1, axis2=2)[:, None, None] / padded
     eye = np.eye(padded)
     h = (1 - FLOOR) * ((1 - ridge) * h + ridge * eye) + FLOOR * eye
-    try:
-        upper = np.flip(np.linalg.cholesky(np.flip(h, (1, 2))), (1, 2))
-    except np.linalg.LinAlgError:
-        raise ValueError("[codec] expected a positive semidefinite query Gram; got another matrix") from None
-    diagonal = np.diagonal(upper, axis1=1, axis2=2)
-    factor = (upper / diagonal[:, None, :]).transpose(0, 2, 1)
-    return Shaping(np.ascontiguousarray(factor, np.float32), np.ascontiguousarray(diagonal**2, np.float32))
+    orders, _ = key_orders(padded)
+    factor = np.empty((len(h), len(orders), padded, padded), np.float32)
+    weight = np.empty((len(h), len(orders), padded), np.float32)
+    for i, order in enumerate(orders):
+        last_first = order[::-1]
+        try:
+            upper = np.flip(np.linalg.cholesky(h[:, last_first[:, None], last_first]), (1, 2))
+        except np.linalg.LinAlgError:
+            raise ValueError("[codec] expected a positive semidefinite query Gram; got another matrix") from None
+        diagonal = np.diagonal(upper, axis1=1, axis2=2)
+        factor[:, i, order[:, None], order] = (upper / diagonal[:, None, :]).transpose(0, 2, 1)
+        weight[:, i, order] = diagonal**2
+    return Shaping(factor, weight)

@@ -12,7 +12,7 @@ PAGE = 64
 LANES = 32
 """Lanes over which a page's codes are dealt out: one warp, one simdgroup."""
 HEAD_DIMS = (64, 80, 96, 128, 256, 512)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Code = Literal["scalar", "trellis4", "trellis8"]
 ScaleFormat = Literal["fp16", "log8"]

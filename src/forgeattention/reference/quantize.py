@@ -14,7 +14,7 @@ from ..codec.spec import PAGE
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 Feedback = tuple[F64, F64]
-"""Factor [padded_dim, padded_dim] and weight [padded_dim] of one head's `codec.shaping.Shaping`."""
+"""Factor [orders, padded_dim, padded_dim] and weight [orders, padded_dim] of one head's `codec.shaping.Shaping`."""
 
 MULTIPLIERS = (0.9, 0.95, 1.0, 1.05, 1.1)
 """A refining encoder codes every vector again at these multiples of its own scale."""
@@ -89,7 +89,7 @@ def _error(u: F64, c: F64, rule: str, feedback: Feedback | None, group: NDArray[
         per_token = (e * e).sum(1)
     else:
         factor, weight = feedback
-        per_token = (e @ factor.T) ** 2 @ weight
+        per_token = (e @ factor[0].T) ** 2 @ weight[0]
     return np.bincount(group, per_token).astype(np.float64)
 
 
@@ -122,8 +122,8 @@ def _scalar(x: F64, book: Codebook, feedback: Feedback | None) -> U8:
     if feedback is None:
         return np.searchsorted(edges, x).astype(np.uint8)
     codes, error = np.empty(x.shape, np.uint8), np.zeros(x.shape)
-    for i in range(x.shape[1]):
-        codes[:, i] = np.searchsorted(edges, x[:, i] + error @ feedback[0][i])
+    for i in packing.key_orders(x.shape[1])[0][0]:
+        codes[:, i] = np.searchsorted(edges, x[:, i] + error @ feedback[0][0, i])
         error[:, i] = x[:, i] - values[codes[:, i]]
     return codes
 
@@ -133,6 +133,7 @@ def _shaped_paths(x: F64, book: Codebook, feedback: Feedback) -> U8:
     of the search carries the errors of its own path."""
     dim = x.shape[1]
     token, channel = packing.k_layout(dim)
+    _, order = packing.key_orders(dim)
     factor, weight = feedback
     codes, error = np.empty(x.shape, np.uint8), np.zeros(x.shape)
     run = _run(dim)
@@ -140,13 +141,13 @@ def _shaped_paths(x: F64, book: Codebook, feedback: Feedback) -> U8:
         for first in range(run):
             # Rows: all units at the same channels, eight lanes times the runs of each.
             where = token[t::4, first::run].reshape(-1, 32)
-            at = channel[t, first]
-            base = (error[where] * factor[at]).sum(-1)
+            at, own = channel[t, first], order[where[0]]
+            base = (error[where] * factor[own, at]).sum(-1)
             same = where[0][:, None] == where[0]
-            inside = np.tril(factor[at][:, at] * same, -1)
+            inside = np.tril(factor[own[:, None], at[:, None], at] * same, -1)
             target = x[where, at]
             start = circular_start(target + base, book)
-            found, e = _survivors(target, base, inside, weight[at], start, book)
+            found, e = _survivors(target, base, inside, weight[own, at], start, book)
             codes[where, at], error[where, at] = found, e
     return codes
 

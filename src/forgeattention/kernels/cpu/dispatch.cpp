@@ -1,6 +1,7 @@
 // Choice of the instruction set at run time.
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -28,7 +29,7 @@ struct Positions {
     const int c = chunk(dim), row = LANES * c, paths = 2 * dim;
     for (int s = 0; s < 32; ++s)
       for (int p = 0; p < paths; ++p) {
-        const int unit = p / row * c + p % c, lane = p % row / c, n = s / 8, e = s % 8;
+        const int unit = p / row * c + p % c, lane = p % row / c, n = s % 4, e = s / 4;
         keys[s * paths + p] = uint16_t(k_token(dim, lane, unit, n) * dim + k_channel(dim, lane, unit, n, e));
         values[s * paths + p] = uint16_t(v_token(lane, n, e) * dim + v_channel(lane, unit, e));
       }
@@ -65,6 +66,33 @@ const uint16_t* path_positions(int dim, bool keys) {
   static const Positions tables[] = {Positions(64), Positions(96), Positions(128), Positions(256), Positions(512)};
   const Positions& p = tables[dim == 64 ? 0 : dim == 96 ? 1 : dim == 128 ? 2 : dim == 256 ? 3 : 4];
   return (keys ? p.keys : p.values).data();
+}
+
+KeyOrder::KeyOrder(int dim) : steps(dim / 32) {
+  run = steps % 4 == 0 ? steps / 4 : steps % 2 == 0 ? steps / 2 : steps;
+  tokens = 4 * run / steps;
+  chains = 8 / tokens;
+  orders = 0;
+  uint16_t visits[4][MAX_DIM];
+  int seen[4] = {};
+  for (int t = 0; t < 4; ++t)
+    for (int unit = 0; unit < run; ++unit)
+      for (int i = 0; i < 32; ++i) {
+        const int token = (4 * unit + i % 4) / steps;
+        visits[token][seen[token]++] = uint16_t(k_channel(dim, t, unit, i % 4, i / 4));
+      }
+  for (int token = 0; token < tokens; ++token) {
+    const size_t bytes = sizeof(uint16_t) * dim;
+    int same = 0;
+    while (same < orders && std::memcmp(channel[same], visits[token], bytes) != 0) ++same;
+    if (same == orders) std::memcpy(channel[orders++], visits[token], bytes);
+    order[token] = same;
+  }
+}
+
+const KeyOrder& key_order(int dim) {
+  static const KeyOrder tables[] = {KeyOrder(64), KeyOrder(96), KeyOrder(128), KeyOrder(256), KeyOrder(512)};
+  return tables[dim == 64 ? 0 : dim == 96 ? 1 : dim == 128 ? 2 : dim == 256 ? 3 : 4];
 }
 
 std::vector<const Kernels*> available_kernels() {

@@ -66,15 +66,16 @@ struct Encode {
     float values[16];
     for (int i = 0; i < count; ++i) values[i] = side.unit * float(side.levels[i]);
     if (feedback.factor) {
-      const KeyOrder order(dim);
+      const KeyOrder& order = key_order(dim);
+      const auto channels = [&](int c) { return side.code == SCALAR ? order.channel[0] : order.channels(c); };
       for (int c = 0; c < PAGE; ++c) {
-        const int token = order.token(c);
-        for (int i = 0; i < dim; ++i) s.steps[i * PAGE + c] = s.x[token * dim + i];
+        const float* x = s.x + order.token(c) * dim;
+        for (int i = 0; i < dim; ++i) s.steps[i * PAGE + c] = x[channels(c)[i]];
       }
       Search<Isa>::shaped(side, dim, s.steps, feedback, values, s.error, s.path_codes);
       for (int c = 0; c < PAGE; ++c) {
-        const int token = order.token(c);
-        for (int i = 0; i < dim; ++i) s.codes[token * dim + i] = s.path_codes[i * PAGE + c];
+        uint8_t* codes = s.codes + order.token(c) * dim;
+        for (int i = 0; i < dim; ++i) codes[channels(c)[i]] = s.path_codes[i * PAGE + c];
       }
     } else if (side.code == SCALAR) {
       for (int i = 0; i < PAGE * dim; ++i) {
@@ -110,7 +111,7 @@ struct Encode {
   // Error e^T H e of each token's levels, summed over the tokens that share paths; groups are numbered by `group` [64].
   static void errors(const Side& side, int dim, const Feedback& feedback, Scratch& s, const int8_t* group, float* out) {
     float per_token[PAGE];
-    const KeyOrder order(dim);
+    const KeyOrder& order = key_order(dim);
     for (int c = 0; c < PAGE; ++c) {
       const int t = feedback.factor ? order.token(c) : c;
       float uu = 0, uc = 0, cc = 0;
@@ -120,7 +121,10 @@ struct Encode {
       const float g = gain(side, uu, uc, cc);
       per_token[c] = uu - 2 * g * uc + g * g * cc;
       if (feedback.factor)
-        for (int i = 0; i < dim; ++i) s.error[i * PAGE + c] = s.u[t * dim + i] - g * side.unit * float(s.levels[t * dim + i]);
+        for (int i = 0; i < dim; ++i) {
+          const int at = t * dim + order.channel[0][i];
+          s.error[i * PAGE + c] = s.u[at] - g * side.unit * float(s.levels[at]);
+        }
     }
     if (feedback.factor) Search<Isa>::energy(dim, s.error, feedback, per_token);
     for (int i = 0; i < PAGE; ++i) out[i] = 0;
@@ -147,7 +151,7 @@ struct Encode {
   }
   // Codes again at multiples of each vector's own scale; every group of tokens keeps its best.
   static void improve(const Side& side, bool keys, int dim, const Feedback& feedback, Scratch& s) {
-    const KeyOrder order(dim);
+    const KeyOrder& order = key_order(dim);
     int8_t group[PAGE];
     for (int c = 0; c < PAGE; ++c)
       if (side.code == SCALAR)
@@ -198,23 +202,27 @@ struct Encode {
   // path_codes to words: word k of path p is number (p / row * bits + k) * row + p % row.
   static void pack(const Side& side, int dim, const uint8_t* codes, uint8_t* out) {
     const int paths = 2 * dim, row = LANES * chunk(dim), bits = side.bits;
-    const auto word = [&](int n, int p) {  // codes 8 n .. 8 n + 7 of path p in nibbles
-      uint32_t w = 0;
-      for (int e = 0; e < 8; ++e) w |= uint32_t(codes[(8 * n + e) * paths + p]) << 4 * e;
-      return w;
-    };
     for (int p = 0; p < paths; ++p) {
-      uint32_t n[4], w[4];
-      for (int i = 0; i < 4; ++i) n[i] = word(i, p);
+      uint32_t n[4] = {}, w[4];
+      for (int e = 0; e < 8; ++e)
+        for (int i = 0; i < 4; ++i) n[i] |= uint32_t(codes[(4 * e + i) * paths + p]) << 4 * e;
       if (bits == 4) {
         for (int k = 0; k < 4; ++k) w[k] = n[k];
+      } else if (side.code != SCALAR) {
+        w[0] = w[1] = w[2] = 0;
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t level = n[i] >> 1;
+          w[0] |= (n[i] & 0x11111111u) << i;
+          if (bits == 2)
+            w[1] |= (level & 0x11111111u) << i;
+          else
+            w[1 + i % 2] |= (level & 0x33333333u) << (i < 2 ? 2 : 0);
+        }
       } else if (bits == 2) {
         w[0] = n[0] | n[1] << 2;
         w[1] = n[2] | n[3] << 2;
-      } else if (side.code == SCALAR) {
-        for (int k = 0; k < 3; ++k) w[k] = n[k] | (n[3] >> k & 0x11111111u) << 3;
       } else {
-        for (int k = 0; k < 3; ++k) w[k] = (n[k] & 0x66666666u) << 1 | (n[k] & 0x11111111u) | (n[3] >> (2 - k) & 0x11111111u) << 1;
+        for (int k = 0; k < 3; ++k) w[k] = n[k] | (n[3] >> k & 0x11111111u) << 3;
       }
       for (int k = 0; k < bits; ++k) put(out + 4 * ((p / row * bits + k) * row + p % row), w[k]);
     }
@@ -263,7 +271,7 @@ struct Encode {
   static bool encode(const Codec& c, int head, float* k, float* v, uint8_t* record, void* scratch) {
     const int dim = c.dim;
     Scratch s(scratch, dim);
-    const Feedback none{nullptr, nullptr}, feedback = c.feedback(head);
+    const Feedback none{nullptr, nullptr}, feedback = feedback_of(c, head);
     quantise(c.v, false, dim, v, c.refine, none, s);
     const int v_base = c.scales == LOG8 ? log8_base(s.scales, 1) : 0;
     pack(c.v, dim, s.path_codes, record + v_offset(dim, c.k.bits, c.scales));

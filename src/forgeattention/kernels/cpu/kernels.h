@@ -32,9 +32,10 @@ struct Side {
   int level_count() const { return code == SCALAR ? 1 << bits : 1 << (bits + 1); }
 };
 
-// Feedback of one head: e^T H e = sum_i weight[i] (e_i + sum_(j<i) factor[i][j] e_j)^2 (codec/shaping.py).
+// Feedback of one head: e^T H e = sum_i weight[i] (e_i + sum_(j<i) factor[i][j] e_j)^2 (codec/shaping.py), channels in the
+// order in which trellis paths visit them.
 struct Feedback {
-  const float *factor, *weight;  // [dim][dim], [dim]; null for H the identity
+  const float *factor, *weight;  // [orders][dim][dim], [orders][dim]; null for H the identity
 };
 
 // A codec as the kernels see it.
@@ -45,15 +46,10 @@ struct Codec {
   LinearMap k_forward, v_forward, k_inverse, v_inverse;
   LinearMap query;               // q' = A_k^-T q
   std::vector<float> k_mu, v_mu; // [1 or kv_heads][dim], empty for none
-  std::vector<float> k_factor, k_weight;  // feedback of keys [1 or kv_heads][dim][dim] and [..][dim], empty for none
+  std::vector<float> k_factor, k_weight;  // feedback of keys [1 or kv_heads][orders][dim][dim] and [..][dim], empty for none
 
   int record() const { return record_bytes(dim, k.bits, v.bits, scales); }
   int64_t page() const { return int64_t(record()) * kv_heads; }
-  Feedback feedback(int head) const {
-    if (k_factor.empty()) return {nullptr, nullptr};
-    const size_t h = int(k_weight.size()) == dim ? 0 : size_t(head);
-    return {k_factor.data() + h * dim * dim, k_weight.data() + h * dim};
-  }
   const float* mu(const std::vector<float>& m, int head) const {
     return m.empty() ? nullptr : m.data() + (int(m.size()) == dim ? 0 : size_t(head) * dim);
   }

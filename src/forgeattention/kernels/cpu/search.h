@@ -8,19 +8,27 @@ namespace fa {
 
 // Units of keys that lie on the same channels of different tokens are searched side by side. In arrays [dim][64] of this file the
 // tokens stand in that order: column (local * chains + chain) * 8 + g is token (g >> 1) 16 + 2 (chain * tokens + local) + (g & 1).
+// The rows are a token's channels in the order in which paths visit them (codec/packing.py, key_orders).
 struct KeyOrder {
   int steps, run, tokens, chains;  // nibble words of a token in a lane; units and tokens until a unit begins with a token
-  explicit KeyOrder(int dim) : steps(dim / 32) {
-    run = steps % 4 == 0 ? steps / 4 : steps % 2 == 0 ? steps / 2 : steps;
-    tokens = 4 * run / steps;
-    chains = 8 / tokens;
+  int orders, order[4];            // order of each local token
+  uint16_t channel[4][MAX_DIM];    // by order and rank
+  explicit KeyOrder(int dim);
+  FA_INLINE int local(int column) const { return column / 8 / chains; }
+  FA_INLINE int token(int column) const {
+    const int g = column & 7, chain = column / 8 % chains;
+    return (g >> 1) * 16 + 2 * (chain * tokens + local(column)) + (g & 1);
   }
-  int token(int column) const {
-    const int g = column & 7, chain = column / 8 % chains, local = column / 8 / chains;
-    return (g >> 1) * 16 + 2 * (chain * tokens + local) + (g & 1);
-  }
-  int group(int column) const { return column % (8 * chains); }
+  FA_INLINE int group(int column) const { return column % (8 * chains); }
+  FA_INLINE const uint16_t* channels(int column) const { return channel[order[local(column)]]; }
 };
+const KeyOrder& key_order(int dim);
+
+FA_INLINE Feedback feedback_of(const Codec& c, int head) {
+  if (c.k_factor.empty()) return {nullptr, nullptr};
+  const size_t size = size_t(key_order(c.dim).orders) * c.dim, h = c.k_weight.size() == size ? 0 : size_t(head);
+  return {c.k_factor.data() + h * size * c.dim, c.k_weight.data() + h * size};
+}
 
 template <class Isa>
 struct Search {
@@ -147,36 +155,52 @@ struct Search {
     return state;
   }
 
-  // Keys x on trellis paths with feedback; errors (x less its level) and codes, all [dim][64] by columns. Units are taken in
-  // the order of their channels, and every survivor of a search carries the errors of its own path.
+  // How a unit of keys is coded: of each code in turn the rank of its channel, the columns of its token, its weight, and the
+  // factors of those codes before it (`prior`) that are of the same token.
+  struct Unit {
+    int rank[32], before[32], column[32], priors[32], prior[32][32];
+    float weight[32], inside[32][32];
+    const float* factor[32];  // row of the channel: [before] factors of what earlier units coded
+  };
+
+  // Keys x on trellis paths with feedback; errors (x less its level) and codes, all [dim][64] by ranks and columns. Every
+  // survivor of a search carries the errors of its own path.
   template <int STATES, int BITS>
   static void shaped_paths(int dim, const float* x, const Feedback& feedback, const float* values, float* error, uint8_t* codes) {
-    const KeyOrder order(dim);
+    const KeyOrder& order = key_order(dim);
     const Subsets<BITS> levels(values);
-    for (int t = 0; t < 4; ++t)
+    for (int t = 0; t < 4; ++t) {
+      int coded[4];  // ranks of each local token so far
+      for (int& rank : coded) rank = t * (dim / 4);
       for (int first = 0; first < order.run; ++first) {
-        int channel[32], column[32], begin[32];
-        float inside[32][32], weight[32];
+        Unit unit;
+        int before[4];
+        __builtin_memcpy(before, coded, sizeof(before));
         for (int e = 0; e < 32; ++e) {
-          const int word = 4 * first + e / 8, local = word / order.steps;
-          channel[e] = t * (dim / 4) + 8 * (word % order.steps) + e % 8;
-          column[e] = local * order.chains * 8;
-          begin[e] = e && column[e] == column[e - 1] ? begin[e - 1] : e;
-          weight[e] = feedback.weight[channel[e]];
-          for (int j = begin[e]; j < e; ++j) inside[e][j] = feedback.factor[channel[e] * dim + channel[j]];
+          const int local = (4 * first + e % 4) / order.steps, o = order.order[local];
+          unit.rank[e] = coded[local]++;
+          unit.before[e] = before[local];
+          unit.column[e] = local * order.chains * 8;
+          unit.weight[e] = feedback.weight[o * dim + unit.rank[e]];
+          unit.factor[e] = feedback.factor + (size_t(o) * dim + unit.rank[e]) * dim;
+          unit.priors[e] = 0;
+          for (int j = 0; j < e; ++j)
+            if (unit.column[j] == unit.column[e]) {
+              unit.inside[e][unit.priors[e]] = unit.factor[e][unit.rank[j]];
+              unit.prior[e][unit.priors[e]++] = j;
+            }
         }
         for (int row = 0; row < 8 * order.chains; row += W) {
           F32 target[32], shifted[32];
           for (int e = 0; e < 32; ++e) {
-            const float* f = feedback.factor + channel[e] * dim;
             F32 sum = F32{};
-            for (int j = 0; j < channel[begin[e]]; ++j) sum += f[j] * load<F32>(error + j * PAGE + column[e] + row);
-            target[e] = load<F32>(x + channel[e] * PAGE + column[e] + row);
+            for (int j = 0; j < unit.before[e]; ++j) sum += unit.factor[e][j] * load<F32>(error + j * PAGE + unit.column[e] + row);
+            target[e] = load<F32>(x + unit.rank[e] * PAGE + unit.column[e] + row);
             shifted[e] = target[e] + sum;
           }
           const U32 start = circular_start<STATES, BITS>(shifted, levels);
           U32 upper[32];
-          survivors<STATES, BITS>(target, shifted, inside, begin, weight, levels, start, upper);
+          survivors<STATES, BITS>(target, shifted, unit, levels, start, upper);
           U32 state = start, bit[32], subset[32];
           for (int e = 31; e >= 0; --e) {
             bit[e] = state & 1u;
@@ -188,7 +212,7 @@ struct Search {
           F32 found[32];
           for (int e = 0; e < 32; ++e) {
             F32 f = shifted[e];
-            for (int j = begin[e]; j < e; ++j) f += inside[e][j] * found[j];
+            for (int j = 0; j < unit.priors[e]; ++j) f += unit.inside[e][j] * found[unit.prior[e][j]];
             F32 level = levels.nearest(0, f);
             U32 w = levels.index(0, f);
             for (uint32_t s = 1; s < 4; ++s) {
@@ -196,19 +220,20 @@ struct Search {
               w = subset[e] == s ? levels.index(int(s), f) : w;
             }
             found[e] = target[e] - level;
-            const int at = channel[e] * PAGE + column[e] + row;
+            const int at = unit.rank[e] * PAGE + unit.column[e] + row;
             put(error + at, found[e]);
             const U32 code = w << 1 | bit[e];
             for (int i = 0; i < W; ++i) codes[at + i] = uint8_t(code[i]);
           }
         }
       }
+    }
   }
 
   // Viterbi search from `start` back to it: bit s of upper[e] says that state s after step e comes from its upper predecessor.
   template <int STATES, int BITS>
-  static void survivors(const F32 (&target)[32], const F32 (&shifted)[32], const float (&inside)[32][32], const int (&begin)[32],
-                        const float (&weight)[32], const Subsets<BITS>& levels, U32 start, U32 (&upper)[32]) {
+  static void survivors(const F32 (&target)[32], const F32 (&shifted)[32], const Unit& unit, const Subsets<BITS>& levels, U32 start,
+                        U32 (&upper)[32]) {
     F32 carried[2][STATES][32];
     F32 cost[STATES], next[STATES];
     for (int s = 0; s < STATES; ++s) cost[s] = start == uint32_t(s) ? F32{} : F32{} + INF;
@@ -218,10 +243,10 @@ struct Search {
       F32 branch[STATES][2], left[STATES][2];
       for (int s = 0; s < STATES; ++s) {
         F32 f = shifted[e];
-        for (int j = begin[e]; j < e; ++j) f += inside[e][j] * before[s][j];
+        for (int j = 0; j < unit.priors[e]; ++j) f += unit.inside[e][j] * before[s][unit.prior[e][j]];
         for (int u = 0; u < 2; ++u) {
           const F32 level = levels.nearest(subset_of(STATES, s << 1 | u), f), d = f - level;
-          branch[s][u] = cost[s] + weight[e] * (d * d);
+          branch[s][u] = cost[s] + unit.weight[e] * (d * d);
           left[s][u] = target[e] - level;
         }
       }
@@ -231,14 +256,14 @@ struct Search {
         const I32 second = branch[b][u] < branch[a][u];
         next[s] = second ? branch[b][u] : branch[a][u];
         upper[e] |= U32(second) & 1u << s;
-        for (int j = begin[e]; j < e; ++j) after[s][j] = second ? before[b][j] : before[a][j];
+        for (int j = 0; j < e; ++j) after[s][j] = second ? before[b][j] : before[a][j];
         after[s][e] = second ? left[b][u] : left[a][u];
       }
       for (int s = 0; s < STATES; ++s) cost[s] = next[s];
     }
   }
 
-  // The same for scalar codes.
+  // The same for scalar codes, all tokens in the first order.
   static void shaped_scalars(const Side& side, int dim, const float* x, const Feedback& feedback, const float* values, float* error,
                              uint8_t* codes) {
     for (int i = 0; i < dim; ++i)
@@ -264,7 +289,7 @@ struct Search {
       side.states() == 4 ? shaped_paths<4, 2>(dim, x, feedback, values, error, codes) : shaped_paths<8, 2>(dim, x, feedback, values, error, codes);
   }
 
-  // e^T H e of errors [dim][64], to out [64].
+  // e^T H e of errors [dim][64], all in the first order, to out [64].
   static void energy(int dim, const float* error, const Feedback& feedback, float* out) {
     for (int column = 0; column < PAGE; column += W) {
       F32 sum = F32{};

@@ -137,7 +137,7 @@ struct Trellis {
     for (int s = 1; s < STATES; ++s) out = s == seam ? cost[s] : out;
     return out;
   }
-  // Calls put(nibble word, i, code, level index) for i = 31 .. 0.
+  // Calls put(i, code, level index) for i = 31 .. 0.
   template <class Put>
   __device__ __forceinline__ void search(const float* edges, Put put) const {
     float before[STATES], after[STATES];
@@ -179,7 +179,7 @@ struct Trellis {
         u32 w = 0;
 #pragma unroll
         for (int e = 0; e < W - 1; ++e) w += x > edges[4 * c + e];
-        put(word * RUN / 8, i, w << 1 | u, w << 2 | c);
+        put(i, w << 1 | u, w << 2 | c);
         state = from;
       }
   }
@@ -193,27 +193,27 @@ struct Packer {
 #pragma unroll
     for (int b = 0; b < BITS; ++b) words[b] = 0;
   }
-  // n = i >> 3, known to the compiler.
-  __device__ __forceinline__ void put(int n, int i, u32 code) {
-    const int shift = 4 * (i & 7);
-    if constexpr (BITS == 4) {
+  // The compiler knows i of scalar codes, not of trellis codes.
+  __device__ __forceinline__ void put(int i, u32 code) {
+    const int n = i & 3, shift = i & ~3;
+    if constexpr (CODE != fa::SCALAR) {
+      words[0] |= (code & 1) << i;
+      if constexpr (BITS == 2) {
+        words[1] |= (code >> 1) << i;
+      } else {
+        const u32 level = (code >> 1) << (shift + (n < 2 ? 2 : 0));
+        words[1] |= n & 1 ? 0 : level;
+        words[2] |= n & 1 ? level : 0;
+      }
+    } else if constexpr (BITS == 4) {
       words[n] |= code << shift;
     } else if constexpr (BITS == 2) {
       words[n >> 1] |= code << (shift + 2 * (n & 1));
-    } else if constexpr (CODE == fa::SCALAR) {
-      if (n < 3) {
-        words[n < 3 ? n : 0] |= code << shift;
-      } else {
-#pragma unroll
-        for (int b = 0; b < 3; ++b) words[b] |= (code >> b & 1) << (shift + 3);
-      }
+    } else if (n < 3) {
+      words[n < 3 ? n : 0] |= code << shift;
     } else {
-      if (n < 3) {
-        words[n < 3 ? n : 0] |= ((code & 6) << 1 | (code & 1)) << shift;
-      } else {
 #pragma unroll
-        for (int b = 0; b < 3; ++b) words[b] |= (code >> (2 - b) & 1) << (shift + 1);
-      }
+      for (int b = 0; b < 3; ++b) words[b] |= (code >> b & 1) << (shift + 3);
     }
   }
 };
@@ -241,11 +241,11 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
   for (int unit_at = warp; unit_at < UNITS; unit_at += WARPS) {
     auto where = [&](int i, int& token, int& channel) {
       if constexpr (KEYS) {
-        token = fa::k_token(DIM, lane, unit_at, i >> 3);
-        channel = fa::k_channel(DIM, lane, unit_at, i >> 3, i & 7);
+        token = fa::k_token(DIM, lane, unit_at, i & 3);
+        channel = fa::k_channel(DIM, lane, unit_at, i & 3, i >> 2);
       } else {
-        token = fa::v_token(lane, i >> 3, i & 7);
-        channel = fa::v_channel(lane, unit_at, i & 7);
+        token = fa::v_token(lane, i & 3, i >> 2);
+        channel = fa::v_channel(lane, unit_at, i >> 2);
       }
     };
     auto value = [&](int i) {
@@ -254,10 +254,10 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
       return (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * (sh.inverse[token] * inverse_unit);
     };
     Packer<BITS, CODE> packer;
-    auto put = [&](int n, int i, u32 code, u32 index) {
+    auto put = [&](int i, u32 code, u32 index) {
       int token, c;
       where(i, token, c);
-      packer.put(n, i, code);
+      packer.put(i, code);
       int level = levels[0];
 #pragma unroll
       for (int l = 1; l < COUNT; ++l) level = index == l ? levels[l] : level;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
         u32 code = 0;
 #pragma unroll
         for (int l = 1; l < COUNT; ++l) code += x > 0.5f * (levels[l] + levels[l - 1]);
-        put(i >> 3, i, code, code);
+        put(i, code, code);
       }
     } else {
       const Trellis<BITS, CODE == fa::TRELLIS4 ? 4 : 8, COUNT, decltype(value)> trellis{levels, value};

@@ -98,22 +98,26 @@ inline void quantise_unit(thread float (&x)[32], threadgroup const float* levels
   }
 }
 
-// 32 codes to the words of a unit; the inverse of unit_nibbles (format.h).
+// The 32 codes 4 e + n to the words of a unit; the inverse of unit_nibbles (format.h).
 template <int BITS, int CODE>
 inline void pack_unit(thread const uint (&codes)[32], thread uint (&w)[BITS]) {
   uint n[4] = {0, 0, 0, 0};
-  for (int i = 0; i < 32; ++i) n[i / 8] |= codes[i] << (4 * (i % 8));
+  for (int i = 0; i < 32; ++i) n[i % 4] |= codes[i] << (4 * (i / 4));
   if (BITS == 4) {
     for (int k = 0; k < BITS; ++k) w[k] = n[k];
+  } else if (CODE != SCALAR) {
+    for (int k = 0; k < BITS; ++k) w[k] = 0;
+    for (int k = 0; k < 4; ++k) {
+      const uint level = n[k] >> 1;
+      w[0] |= (n[k] & 0x11111111u) << k;
+      if (BITS == 2) w[1] |= (level & 0x11111111u) << k;
+      else w[1 + k % 2] |= (level & 0x33333333u) << (k < 2 ? 2 : 0);
+    }
   } else if (BITS == 2) {
     w[0] = n[0] | n[1] << 2;
     w[1] = n[2] | n[3] << 2;
-  } else if (CODE == SCALAR) {
-    for (int k = 0; k < 3; ++k) w[k] = n[k] | (n[3] >> k & 0x11111111u) << 3;
   } else {
-    for (int k = 0; k < 3; ++k) {
-      w[k] = (n[k] & 0x66666666u) << 1 | (n[k] & 0x11111111u) | (n[3] >> (2 - k) & 0x11111111u) << 1;
-    }
+    for (int k = 0; k < 3; ++k) w[k] = n[k] | (n[3] >> k & 0x11111111u) << 3;
   }
 }
 
@@ -130,7 +134,7 @@ inline void code_side(const device float* y, threadgroup const float* row, threa
     float x[32], u[32];
     uint codes[32];
     for (int i = 0; i < 32; ++i) {
-      const int n = i / 8, e = i % 8;
+      const int n = i % 4, e = i / 4;
       const int token = KEYS ? k_token(D, int(lane), unit, n) : v_token(int(lane), n, e);
       const int channel = KEYS ? k_channel(D, int(lane), unit, n, e) : v_channel(int(lane), unit, e);
       const float size = rms[token];
@@ -148,8 +152,9 @@ inline void code_side(const device float* y, threadgroup const float* row, threa
       for (int k = 0; k < (KEYS ? 1 : 4); ++k) {
         float uc = 0.0f, cc = 0.0f;
         for (int e = k; e < 8; e += KEYS ? 1 : 4) {
-          uc += u[8 * n + e] * x[8 * n + e];
-          cc += x[8 * n + e] * x[8 * n + e];
+          const int i = 4 * e + n;
+          uc += u[i] * x[i];
+          cc += x[i] * x[i];
         }
         for (int mask = KEYS ? 1 : 4; mask < (KEYS ? 4 : 32); mask *= 2) {
           uc += simd_shuffle_xor(uc, ushort(mask));

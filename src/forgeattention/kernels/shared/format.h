@@ -49,7 +49,7 @@ constexpr FA_FN int word_index(int dim, int bits, int lane, int unit, int word) 
   return ((unit / chunk(dim) * bits + word) * LANES + lane) * chunk(dim) + unit % chunk(dim);
 }
 
-// Where the code e (0..7) of nibble word n (0..3) of a unit belongs; lane = 4 g + t.
+// Where the code e (0..7) of nibble word n (0..3) of a unit belongs; lane = 4 g + t. It is the unit's code 4 e + n.
 constexpr FA_FN int k_token(int dim, int lane, int unit, int n) {
   return (lane >> 3) * 16 + 2 * ((4 * unit + n) / (dim / 32)) + (lane >> 2 & 1);
 }
@@ -59,22 +59,41 @@ constexpr FA_FN int k_channel(int dim, int lane, int unit, int n, int e) {
 constexpr FA_FN int v_token(int lane, int n, int e) { return (lane & 3) * 16 + 4 * n + (e & 3); }
 constexpr FA_FN int v_channel(int lane, int unit, int e) { return 16 * unit + (lane >> 2) + 8 * (e >> 2); }
 
-// Words of a unit to four nibble words of level indices, eight to a word, first code in the low nibble. W is a 32-bit
-// unsigned word or a vector of them: the same shifts serve scalars, SIMD registers and GPU threads.
+// Bits of `a` where the mask is set, of `b` elsewhere: one instruction of three inputs where there is one.
 template <class W>
-FA_FN void trellis_bits(int code, const FA_LOCAL W (&u)[4], FA_LOCAL W (&c)[4]) {
-  W one_back, two_back, three_back;
-  FA_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    const W last = u[(k + 3) & 3];  // the path is a circle: before the first code come the last ones
-    one_back = (u[k] << 4) | (last >> 28);
-    two_back = (u[k] << 8) | (last >> 24);
-    three_back = (u[k] << 12) | (last >> 20);
-    // c1 c0 of the Ungerboeck codes with 4 and 8 states (codec/codebook.py, TRELLIS_TAPS)
-    c[k] = code == TRELLIS4 ? ((u[k] ^ two_back) << 1) | one_back : ((u[k] ^ one_back ^ three_back) << 1) | two_back;
+FA_FN W choose(fa_u32 mask, W a, W b) {
+#if defined(__CUDA_ARCH__)
+  W out;  // nvcc makes it two by itself
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(out) : "r"(a), "r"(b), "r"(mask));
+  return out;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+template <class W>
+FA_FN W rotate_left(W x, int by) {
+  return (x << by) | (x >> (32 - by));
+}
+
+// Path bits of a unit, code t in bit t -> c1 c0 of the codes 0, 2, 4.. and 1, 3, 5.. in pairs of bits: code t's in the bits
+// t + 1, t of `even` or t, t - 1 of `odd`. Shifting a circle is rotating its word. Ungerboeck's codes with 4 and 8 states
+// (codec/codebook.py, TRELLIS_TAPS).
+template <int CODE, class W>
+FA_FN void path_pairs(const W u, FA_LOCAL W& even, FA_LOCAL W& odd) {
+  const W one_back = rotate_left(u, 1), two_back = rotate_left(u, 2);
+  if constexpr (CODE == TRELLIS4) {
+    const W c1 = u ^ two_back;
+    even = choose(0xAAAAAAAAu, W(c1 << 1), one_back);
+    odd = choose(0xAAAAAAAAu, c1, u);
+  } else {
+    const W c1 = u ^ one_back ^ rotate_left(u, 3);
+    even = choose(0xAAAAAAAAu, W(c1 << 1), two_back);
+    odd = choose(0xAAAAAAAAu, c1, one_back);
   }
 }
 
+// Words of a unit to four nibble words of level indices, eight to a word, first code in the low nibble. W is a 32-bit
+// unsigned word or a vector of them: the same shifts serve scalars, SIMD registers and GPU threads.
 template <int BITS, int CODE, class W>
 FA_FN void unit_nibbles(const FA_LOCAL W (&w)[BITS], FA_LOCAL W (&n)[4]) {
   if constexpr (BITS == 4) {
@@ -84,30 +103,24 @@ FA_FN void unit_nibbles(const FA_LOCAL W (&w)[BITS], FA_LOCAL W (&n)[4]) {
     n[1] = w[1] & 0x77777777u;
     n[2] = w[2] & 0x77777777u;
     n[3] = ((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u);
-  } else if constexpr (BITS == 3) {
-    W u[4], c[4];
-    u[0] = w[0] & 0x11111111u;
-    u[1] = w[1] & 0x11111111u;
-    u[2] = w[2] & 0x11111111u;
-    u[3] = (w[2] >> 1) & 0x11111111u;
-    trellis_bits(CODE, u, c);
-    n[0] = (w[0] & 0xCCCCCCCCu) | c[0];
-    n[1] = (w[1] & 0xCCCCCCCCu) | c[1];
-    n[2] = (w[2] & 0xCCCCCCCCu) | c[2];
-    n[3] = ((w[0] << 2) & 0x88888888u) | ((w[1] << 1) & 0x44444444u) | c[3];
+  } else if constexpr (CODE == SCALAR) {
+    n[0] = w[0] & 0x33333333u;
+    n[1] = (w[0] >> 2) & 0x33333333u;
+    n[2] = w[1] & 0x33333333u;
+    n[3] = (w[1] >> 2) & 0x33333333u;
   } else {
-    W f[4];
-    f[0] = w[0] & 0x33333333u;
-    f[1] = (w[0] >> 2) & 0x33333333u;
-    f[2] = w[1] & 0x33333333u;
-    f[3] = (w[1] >> 2) & 0x33333333u;
-    if constexpr (CODE == SCALAR) {
-      for (int k = 0; k < 4; ++k) n[k] = f[k];
+    W even, odd;
+    path_pairs<CODE>(w[0], even, odd);
+    if constexpr (BITS == 3) {
+      n[0] = choose(0xCCCCCCCCu, w[1], even);
+      n[1] = choose(0xCCCCCCCCu, w[2], odd);
+      n[2] = choose(0xCCCCCCCCu, W(w[1] << 2), W(even >> 2));
+      n[3] = choose(0xCCCCCCCCu, W(w[2] << 2), W(odd >> 2));
     } else {
-      W u[4], c[4];
-      for (int k = 0; k < 4; ++k) u[k] = f[k] & 0x11111111u;
-      trellis_bits(CODE, u, c);
-      for (int k = 0; k < 4; ++k) n[k] = ((f[k] << 1) & 0x44444444u) | c[k];
+      n[0] = ((w[1] << 2) & 0x44444444u) | (even & 0x33333333u);
+      n[1] = ((w[1] << 1) & 0x44444444u) | (odd & 0x33333333u);
+      n[2] = (w[1] & 0x44444444u) | ((even >> 2) & 0x33333333u);
+      n[3] = ((w[1] >> 1) & 0x44444444u) | ((odd >> 2) & 0x33333333u);
     }
   }
 }
