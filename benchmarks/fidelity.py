@@ -1,345 +1,350 @@
-"""Fidelity of caches on a real model: KL, same top token, needles, generation agreement, and canaries.
+"""Fidelity of caches on a real model: KL, same top token, perplexity, strict needles, generation agreement, canaries.
 
-    python benchmarks/fidelity.py --quick            under 10 minutes on two cores: presets and two peers, one window
-    python benchmarks/fidelity.py --full             every cache, every measure
+    python benchmarks/fidelity.py --quick            under 10 minutes on two cores: presets and four peers, few texts
+    python benchmarks/fidelity.py --full             every cache, every measure (hours on two cores)
+    python benchmarks/fidelity.py --full --device cuda --workers 12 --json full.json --plot frontier.png
 
 Caches of this package are the real ones (integrations/hf.py); others are simulated (peer_caches.py). Texts are read in
-blocks of 128 tokens (KL) or 256 (needles), as in chunked prefill. A canary is the same model with keys that break
-lesser caches: a large bias on slow RoPE channels, or a few channels scaled up and their queries down. --share I N runs
-every N-th cache from the I-th, for several processes on one GPU; --merge joins their files.
+blocks of 128 tokens (KL) or 256 (needles), as in chunked prefill, and measured over their second halves. A canary is a
+model whose keys break lesser caches (canaries.py), measured against its own exact cache.
+
+The work is cut into items (a text's piece, a needle at a length, a prompt, a canary on a text), each measured for all
+caches; --workers processes share them. With --journal finished items are kept in a file and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import math
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import peer_caches
+import canaries
+import candidates as caches
 import torch
-from transformers import DynamicCache
+from candidates import EXACT, Candidate
 
-from forgeattention import CodecSpec, models
-from forgeattention.calibrate import codecs_for, coded_cache
-from forgeattention.codec import Codec
-from forgeattention.codec.presets import PRESETS
+from forgeattention import models
 from forgeattention.evaluation import niah, report, texts
+from forgeattention.evaluation.setup import head_dim
 from forgeattention.evaluation.streaming import attention, spans, step
-from forgeattention.integrations.hf import ForgeCache
 
 NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"), niah.Needle("CRIMSON LANTERN", "8604"))
 TEXTS = ("genesis", "licences", "code", "json")
 BLOCK = 128
 PROMPTS = 20
-CANARIES = {"key bias 150": ("bias", 150.0), "key bias 900": ("bias", 900.0), "channels x 30": ("scale", 30.0)}
+PROMPT_TOKENS, NEW_TOKENS = 600, 64
+RANDOM_TOKENS = 1024
+"""Read by the canaries of random weights."""
+CANARY_CACHES = ("exact", "preset", "balanced, not fitted", "scalar 3 bits", "TurboQuant", "origin", "affine", "KIVI")
+
+Item = tuple[Any, ...]
+"""What is measured at once: ("text", name, piece), ("needles", length, needle), ("greedy", name, prompt) or
+("canary", canary, text)."""
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A cache to measure."""
-
-    name: str
-    effective_bits: float
-    make: Callable[[Any], Any]
-    implementation: str | None
-
-
-def ours(name: str, spec: CodecSpec, head_dim: int, fitted: bool = True) -> Candidate:
-    """A packed cache; with `fitted` its codecs are read off the model's weights."""
-    bits = spec.page_format(head_dim).effective_bits
-    return Candidate(name, bits, lambda model: ForgeCache(model if fitted else model.config, spec), "forge")
-
-
-def decoded(name: str, spec: CodecSpec, head_dim: int, fitted: bool = True) -> Candidate:
-    """The same pages, coded by the native kernels and read through decode_pages and stock attention, on any device."""
-
-    def make(model: Any) -> Any:
-        layers = range(model.config.num_hidden_layers)
-        codecs = codecs_for(model, spec, layers) if fitted else dict.fromkeys(layers, plain(model))
-        return coded_cache(model, {i: (codecs[i], "kv") for i in layers}, backend="cpu")
-
-    @lru_cache
-    def plain(model: Any) -> Codec:
-        return codecs_for(model, spec, [0], fitted=False)[0]
-
-    return Candidate(name, spec.page_format(head_dim).effective_bits, make, None)
-
-
-def candidates(head_dim: int, quick: bool, ours: Callable[..., Candidate] = ours) -> list[Candidate]:
-    """Presets first, then what each choice of the default is worth, then the field."""
-    norm: dict[str, Any] = {"k_scale_rule": "norm", "v_scale_rule": "norm"}
-    base: dict[str, Any] = {
-        "key_mean": False,
-        "scales": "fp16",
-        "k_code": "scalar",
-        "v_code": "scalar",
-        "refine": False,
-    }
-    out = [ours(f"preset {name}", spec, head_dim) for name, spec in PRESETS.items()]
-    out += [
-        ours("balanced, V trellis8", CodecSpec(v_code="trellis8"), head_dim),
-        ours("balanced, not fitted to the model", CodecSpec(), head_dim, False),
-        ours("scalar 3 bits, page mean, plain encoder", CodecSpec(k_code="scalar", refine=False), head_dim, False),
-        ours("TurboQuant-style: Hadamard, 3 bits", CodecSpec(**norm, **base), head_dim, False),
-        ours("origin: planar 45 degrees, 3 bits", CodecSpec(rotation="planar", **norm, **base), head_dim, False),
-    ]
-    if not quick:
-        four = {**norm, **base, "k_bits": 4, "v_bits": 4}
-        out += [
-            ours("balanced, plain encoder", CodecSpec(refine=False), head_dim),
-            ours("balanced, not fitted, plain encoder", CodecSpec(refine=False), head_dim, False),
-            ours("balanced, K trellis4", CodecSpec(k_code="trellis4"), head_dim),
-            ours("balanced, other signs", CodecSpec(seed=2), head_dim),
-            ours("scalar 3 bits, page mean", CodecSpec(k_code="scalar"), head_dim),
-            ours("K 4 bits, V 3 bits scalar", CodecSpec(k_bits=4), head_dim),
-            ours("K 3 bits, V 2 bits trellis8", CodecSpec(v_bits=2, v_code="trellis8"), head_dim),
-            ours("K 2 bits, V 3 bits", CodecSpec(k_bits=2), head_dim),
-            ours("K 4 bits, V 2 bits trellis8", CodecSpec(k_bits=4, v_bits=2, v_code="trellis8"), head_dim),
-            ours("scalar 2 bits", CodecSpec(k_bits=2, v_bits=2, k_code="scalar"), head_dim),
-            ours("scalar 4 bits", CodecSpec(k_bits=4, v_bits=4), head_dim),
-            ours("TurboQuant-style: Hadamard, 4 bits", CodecSpec(**four), head_dim, False),
-            ours("origin: planar 45 degrees, 4 bits", CodecSpec(rotation="planar", **four), head_dim, False),
-        ]
-    few = ("KIVI 3-bit, groups of 32", "affine 4-bit, groups of 64 (mlx-lm)")
-    for peer in peer_caches.PEERS:
-        if not quick or peer.name in few:
-            out.append(Candidate(peer.name, peer.effective_bits, _peer(peer), None))
+def work(args: argparse.Namespace) -> list[Item]:
+    """All items, the long ones first."""
+    out: list[Item] = []
+    if not args.no_needles:
+        lengths = [1000] if args.quick else [2500, 2000, 1500, 1000, 500]
+        out += [("needles", length, i) for length in lengths for i in range(1 if args.quick else len(NEEDLES))]
+    out += [("text", name, i) for name in args.texts for i in range(args.windows)]
+    if not args.quick:
+        each = math.ceil(PROMPTS / len(args.texts))
+        out += [("greedy", name, i) for name in args.texts for i in range(each)][:PROMPTS]
+    if not args.no_canaries:
+        names = canaries.CANARIES[:: 3 if args.quick else 1]
+        out += [("canary", name, text) for name in names for text in args.texts[: 1 if args.quick else None]]
+        out += [("canary", name, "random tokens") for name in canaries.RANDOM]
     return out
 
 
-def _peer(peer: peer_caches.Peer) -> Callable[[Any], Any]:
-    spec = CodecSpec()
-    return lambda model: peer_caches.make_cache(model.config, peer, spec.sinks, spec.window)
+class Bench:
+    """A loaded model and the caches to measure on it."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.set_grad_enabled(False)
+        self.args = args
+        self.model, self.tokenizer = models.load(args.model, device=args.device)
+        make = caches.decoded if args.decoded else caches.ours
+        every = caches.candidates(head_dim(self.model), args.quick, args.backend, make)
+        every += [caches.calibrated(self.model, file, args.backend) for file in args.calibrations]
+        self.candidates = [c for c in every if c is EXACT or not args.only or any(only in c.name for only in args.only)]
+        self.ids: dict[str, torch.Tensor] = {}
 
-@contextmanager
-def canary(model: Any, kind: str, strength: float) -> Iterator[Any]:
-    """A copy of a Llama-like model with other keys.
+    def measure(self, item: Item) -> list[Row]:
+        """One row for each cache that the item is measured for."""
+        kind, *where = item
+        rows: dict[str, Row] = getattr(self, f"_{kind}")(*where)
+        about = {c.name: {"name": c.name, "kind": c.kind, "bits": c.effective_bits} for c in self.candidates}
+        return [{"item": list(item), **about[name], **row} for name, row in rows.items()]
 
-    "bias" adds `strength` to the keys of the two slowest pairs of RoPE in the first, middle and last layer, as the key
-    biases of Qwen2.5 do. "scale" multiplies two pairs of channels by `strength` and divides their queries by it, which
-    changes nothing in exact arithmetic.
-    """
-    made = copy.deepcopy(model)
-    layers = made.model.layers
-    half = layers[0].self_attn.head_dim // 2
-    pairs = [half - 1, half - 2, 2 * half - 1, 2 * half - 2] if kind == "bias" else [5, 20, 5 + half, 20 + half]
-    for i, layer in enumerate(layers):
-        q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
-        if kind == "bias" and i in (0, len(layers) // 2, len(layers) - 1):
-            bias = torch.zeros(k.out_features // (2 * half), 2 * half, device=k.weight.device, dtype=k.weight.dtype)
-            bias[:, pairs] = strength
-            k.bias = torch.nn.Parameter(bias.reshape(-1), requires_grad=False)
-        elif kind == "scale":
-            for linear, factor in ((q, 1 / strength), (k, strength)):
-                linear.weight.data.view(-1, 2 * half, linear.in_features)[:, pairs] *= factor
-    yield made
+    def _text(self, name: str, piece: int) -> dict[str, Row]:
+        return compare(self.model, self.piece(name, piece), self.candidates)
 
+    def _needles(self, length: int, number: int) -> dict[str, Row]:
+        out = {}
+        for candidate in self.candidates:
+            if candidate.kind == "variant":
+                continue
+            cells = niah.run(
+                self.model,
+                self.tokenizer,
+                lambda candidate=candidate: candidate.make(self.model),
+                lengths=[length],
+                needle=NEEDLES[number],
+                implementation=candidate.implementation,
+            )
+            out[candidate.name] = {"cells": {f"{cell.depth}": cell.outcome.value for cell in cells}}
+        return out
 
-def documents(tokenizer: Any, windows: int, length: int, names: list[str]) -> dict[str, list[torch.Tensor]]:
-    """`windows` pieces of `length` tokens of each text, evenly spread."""
-    out = {}
-    for name in names:
-        ids = tokenizer(texts.enough(name, 40_000 * windows), add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ][0]
+    def _greedy(self, name: str, number: int) -> dict[str, Row]:
+        piece = self.piece(name, number % self.args.windows)
+        start = number * max(0, len(piece) - PROMPT_TOKENS) // PROMPTS
+        ids = piece[None, start : start + PROMPT_TOKENS].to(self.model.device)
+        wanted = greedy(self.model, ids, EXACT)
+        out = {}
+        for candidate in self.candidates:
+            if candidate.kind != "variant":
+                got = greedy(self.model, ids, candidate)
+                same = (i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+                out[candidate.name] = {"first_divergence": next(same, len(wanted))}
+        return out
+
+    def _canary(self, name: str, text: str) -> dict[str, Row]:
+        model = canaries.make(name, self.model)
+        ids = canaries.random_tokens(RANDOM_TOKENS) if name in canaries.RANDOM else self.piece(text, 0)
+        return compare(model, ids, [c for c in self.candidates if c.name.startswith(CANARY_CACHES)])
+
+    def piece(self, name: str, number: int) -> torch.Tensor:
+        """One of the pieces, evenly spread, of a text: int64 [tokens]."""
+        windows, length = self.args.windows, self.args.length
+        if name not in self.ids:
+            text = texts.enough(name, 40_000 * windows)
+            self.ids[name] = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        ids = self.ids[name]
         if len(ids) < windows * length:
             raise ValueError(f"[fidelity] expected {windows * length} tokens of {name}; got {len(ids)}")
-        starts = [(2 * i + 1) * (len(ids) - length) // (2 * windows) for i in range(windows)]
-        out[name] = [ids[start : start + length] for start in starts]
-    return out
+        start = (2 * number + 1) * (len(ids) - length) // (2 * windows)
+        return ids[start : start + length]
 
 
-@torch.no_grad()
-def predictions(model: Any, ids: torch.Tensor, cache: Any, implementation: str | None) -> Iterator[torch.Tensor]:
+def predictions(model: Any, ids: torch.Tensor, candidate: Candidate) -> Iterator[torch.Tensor]:
     """Log-probabilities at the second half of a document, block by block."""
-    half = len(ids) // 2
+    half, cache = len(ids) // 2, candidate.make(model)
     for start, stop in spans(len(ids), BLOCK):
-        with attention(model, implementation):
-            logits = step(model, ids[None, start:stop].to(model.device), cache, max(1, min(stop - half, BLOCK)))
+        with attention(model, candidate.implementation):
+            logits = step(model, ids[None, start:stop].to(model.device), cache, max(1, min(stop - half, stop - start)))
         if stop > half:
             yield logits[0].log_softmax(-1)
 
 
-class Reference:
-    """The exact cache's predictions over documents, kept."""
-
-    def __init__(self, model: Any, pieces: dict[str, list[torch.Tensor]]) -> None:
-        self.model, self.pieces = model, pieces
-        self.exact = {
-            name: [list(predictions(model, ids, DynamicCache(config=model.config), None)) for ids in many]
-            for name, many in pieces.items()
+def compare(model: Any, ids: torch.Tensor, candidates: Sequence[Candidate]) -> dict[str, Row]:
+    """KL to the exact cache in nats, share of the same top token and loss, means over the second half of a document."""
+    reference = list(predictions(model, ids, EXACT))
+    out = {}
+    for candidate in candidates:
+        kl = same = loss = 0.0
+        at = len(ids) // 2
+        for p, q in zip(reference, predictions(model, ids, candidate), strict=True):
+            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            target = ids[at + 1 : at + 1 + len(p), None].to(q.device)
+            loss -= float(q[: len(target)].gather(-1, target).double().sum())
+            at += len(p)
+        count = len(ids) - len(ids) // 2
+        out[candidate.name] = {
+            "kl": kl / count,
+            "same_top": same / count,
+            "loss": loss / (count - 1),
+            "positions": count,
         }
-
-    def measure(self, candidate: Candidate) -> dict[str, Any]:
-        """KL and share of the same top token, by text and as means over texts."""
-        rows = {}
-        for name, many in self.pieces.items():
-            kl = same = positions = 0.0
-            for ids, exact in zip(many, self.exact[name], strict=True):
-                cache = candidate.make(self.model)
-                for p, q in zip(exact, predictions(self.model, ids, cache, candidate.implementation), strict=True):
-                    kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-                    same += float((p.argmax(-1) == q.argmax(-1)).sum())
-                    positions += len(p)
-            rows[name] = {"kl": kl / positions, "same_top": same / positions, "positions": int(positions)}
-        means = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("kl", "same_top")}
-        return {**means, "positions": sum(row["positions"] for row in rows.values()), "texts": rows}
-
-
-def measure_needles(
-    model: Any, tokenizer: Any, candidate: Candidate, lengths: list[int], needles: int
-) -> dict[str, str]:
-    """Outcome of every cell, keyed "length depth answer"."""
-    out: dict[str, str] = {}
-    for needle in NEEDLES[:needles]:
-        cells = niah.run(
-            model,
-            tokenizer,
-            lambda: candidate.make(model),
-            lengths=lengths,
-            needle=needle,
-            implementation=candidate.implementation,
-        )
-        out |= {f"{c.length} {c.depth} {needle.answer}": c.outcome.value for c in cells}
     return out
 
 
-@torch.no_grad()
-def greedy(model: Any, ids: torch.Tensor, cache: Any, implementation: str | None, new: int) -> list[int]:
-    with attention(model, implementation):
+def greedy(model: Any, ids: torch.Tensor, candidate: Candidate) -> list[int]:
+    """`NEW_TOKENS` tokens after a prompt [1, tokens]."""
+    with attention(model, candidate.implementation):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            past_key_values=candidate.make(model),
             do_sample=False,
-            max_new_tokens=new,
-            min_new_tokens=new,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
         )
     return out[0, ids.shape[1] :].tolist()
 
 
-def measure_agreement(
-    model: Any, candidate: Candidate, exact: list[list[int]], prompts: list[torch.Tensor]
-) -> dict[str, Any]:
-    """First diverging token of greedy text against the exact cache's, over the prompts."""
-    first = []
-    for ids, wanted in zip(prompts, exact, strict=True):
-        got = greedy(model, ids, candidate.make(model), candidate.implementation, len(wanted))
-        first.append(next((i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b), len(wanted)))
-    return {"first_divergence": first, "mean_first_divergence": sum(first) / len(first), "of": len(exact[0])}
+_bench: Bench
 
 
-def agreement_prompts(pieces: dict[str, list[torch.Tensor]], device: Any) -> list[torch.Tensor]:
-    """Openings of 600 tokens at fixed places of the documents."""
-    each = PROMPTS // len(pieces)
-    return [
-        many[i % len(many)][i * 250 : i * 250 + 600][None].to(device) for many in pieces.values() for i in range(each)
-    ]
+def _start(args: argparse.Namespace) -> None:
+    global _bench
+    _bench = Bench(args)
+
+
+def _measure(item: Item) -> tuple[Item, list[Row], float]:
+    start = time.time()
+    return item, _bench.measure(item), time.time() - start
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    torch.set_grad_enabled(False)
-    model, tokenizer = models.load(args.model, device=args.device)
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    exact = Candidate("exact", 16.0, lambda model: DynamicCache(config=model.config), None)
-    chosen = [
-        c
-        for c in candidates(head_dim, args.quick, decoded if args.decoded else ours)
-        if not args.only or any(o in c.name for o in args.only)
-    ]
-    chosen = chosen[args.share[0] :: args.share[1]]
-    pieces = documents(
-        tokenizer, args.windows or (1 if args.quick else 4), args.length or (1152 if args.quick else 2048), args.texts
-    )
-    reference = Reference(model, pieces)
-    lengths = [] if args.no_needles else [1000] if args.quick else [500, 1000, 1500, 2000, 2500]
-    needles = 1 if args.quick else len(NEEDLES)
-    expected = measure_needles(model, tokenizer, exact, lengths, needles)
-    prompts = [] if args.quick else agreement_prompts(pieces, model.device)
-    wanted = [greedy(model, p, exact.make(model), None, 64) for p in prompts]
-    rows = []
-    for candidate in chosen:
-        start = time.time()
-        row = {"name": candidate.name, "effective_bits": candidate.effective_bits, **reference.measure(candidate)}
-        line = f"{candidate.name:44s} {row['effective_bits']:.4f} bits  KL {row['kl']:.5f}  top {row['same_top']:.1%}"
-        if lengths and (not args.quick or candidate.name.startswith("preset")):
-            found = measure_needles(model, tokenizer, candidate, lengths, needles)
-            row["needles"] = {
-                "of": len(found),
-                "exact_pass": sum(v == "PASS" for v in expected.values()),
-                "pass": sum(v == "PASS" for v in found.values()),
-                "kept": sum(found[k] == v == "PASS" for k, v in expected.items()),
-                "cells": found,
+    """Measure all items that the journal does not hold, and sum up."""
+    every = work(args)
+    done: dict[Item, list[Row]] = {}
+    if args.journal and args.journal.is_file():
+        for line in args.journal.read_text().splitlines():
+            rows = json.loads(line)
+            done[tuple(rows[0]["item"])] = rows
+    left = [item for item in every if item not in done]
+
+    def finish(item: Item, rows: list[Row], seconds: float) -> None:
+        done[item] = rows
+        print(f"{len(done)}/{len(every)} {' '.join(map(str, item))}: {seconds:.0f} s", flush=True)
+        if args.journal:
+            with args.journal.open("a") as file:
+                file.write(json.dumps(rows) + "\n")
+
+    if args.workers == 1:
+        _start(args)
+        for item in left:
+            finish(*_measure(item))
+    else:
+        with torch.multiprocessing.get_context("spawn").Pool(args.workers, _start, (args,)) as pool:
+            for result in pool.imap_unordered(_measure, left):
+                finish(*result)
+    result = summary(args, [row for item in every for row in done[item]])
+    for row in result["rows"]:
+        print(describe(row))
+    for row in result["canaries"]:
+        print(f"{row['canary']:32s} {row['name']:44s} KL {row['kl']:.5f}")
+    return result
+
+
+def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
+    """Rows by cache, sorted by effective bits, and by canary and cache."""
+    rows, exact = [], _cells(measured, "exact")
+    for name in dict.fromkeys(row["name"] for row in measured):
+        own = [row for row in measured if row["name"] == name]
+        by_text: dict[str, list[Row]] = {}
+        for row in own:
+            if row["item"][0] == "text":
+                by_text.setdefault(row["item"][1], []).append(row)
+        means = {
+            text: {key: _mean(row[key] for row in pieces) for key in ("kl", "same_top", "loss")}
+            | {"positions": sum(row["positions"] for row in pieces)}
+            for text, pieces in by_text.items()
+        }
+        out: Row = {"name": name, "kind": own[0]["kind"], "effective_bits": own[0]["bits"]}
+        out |= {key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")}
+        out |= {"perplexity": math.exp(_mean(row["loss"] for row in means.values()))}
+        out |= {"positions": sum(row["positions"] for row in means.values()), "texts": means}
+        if cells := _cells(measured, name):
+            found = {where for where, outcome in cells.items() if outcome == "PASS"}
+            exact_found = {where for where, outcome in exact.items() if outcome == "PASS"}
+            lengths = sorted({int(where.split()[0]) for where in cells})
+            out["needles"] = {
+                "of": len(cells),
+                "pass": len(found),
+                "exact_pass": len(exact_found),
+                "kept": len(found & exact_found),
+                "by_length": {
+                    length: {
+                        "of": sum(where.startswith(f"{length} ") for where in cells),
+                        "pass": sum(where.startswith(f"{length} ") for where in found),
+                        "exact_pass": sum(where.startswith(f"{length} ") for where in exact_found),
+                    }
+                    for length in lengths
+                },
+                "cells": cells,
             }
-            line += f"  needles {row['needles']['pass']}/{len(found)} (exact {row['needles']['exact_pass']})"
-        if prompts:
-            row |= measure_agreement(model, candidate, wanted, prompts)
-        rows.append(row)
-        print(f"{line}  {time.time() - start:.0f} s", flush=True)
-    canaries = [] if args.quick or args.no_canaries else measure_canaries(model, pieces, chosen)
+        if first := [row["first_divergence"] for row in own if row["item"][0] == "greedy"]:
+            out |= {"first_divergence": first, "mean_first_divergence": _mean(first), "of": NEW_TOKENS}
+        rows.append(out)
+    broken: dict[tuple[str, str], list[Row]] = {}
+    for row in measured:
+        if row["item"][0] == "canary" and row["name"] != "exact":
+            broken.setdefault((row["item"][1], row["name"]), []).append(row)
     return {
         "model": args.model,
-        "device": args.device,
-        "exact_needles": expected,
+        "device": f"{args.device}{' (pages decoded)' if args.decoded else ''}",
+"setting": json.loads(json.dumps(vars(args), default=str)),
+            name: value if isinstance(value, (int, list)) else str(value) for name, value in vars(args).items()
+        },
         "rows": sorted(rows, key=lambda row: row["effective_bits"]),
-        "canaries": canaries,
-        "env": report.environment(),
+        "canaries": [
+            {
+                "canary": canary,
+                "name": name,
+                "effective_bits": own[0]["bits"],
+                **{key: _mean(row[key] for row in own) for key in ("kl", "same_top")},
+                "texts": {row["item"][2]: row["kl"] for row in own},
+            }
+            for (canary, name), own in broken.items()
+        ],
+        "env": report.environment() | ({"device": _gpu()} if args.device == "cuda" else {}),
     }
 
 
-def measure_canaries(
-    model: Any, pieces: dict[str, list[torch.Tensor]], chosen: list[Candidate]
-) -> list[dict[str, Any]]:
-    """KL of some caches on models whose keys were made harder, each against that model's own exact cache."""
-    names = ("preset", "balanced, not fitted", "scalar 3 bits", "TurboQuant", "affine 4-bit", "KIVI 3-bit")
-    few = [candidate for candidate in chosen if candidate.name.startswith(names)]
-    rows = []
-    for name, (kind, strength) in CANARIES.items() if few else ():
-        with canary(model, kind, strength) as other:
-            reference = Reference(other, {key: many[:1] for key, many in pieces.items()})
-            for candidate in few:
-                row = reference.measure(candidate)
-                rows.append({"canary": name, "name": candidate.name, **row})
-                print(f"{name}: {candidate.name:44s} KL {row['kl']:.5f}", flush=True)
-    return rows
+def _cells(measured: list[Row], name: str) -> dict[str, str]:
+    """Outcomes of needles by "length depth answer"."""
+    return {
+        f"{row['item'][1]} {depth} {NEEDLES[row['item'][2]].answer}": outcome
+        for row in measured
+        if row["item"][0] == "needles" and row["name"] == name
+        for depth, outcome in row["cells"].items()
+    }
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name()
+
+
+def describe(row: Row) -> str:
+    """A row for the terminal."""
+    said = f"{row['name']:44s} {row['effective_bits']:7.4f} bits  KL {row['kl']:.5f}  top {row['same_top']:.1%}"
+    said += f"  ppl {row['perplexity']:.3f}"
+    if "needles" in row:
+        needles = row["needles"]
+        by = " ".join(f"{n['pass']}/{n['exact_pass']}" for n in needles["by_length"].values())
+        said += f"  needles {needles['pass']}/{needles['of']} (by length, of the exact cache's: {by})"
+    if "mean_first_divergence" in row:
+        said += f"  first other token {row['mean_first_divergence']:.1f}"
+    return said
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """KL against effective bits, logarithmic, ours and the field's."""
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for row in result["rows"]:
-        own = row["name"].startswith("preset")
-        axis.scatter(
-            row["effective_bits"],
-            row["kl"],
-            color="#d9480f" if own else "#8a8f98",
-            s=60 if own else 25,
-            zorder=3 if own else 2,
-        )
-        axis.annotate(
-            row["name"].removeprefix("preset "),
-            (row["effective_bits"], row["kl"]),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        if row["kind"] not in ("preset", "calibrated", "peer"):
+            continue
+        own = row["kind"] != "peer"
+        at = row["effective_bits"], row["kl"]
+        axis.scatter(*at, color="#d9480f" if own else "#8a8f98", s=60 if own else 25, zorder=3 if own else 2)
+        text = row["name"].removeprefix("preset ")
+        axis.annotate(text, at, xytext=(6, 3), textcoords="offset points", fontsize=9 if own else 7)
     axis.set(
         yscale="log",
-        xlabel="effective bits per element",
-        ylabel="KL to the exact cache (nats)",
+        xlabel="effective bits per element, scales and means included",
+        ylabel="KL to the exact cache, nats",
         title=f"{result['model']}: fidelity against size",
     )
+    axis.margins(x=0.12)
     axis.grid(True, which="both", alpha=0.3)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -351,30 +356,28 @@ def main() -> None:
     size.add_argument("--full", action="store_true")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", help="kernels of our caches (default auto)")
     parser.add_argument("--only", nargs="+", help="caches whose name holds one of these")
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="names or files (default %(default)s)")
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
     parser.add_argument("--length", type=int, help="tokens of a piece (default: 1152 or 2048)")
     parser.add_argument("--no-needles", action="store_true")
     parser.add_argument("--no-canaries", action="store_true")
+    parser.add_argument("--calibrations", type=Path, nargs="+", default=[], metavar="FILE", help="also measure these")
     parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="join files; nothing is measured")
+    parser.add_argument("--workers", type=int, default=1, help="processes; set OMP_NUM_THREADS=1 with several")
+    parser.add_argument("--journal", type=Path, help="where finished items are kept and looked for")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    result = merge(args.merge) if args.merge else run(args)
+    args.windows = args.windows or (1 if args.quick else 4)
+    args.length = args.length or (1152 if args.quick else 2048)
+    start = time.time()
+    result = run(args) | {"seconds": time.time() - start, "cpu_seconds": sum(os.times()[:4])}
     if args.json:
         report.write_json(args.json, result)
     if args.plot:
         plot(result, args.plot)
-
-
-def merge(files: list[Path]) -> dict[str, Any]:
-    results = [json.loads(file.read_text()) for file in files]
-    rows = [row for result in results for row in result["rows"]]
-    canaries = [row for result in results for row in result["canaries"]]
-    return {**results[0], "rows": sorted(rows, key=lambda row: row["effective_bits"]), "canaries": canaries}
 
 
 if __name__ == "__main__":

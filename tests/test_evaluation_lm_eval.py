@@ -1,5 +1,7 @@
 """lm_eval's requests through the packed cache: the exact cache gives what lm_eval's own model gives."""
 
+import json
+
 import pytest
 import torch
 
@@ -70,3 +72,24 @@ def test_predictions_do_not_depend_on_the_padding_of_the_batch(loaded):
     three = lm_eval_model.ForgeLM(batch_size=3)
     assert scores(one) == pytest.approx(scores(three), rel=1e-3)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_local_task_on_lm_evals_own_command_line(loaded, tmp_path, monkeypatch, capsys):
+    """Documents, a task file, the model by name on the command line: what a user does, without a network."""
+    documents = [{"text": f"{CONTEXT}{i} and", "choices": [" again", " no more"], "gold": i % 2} for i in range(3)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "task.yaml").write_text(
+        f"task: local\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'documents.jsonl'}\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{gold}}'\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n"
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    command = ["lm_eval", "run", "--model", "forgeattention", "--model_args", "pretrained=smollm2,preset=small"]
+    command += ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--output_path", str(tmp_path / "out"), "--bootstrap_iters", "0"])
+    lm_eval_model.main()
+    (file,) = (tmp_path / "out").rglob("results*.json")
+    result = json.loads(file.read_text())
+    assert result["n-samples"]["local"]["effective"] == 3
+    assert json.loads(result["config"]["forgeattention_spec"])["k_bits"] == 2
+    assert "acc" in capsys.readouterr().out

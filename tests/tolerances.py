@@ -119,6 +119,7 @@ CUDA_STACK_BYTES = 352
 NORM_EPSILON = 3e-5
 # KL of 3 bits on models of random weights, whose attention is spread over hundreds of tokens.
 HEAD_256 = 0.01
+SINK_LOGITS = 0.01
 # Shares of the softmax mass: float32 sums of a page, float64 over pages.
 SPARSE_MASS = 2e-6
 

@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from .codec.presets import PRESETS
     from .evaluation import report, texts
 
-    model, tokenizer = models.load(args.model)
+    model, tokenizer = models.load(args.model, device=args.device)
     spec, ids = PRESETS[args.preset], None
     if args.text:
         ids = tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"]

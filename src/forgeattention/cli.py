@@ -119,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--text", help="genesis, licences, code or a text file (default: random tokens)")
     calibrate.add_argument("--tokens", type=int, default=1024, help="how many are read (default %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
 
     models = _branch(commands, "models", "models by name")
     fetch = _leaf(models, "fetch", "forgeattention.cli:fetch", "install a model that is known by name")

@@ -1,0 +1,134 @@
+"""The caches that fidelity.py compares: presets, what each choice of the default is worth, and the field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import peer_caches
+from transformers import DynamicCache
+
+from forgeattention import CodecSpec
+from forgeattention.calibrate import Calibration, codecs_for, coded_cache
+from forgeattention.codec import Codec
+from forgeattention.codec.presets import PRESETS
+from forgeattention.integrations.hf import ForgeCache
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache to measure.
+
+    Attributes:
+        make: makes an empty one for a model.
+        implementation: transformers attention implementation that it needs; None is the model's own.
+        kind: "exact", "preset", "calibrated", "variant" (ours otherwise; only its KL is measured) or "peer".
+    """
+
+    name: str
+    effective_bits: float
+    make: Callable[[Any], Any]
+    implementation: str | None
+    kind: str
+
+
+def ours(
+    name: str, spec: CodecSpec, head_dim: int, backend: str, *, fitted: bool = True, kind: str = "variant"
+) -> Candidate:
+    """A packed cache; with `fitted` its codecs are read off the model's weights."""
+    bits = spec.page_format(head_dim).effective_bits
+
+    def make(model: Any) -> Any:
+        return ForgeCache(model if fitted else model.config, spec, backend=backend)
+
+    return Candidate(name, bits, make, "forge", kind)
+
+
+def decoded(
+    name: str, spec: CodecSpec, head_dim: int, backend: str, *, fitted: bool = True, kind: str = "variant"
+) -> Candidate:
+    """The same pages, coded by the native kernels and read through decode_pages and stock attention, on any device."""
+
+    @lru_cache(2)
+    def codecs(model: Any) -> dict[int, Codec]:
+        return codecs_for(model, spec, range(model.config.num_hidden_layers), fitted)
+
+    def make(model: Any) -> Any:
+        return coded_cache(model, {i: (codec, "kv") for i, codec in codecs(model).items()}, backend="cpu")
+
+    return Candidate(name, spec.page_format(head_dim).effective_bits, make, None, kind)
+
+
+def calibrated(model: Any, file: Path, backend: str) -> Candidate:
+    """A packed cache with the bits and Gram matrices of a calibration file, named after it."""
+    calibration = Calibration.load(file, model)
+    codecs = calibration.codecs(model)
+    bits = sum(codec.format.effective_bits for codec in codecs.values()) / len(codecs)
+
+    def make(model: Any) -> Any:
+        return ForgeCache(model, calibration.spec, codecs=codecs, backend=backend)
+
+    return Candidate(f"calibrated: {file.stem}", bits, make, "forge", "calibrated")
+
+
+def peer(cache: peer_caches.Peer) -> Candidate:
+    """A simulated cache of the field, with our exact first tokens and recent window."""
+    spec = CodecSpec()
+    return Candidate(
+        cache.name,
+        cache.effective_bits,
+        lambda model: peer_caches.make_cache(model.config, cache, spec.sinks, spec.window),
+        None,
+        "peer",
+    )
+
+
+EXACT = Candidate("exact", 16.0, lambda model: DynamicCache(config=model.config), None, "exact")
+
+
+def candidates(
+    head_dim: int, quick: bool, backend: str = "auto", ours: Callable[..., Candidate] = ours
+) -> list[Candidate]:
+    """Every cache; `quick` leaves out most variants and peers."""
+    norm: dict[str, Any] = {"k_scale_rule": "norm", "v_scale_rule": "norm"}
+    base: dict[str, Any] = {
+        "key_mean": False,
+        "scales": "fp16",
+        "k_code": "scalar",
+        "v_code": "scalar",
+        "refine": False,
+    }
+
+    def one(name: str, spec: CodecSpec, kind: str = "variant", fitted: bool = True) -> Candidate:
+        return ours(name, spec, head_dim, backend, fitted=fitted, kind=kind)
+
+    out = [EXACT, *(one(name, spec, "preset") for name, spec in PRESETS.items())]
+    out += [
+        one("balanced, V trellis8", CodecSpec(v_code="trellis8")),
+        one("balanced, not fitted to the model", CodecSpec(), fitted=False),
+        one("scalar 3 bits, page mean, plain encoder", CodecSpec(k_code="scalar", refine=False), fitted=False),
+        one("TurboQuant-style: Hadamard, 3 bits", CodecSpec(**norm, **base), "peer", False),
+        one("origin: planar 45 degrees, 3 bits", CodecSpec(rotation="planar", **norm, **base), "peer", False),
+    ]
+    if not quick:
+        four = {**norm, **base, "k_bits": 4, "v_bits": 4}
+        out += [
+            one("balanced, plain encoder", CodecSpec(refine=False)),
+            one("balanced, not fitted, plain encoder", CodecSpec(refine=False), fitted=False),
+            one("balanced, K trellis4", CodecSpec(k_code="trellis4")),
+            one("balanced, other signs", CodecSpec(seed=2)),
+            one("scalar 3 bits, page mean", CodecSpec(k_code="scalar")),
+            one("K 4 bits, V 3 bits scalar", CodecSpec(k_bits=4)),
+            one("K 3 bits, V 2 bits trellis8", CodecSpec(v_bits=2, v_code="trellis8")),
+            one("K 2 bits, V 3 bits", CodecSpec(k_bits=2)),
+            one("K 4 bits, V 2 bits trellis8", CodecSpec(k_bits=4, v_bits=2, v_code="trellis8")),
+            one("scalar 2 bits", CodecSpec(k_bits=2, v_bits=2, k_code="scalar")),
+            one("scalar 4 bits", CodecSpec(k_bits=4, v_bits=4)),
+            one("TurboQuant-style: Hadamard, 4 bits", CodecSpec(**four), "peer", False),
+            one("origin: planar 45 degrees, 4 bits", CodecSpec(rotation="planar", **four), "peer", False),
+        ]
+    few = ("KIVI 3-bit, groups of 32", "affine 4-bit, groups of 64 (mlx-lm)")
+    return out + [peer(cache) for cache in peer_caches.PEERS if not quick or cache.name in few]
