@@ -105,7 +105,7 @@ def candidates(
     def one(name: str, spec: CodecSpec, kind: str = "variant", fitted: bool = True) -> Candidate:
         return ours(name, spec, head_dim, backend, fitted=fitted, kind=kind)
 
-    out = [EXACT, *(one(name, spec, "preset") for name, spec in PRESETS.items())]
+    out = [EXACT, *(one(f"preset {name}", spec, "preset") for name, spec in PRESETS.items())]
     out += [
         one("balanced, V trellis8", CodecSpec(v_code="trellis8")),
         one("balanced, not fitted to the model", CodecSpec(), fitted=False),

@@ -93,9 +93,12 @@ def test_parts_that_were_not_measured_are_left_out():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [360, 1200])
-def test_the_page_fits_the_screen(tmp_path, width):
+@pytest.mark.parametrize(("width", "name"), [(360, "phone"), (1200, "desk"), (700, "paper")])
+def test_the_page_fits(tmp_path, width, name):
     filled, _ = page.render(result([("PASS", "PARTIAL_NUMBER")] * 36))
+    if name == "paper":
+        # The rules of print on a frame as wide as A4 without its margins, where nothing can be scrolled.
+        filled = filled.replace("@media print", "@media all")
     artefacts = Path(os.environ.get("FORGEATTENTION_ARTEFACTS", tmp_path))
     artefacts.mkdir(parents=True, exist_ok=True)
     # A frame, because a window of chromium is never as narrow as a phone.
@@ -112,7 +115,7 @@ def test_the_page_fits_the_screen(tmp_path, width):
     )  # fmt: skip
     seen = json.loads(html.unescape(re.search(r'<pre id="o">(.*?)</pre>', done.stdout)[1]))
     assert seen == {"wide": width, "images": True, "titles": 6}
-    shot = artefacts / f"report-{width}.png"
+    shot = artefacts / f"report-{name}.png"
     subprocess.run(
         [CHROMIUM, *options, f"--window-size={max(width, 500)},2600", f"--screenshot={shot}", outer.as_uri()],
         capture_output=True, timeout=120, check=True,

@@ -196,7 +196,7 @@ def _lines(rows: Sequence[Row], unit: str) -> bytes:
     for name, colour in COLOURS.items():
         known = [(row["context"], row[name] / scale) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*known), "o-", color=colour, label=name)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.legend(frameon=False)
     return _png(figure)
 
