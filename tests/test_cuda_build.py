@@ -76,6 +76,7 @@ def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
         args.EncodeParams,
         args.DecodePagesParams,
         args.ScoresParams,
+        args.AppendTokensParams,
         args.TurnQueriesParams,
         args.MergePartsParams,
     ],

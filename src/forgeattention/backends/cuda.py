@@ -151,6 +151,7 @@ def _warn_of_plain_codes() -> None:
 
 _encode_params = args.Packer(args.EncodeParams)
 _decode_pages_params = args.Packer(args.DecodePagesParams)
+_append_tokens_params = args.Packer(args.AppendTokensParams)
 _scores_params = args.Packer(args.ScoresParams)
 
 
@@ -173,6 +174,21 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
             codec.v_codebook.unit,
         )
         kernel.launch((k.shape[1] // PAGE, codec.kv_heads, 1), 256, _stream(k.device), params)
+
+
+def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+    """Writes k, v [batch, heads, n, dim] behind the `lengths` int32 [batch] tokens of to_k, to_v [batch, heads,
+    capacity, dim] and adds n to the lengths. A row without room stays as it is."""
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    device, size = k.device, k.element_size()
+    with _on(device):
+        kernel = nvrtc.kernel("append_tokens", args.append_tokens_macros(), device.index, 0)
+        params = _append_tokens_params(
+            *map(_address, (k, v, to_k, to_v, lengths)),
+            *(size * s for x in (k, v, to_k, to_v) for s in x.stride()[:3]),
+            *(k.shape[1], k.shape[2], k.shape[3] * size // 4, to_k.shape[2]),
+        )
+        kernel.launch((k.shape[0], 1, 1), 256, _stream(device), params)
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:

@@ -114,6 +114,14 @@ class MergePartsParams(ctypes.Structure):
     ]
 
 
+class AppendTokensParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("k", "v", "to_k", "to_v", "lengths")),
+        *((name, I64 * 3) for name in ("k_stride", "v_stride", "to_k_stride", "to_v_stride")),
+        *((name, I32) for name in ("heads", "n", "words", "capacity")),
+    ]
+
+
 class Packer:
     """Fills a parameter structure several times faster than its ctypes constructor.
 
@@ -173,6 +181,10 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
         "FA_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
+def append_tokens_macros() -> Macros:
+    return (("FA_PARAMS_BYTES", str(ctypes.sizeof(AppendTokensParams))),)
 
 
 def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:

@@ -33,6 +33,10 @@ class Arrays(Protocol):
     def index(self, values: NDArray[np.int64]) -> Any:
         """Host integers as an array to index with."""
 
+    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+        """Writes k, v [batch, heads, n, dim] at the device's `lengths` [batch] into to_k, to_v, and adds n to them.
+        Only for frameworks whose arrays stay in place."""
+
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         """Copies a host array of the same shape and dtype into `target[at]`, without waiting for the device."""
 
@@ -81,6 +85,11 @@ class NumpyArrays:
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return values
+
+    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+        rows, at = np.arange(len(lengths))[:, None], lengths[:, None] + np.arange(k.shape[2])
+        to_k[rows, :, at], to_v[rows, :, at] = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        lengths += k.shape[2]
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         target[at] = values
@@ -138,6 +147,17 @@ class TorchArrays:
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._upload(values)
+
+    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+        if self.device.type == "cuda":
+            from ..backends import cuda
+
+            cuda.append_tokens(to_k, to_v, lengths, k, v)
+            return
+        rows = self._torch.arange(len(lengths))[:, None]
+        at = lengths[:, None] + self._torch.arange(k.shape[2])
+        to_k[rows, :, at], to_v[rows, :, at] = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        lengths += k.shape[2]
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         target = target[at]
@@ -198,6 +218,9 @@ class MLXArrays:
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._mx.array(values)
+
+    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+        raise ValueError("[cache] expected arrays that stay in place; got MLX's")
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         new = self._mx.array(values)

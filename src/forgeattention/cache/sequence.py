@@ -183,6 +183,36 @@ class LayerCache:
             backend=self.backend,
         )
 
+    @property
+    def capacity(self) -> int:
+        """Exact tokens at which a row's oldest recent ones leave in pages."""
+        return self._flush_at
+
+    def reserve(self, tokens: int) -> None:
+        """Widens the page table to `tokens` packed tokens a row, so that it stays where it is until then."""
+        pages = -(-tokens // PAGE)
+        if pages > self._ids.shape[1]:
+            self._widen(pages)
+            self._set_lengths(self._exact, self._packed)
+
+    def make_room(self, n: int) -> None:
+        """Packs what would leave the rows if `n` more tokens came.
+
+        Raises:
+            ValueError: a full pool.
+        """
+        self._append_rows(self._k[:, :, :0], self._v[:, :, :0], None, n)
+
+    def advance(self, n: int) -> None:
+        """Takes note of n tokens that were written behind every row's exact ones by other means; with 0, only sets the
+        device's lengths to the host's."""
+        if n:
+            self._exact += n
+            self._exact_max += n
+            self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
+        else:
+            self._set_lengths(self._exact, self._packed)
+
     def trim(self, n: int | Sequence[int] | I64) -> None:
         """Removes the newest `n` tokens of each row (one number, or one per row).
 
@@ -363,7 +393,7 @@ class LayerCache:
         self._exact_device += n
         self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
 
-    def _append_rows(self, k: Any, v: Any, keep: NDArray[np.bool_] | None) -> None:
+    def _append_rows(self, k: Any, v: Any, keep: NDArray[np.bool_] | None, room: int = 0) -> None:
         plans = []
         for row in range(self.batch):
             picked: Any = slice(None)
@@ -374,7 +404,7 @@ class LayerCache:
                 picked = slice(start, start + len(real)) if contiguous else self.arrays.index(real)
             row_k, row_v = k[row][:, picked], v[row][:, picked]
             plans.append(_Append(row, row_k, row_v, row_k.shape[1]))
-        wanted = [max(0, (int(self._exact[p.row]) + p.count - self._flush_at) // PAGE + 1) for p in plans]
+        wanted = [max(0, (int(self._exact[p.row]) + p.count + room - self._flush_at) // PAGE + 1) for p in plans]
         ids = self.pool.alloc(sum(wanted))
         try:
             for plan, count in zip(plans, wanted):

@@ -101,7 +101,7 @@ class ForgeCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         layer = self.layers[layer_idx]
-        if isinstance(layer, PackedLayer) and layer_idx != self.packed[0]:
+        if isinstance(layer, PackedLayer) and layer.steps is None and layer_idx != self.packed[0]:
             first = self.layers[self.packed[0]].seen
             if first != layer.seen + key_states.shape[2]:
                 raise ValueError(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
 from ..cache import LayerCache
+from ..cache.static import StaticSteps
 from ..codec import Codec
 from . import hf_attention
 
@@ -58,6 +59,11 @@ class PackedStates:
         layer, n = self.layer, self.k.shape[2]
         cache = layer.cache
         assert cache is not None
+        if layer.steps is not None:
+            if not self.appended:
+                layer.steps.append(self.k, self.v)
+                self.appended = True
+            return layer.steps.attend(q, scale, sinks)
         keep = layer.owner.new_tokens(mask, layer, n, self.appended)
         step = min(DECODE_TOKENS, cache.codec.spec.window)
         if keep is None and (n == 1 or (n <= step and (layer.seen or self.appended))) and self.past is None:
@@ -89,6 +95,7 @@ class PackedLayer(CacheLayerMixin):
     Attributes:
         cache: the tokens, or None before the first update.
         seen: positions that transformers has seen, padding included.
+        steps: while a decode graph runs or is captured, what takes the new tokens in place of `cache`.
     """
 
     is_sliding = False
@@ -102,6 +109,7 @@ class PackedLayer(CacheLayerMixin):
         self.codec = codec
         self.shared = shared
         self.cache: LayerCache | None = None
+        self.steps: StaticSteps | None = None
         self.seen = 0
         # Runs of positions: a number where all rows have real tokens, else bool [batch, positions].
         self._runs: list[int | Keep] = []
@@ -185,9 +193,7 @@ class PackedLayer(CacheLayerMixin):
         assert self.cache is not None
         assert other.cache is not None
         seen = max(self.seen, other.seen)
-        runs = [
-            np.pad(layer.real(0, layer.seen), ((0, 0), (seen - layer.seen, 0))) for layer in (self, other)
-        ]
+        runs = [np.pad(layer.real(0, layer.seen), ((0, 0), (seen - layer.seen, 0))) for layer in (self, other)]
         self.cache.join(other.cache)
         self.seen, self._runs = seen, [np.concatenate(runs)]
 
