@@ -150,13 +150,13 @@ def load_mlx(name: str | os.PathLike[str], *, dtype: str = "float32") -> tuple[A
     import mlx.core as mx
     from mlx_lm.utils import load as load_folder
 
-    model, tokenizer = load_folder(mlx_location(name))
+    model, tokenizer = load_folder(folder(name))
     model.set_dtype(getattr(mx, dtype))
     return model, tokenizer
 
 
-def mlx_location(name: str | os.PathLike[str]) -> str:
-    """What mlx-lm loads the model `name` from: a folder, or a hub id. A GGUF file is converted first."""
+def folder(name: str | os.PathLike[str]) -> str:
+    """What other engines load the model `name` from: a folder, or a hub id. A GGUF file is converted first."""
     source = resolve(name)
     if source.kind != "gguf":
         return source.location

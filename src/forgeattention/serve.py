@@ -12,7 +12,11 @@ from typing import Any
 
 from .evaluation.setup import spec_from
 
-ENGINES = {"hf": ("forgeattention.serving.server", "serve"), "mlx": ("forgeattention.mlx_lm", "mlx")}
+ENGINES = {
+    "hf": ("forgeattention.serving.server", "serve"),
+    "mlx": ("forgeattention.mlx_lm", "mlx"),
+    "vllm": ("forgeattention.integrations.vllm.serve", "vllm"),
+}
 """Modules with a `serve`, and the extra that brings what each needs."""
 
 

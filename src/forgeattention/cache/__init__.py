@@ -1,8 +1,23 @@
-"""Caches: pages of packed tokens, exact sinks and recent tokens, saved caches."""
+"""Caches: pages of packed tokens, exact sinks and recent tokens, saved and exported caches."""
 
 from .arrays import Arrays, MLXArrays, NumpyArrays, TorchArrays, arrays_of
 from .pages import PagePool
 from .sequence import LayerCache
 from .storage import load, save
+from .transfer import export_pages, export_row, import_pages, import_row
 
-__all__ = ["Arrays", "LayerCache", "MLXArrays", "NumpyArrays", "PagePool", "TorchArrays", "arrays_of", "load", "save"]
+__all__ = [
+    "Arrays",
+    "LayerCache",
+    "MLXArrays",
+    "NumpyArrays",
+    "PagePool",
+    "TorchArrays",
+    "arrays_of",
+    "export_pages",
+    "export_row",
+    "import_pages",
+    "import_row",
+    "load",
+    "save",
+]

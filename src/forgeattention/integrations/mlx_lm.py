@@ -274,7 +274,7 @@ def serve(
     """
     from mlx_lm import server
 
-    location = models.mlx_location(model)
+    location = models.folder(model)
     before = sys.argv
     sys.argv = ["mlx_lm.server", "--model", location, "--host", host, "--port", str(port), *arguments]
     try:

@@ -59,8 +59,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         wanted = ExactSpec if layer_names[0].endswith(SUFFIX) else FullAttentionSpec
         if type(kv_cache_spec) is not wanted:
             raise ValueError(
-                f"[vllm] expected {wanted.__name__} for {layer_names[0]}; got {type(kv_cache_spec).__name__}: the hybrid "
-                "KV cache manager must stay enabled"
+                f"[vllm] expected {wanted.__name__} for {layer_names[0]}; got {type(kv_cache_spec).__name__}: the "
+                "hybrid KV cache manager must stay enabled"
             )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
@@ -249,9 +249,7 @@ class PackedImpl(AttentionImpl[Metadata]):
         assert self._layout is not None
         packed, exact = context.attn_metadata[name], context.attn_metadata[name + SUFFIX]
         if packed.step is None:
-            packed.step = Step.make(
-                self._layout, packed.starts, packed.lengths, packed.table, exact.table, exact.slots
-            )
+            packed.step = Step.make(self._layout, packed.starts, packed.lengths, packed.table, exact.table, exact.slots)
         return packed.step
 
     def do_kv_cache_update(
@@ -297,7 +295,8 @@ class PackedImpl(AttentionImpl[Metadata]):
         if step.rows:
             assert step.exact is not None
             q = query[: step.rows].unsqueeze(2)
-            table, exact = self._table(step.pages), self._exact(step.exact)
+            table = None if step.pages is None else self._table(step.pages)
+            exact = self._exact(step.exact)
             out, _ = ops.decode_attention(q, self.codec, table, exact, self.scale, sink_logits=self._sink_logits)
             output[: step.rows] = out[:, :, 0]
         for chunk in step.chunks:
@@ -318,8 +317,8 @@ class PackedImpl(AttentionImpl[Metadata]):
     def _sink_logits(self) -> torch.Tensor | None:
         return None if self.sinks is None else self.sinks.float()
 
-    def _table(self, pages: Pages | None) -> PageTable | None:
-        return None if pages is None else PageTable(self._pages, pages.offsets, pages.lengths, pages.max_length)
+    def _table(self, pages: Pages) -> PageTable:
+        return PageTable(self._pages, pages.offsets, pages.lengths, pages.max_length)
 
     def _exact(self, exact: Exact) -> ExactTokens:
         k, v = (x.unflatten(1, (len(exact.ids), -1)).transpose(0, 1) for x in self._gather(exact.ids.flatten()))

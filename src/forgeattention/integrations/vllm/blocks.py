@@ -1,8 +1,8 @@
 """The exact tokens' KV blocks: a sliding window that also keeps a sequence's first blocks.
 
 Each packed layer has a second, exact layer beside it (`backend.ExactLayer`), whose blocks vLLM allocates, shares by
-prefix and frees like those of a sliding-window layer, from the same pool as the packed ones. So exact tokens are part of
-the memory that vLLM counts, live exactly as long as their sequence, and are there again after a prefix hit.
+prefix and frees like those of a sliding-window layer, from the same pool as the packed ones. So exact tokens are part
+of the memory that vLLM counts, live exactly as long as their sequence, and are there again after a prefix hit.
 """
 
 from __future__ import annotations
@@ -105,11 +105,15 @@ class ExactManager(SlidingWindowManager):
 
     @classmethod
     def reachable_block_mask(
-        cls, start_block: int, end_block: int, alignment_tokens: int | None, kv_cache_spec: Any, *args: Any, **kwargs: Any
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> list[bool] | None:
-        mask = super().reachable_block_mask(
-            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
-        )
+        mask = super().reachable_block_mask(start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs)
         if mask is not None:
             for i in range(start_block, min(end_block, kv_cache_spec.sink_blocks)):
                 mask[i - start_block] = True

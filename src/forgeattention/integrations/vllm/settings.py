@@ -58,6 +58,19 @@ class Settings:
         _ = settings.spec
         return settings
 
+    @classmethod
+    def of(cls, spec: CodecSpec) -> Settings:
+        """The settings that name a spec, but for its window.
+
+        Raises:
+            ValueError: a spec that is no preset with other bits.
+        """
+        for name in PRESETS:
+            settings = cls(name, spec.k_bits, spec.v_bits, sinks=spec.sinks)
+            if settings.spec == replace(spec, window=settings.window):
+                return settings
+        raise ValueError(f"[vllm] expected a preset, perhaps with other bits; got {spec}")
+
     @property
     def spec(self) -> CodecSpec:
         """The codec's spec. Raises ValueError for bits that do not exist."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +92,7 @@ class Step:
     chunks: tuple[Chunk, ...]
 
     @classmethod
-    def make(
-        cls, layout: Layout, starts: I64, lengths: I64, packed: I64, exact: I64, slots: torch.Tensor
-    ) -> Step:
+    def make(cls, layout: Layout, starts: I64, lengths: I64, packed: I64, exact: I64, slots: torch.Tensor) -> Step:
         """Reads a batch.
 
         A page is encoded when its last token arrives. A row with C tokens before this step reads its pages up to
