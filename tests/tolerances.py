@@ -126,3 +126,5 @@ SPARSE_MASS = 2e-6
 # Logits of tokens drawn in a batch, under the largest of the same row alone, in standard deviations of the logits:
 # matrix products round by batch size, and where a rounded key lies on the border of two codes, the code changes.
 SERVED_LOGITS = 0.1
+# Parts of an attention merged in float64.
+MERGE_DOUBLE = 1e-12

@@ -213,6 +213,10 @@ class LayerCache:
         else:
             self._set_lengths(self._exact, self._packed)
 
+    def attend_packed(self, q: Any, table: PageTable | None, scale: float) -> tuple[Any, Any] | None:
+        """`ops.prefill_attention` of q over `table`, this cache's or one row's packed tokens; None without any."""
+        return None if table is None else ops.prefill_attention(q, self.codec, table, scale, backend=self.backend)
+
     def trim(self, n: int | Sequence[int] | I64) -> None:
         """Removes the newest `n` tokens of each row (one number, or one per row).
 

@@ -169,7 +169,13 @@ def _matrix(linear: Any) -> tuple[Any, Any]:
     weight = getattr(linear, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
         raise UnknownForm(f"{type(linear).__name__} holds no plain weights")
-    return weight.detach(), None if getattr(linear, "bias", None) is None else linear.bias.detach()
+    bias = getattr(linear, "bias", None)
+    return _own(weight.detach()), None if bias is None else _own(bias.detach())
+
+
+def _own(tensor: Any) -> Any:
+    """This rank's heads, where tensor parallelism has dealt them out."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _energy(weight: Any, bias: Any, gain: F64, head_dim: int) -> F64:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .. import cache as storage
-from ..cache import TorchArrays
+from ..cache import LayerCache, TorchArrays
 from ..codec import Codec, CodecSpec
 from ..codec.weights import weight_codecs
 from ..ops.arrays import dtype_of
@@ -49,6 +49,7 @@ class ForgeCache(Cache):
         exact_layers: layers to leave to the stock cache.
         max_pages: most pages of one layer, or None.
         backend: which kernels run, "auto" or a name of `ops`.
+        make_layer: makes a layer's cache, with the arguments of `LayerCache.like` (`parallel.ShardedCache.like`).
 
     Raises:
         ValueError: a layer number that is not in the model.
@@ -63,7 +64,9 @@ class ForgeCache(Cache):
         exact_layers: Iterable[int] = (),
         max_pages: int | None = None,
         backend: str = "auto",
+        make_layer: Callable[..., LayerCache] = LayerCache.like,
     ) -> None:
+        self.make_layer = make_layer
         self.spec = CodecSpec() if spec is None else spec
         self.max_pages = max_pages
         self.backend = backend
@@ -145,6 +148,7 @@ class ForgeCache(Cache):
         """A cache of the given rows (default: all) that shares this one's pages, as does `copy.deepcopy`."""
         other = object.__new__(ForgeCache)
         other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
+        other.make_layer = self.make_layer
         other._codecs = self._codecs
         layers: list[Any] = []
         for layer in self.layers:

@@ -123,8 +123,8 @@ def _chunk(
     o, lse = attention(q, k, v, scale, causal=m == n or flash(q), bias=bias)
     if held and not flash(q):
         o, lse = ops.merge(o.float(), lse, *attention(q, exact.k[:, :, :held], exact.v[:, :, :held], scale))
-    if table is not None:
-        packed = ops.prefill_attention(q, past.codec, table, scale, backend=past.backend)
+    packed = past.attend_packed(q, table, scale)
+    if packed is not None:
         o, lse = ops.merge(*packed, o, lse)
     return with_sinks(o, lse, sinks).to(q.dtype)
 

@@ -127,7 +127,7 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(f"[forge] expected keys and values of one 4-D shape; got {shapes}")
         codec = self.codec or self.owner.codec(k.shape[3], k.shape[1])
         limit, backend = self.owner.max_pages, self.owner.backend
-        self.cache = LayerCache.like(k, codec, max_pages=limit, backend=backend)
+        self.cache = self.owner.make_layer(k, codec, max_pages=limit, backend=backend)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,82 @@
+"""One long sequence over several processes: each holds a share of the packed pages.
+
+    torchrun --nproc-per-node 2 -m forgeattention.examples.context_parallel --tokens 4096
+
+Every rank runs the same model on the same tokens; rank 0 also runs it alone and compares. Prints bytes of cache per
+rank, tokens per second of both, and how far the logits are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from typing import Any
+
+import torch
+from torch import distributed
+
+from .. import models
+from ..cache import LayerCache
+from ..evaluation import texts
+from ..integrations.hf import ForgeCache
+from ..parallel import ShardedCache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to generate")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt read at once")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    model, tokenizer = models.load(args.model, device=args.device, attn_implementation="forge")
+    ids = tokenizer(texts.read("genesis"), return_tensors="pt").input_ids[:, : args.tokens].to(args.device)
+    shared = generate(model, ids, args, functools.partial(ShardedCache.like, group=None))
+    sizes: list[Any] = [None] * world
+    distributed.all_gather_object(sizes, shared["bytes"])
+    if rank == 0:
+        alone = generate(model, ids, args, LayerCache.like)
+        print(
+            json.dumps(
+                {
+                    "ranks": world,
+                    "tokens": ids.shape[1],
+                    "bytes_per_rank": sizes,
+                    "bytes_alone": alone["bytes"],
+                    "tokens_per_second": round(shared["speed"], 2),
+                    "tokens_per_second_alone": round(alone["speed"], 2),
+                    "largest_logit_difference": float((shared["logits"] - alone["logits"]).abs().max()),
+                    "same_tokens": shared["tokens"] == alone["tokens"],
+                }
+            ),
+            flush=True,
+        )
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@torch.inference_mode()
+def generate(model: Any, ids: torch.Tensor, args: argparse.Namespace, make_layer: Any) -> dict[str, Any]:
+    """Greedy tokens after a prompt that is read in chunks."""
+    cache = ForgeCache(model, make_layer=make_layer)
+    for at in range(0, ids.shape[1], args.chunk):
+        piece = ids[:, at : at + args.chunk]
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits, tokens, start = out, [], time.perf_counter()
+    for _ in range(args.new):
+        token = out.argmax(-1, keepdim=True)
+        tokens.append(int(token))
+        out = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
+    speed = args.new / (time.perf_counter() - start)
+    return {"bytes": cache.nbytes, "speed": speed, "logits": logits.float().cpu(), "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main()
