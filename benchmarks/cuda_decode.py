@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +172,7 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
     if peers is None:
         fp16_copies = max(1, min(4, math.ceil(L2_TIMES * l2 / (batch * context * kv_heads * d * 4))))
         peers = peers_us(*shape, fp16_copies)
-    plan = cuda._decode_plan(codec.format, kv_heads, q_heads // kv_heads, 0)
+    plan = args.decode_plan(codec.format, kv_heads, q_heads // kv_heads, cuda.limits(0))
     kernel = nvrtc.kernel("decode_attention", plan.macros(codec, "float16", "float16"), 0, plan.shared_bytes)
     best = min(peers.values()) if peers else math.nan
     return {
@@ -194,7 +196,8 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
         "local_bytes": kernel.local_bytes,
         "ctas_per_sm": kernel.occupancy(32 * plan.warps),
         "warps_per_cta": plan.warps,
-        "stages": plan.stages,
+        "pages": plan.pages,
+        "groups": plan.groups,
     }
 
 
@@ -206,7 +209,8 @@ SPECS = {
 
 
 def environment(copy_gb_s: float) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("FORGEATTN_COMMIT", "")  # where the working tree is no repository
+    commit = commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -225,16 +229,13 @@ def main() -> None:
     parser.add_argument("--shapes", default="", help="indices into SHAPES, all by default")
     parser.add_argument("--scattered", action="store_true", help="pages in random order in memory")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--plan", default="", help="warps,ctas of a launch instead of the library's choice")
+    parser.add_argument("--plan", default="", help="warps=8,ctas=2,pages=2: a launch unlike the library's choice")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
     options = parser.parse_args()
     if options.scattered:
         globals()["SCATTERED"] = True
     if options.plan:
-        warps, ctas = map(int, options.plan.split(","))
-        cuda._decode_plan = lambda fmt, heads, queries, device: args.decode_plan(  # type: ignore[assignment]
-            fmt, heads, queries, cuda.limits(device), warps, ctas
-        )
+        args.decode_plan = partial(args.decode_plan, **{k: int(v) for k, v in (x.split("=") for x in options.plan.split(","))})
     begun, copy = time.time(), copy_bandwidth()
     records: list[dict[str, Any]] = [{"env": environment(copy)}]
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")

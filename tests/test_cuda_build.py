@@ -101,31 +101,29 @@ def test_plan_fits_the_device(case: Case) -> None:
             assert plan.queries * plan.blocks >= case.group * case.n
             assert plan.shared_bytes <= shared
             assert plan.ctas * (plan.shared_bytes + 1024) <= per_processor
-            assert 1 <= plan.chunks_short <= plan.slots - plan.warps - 2
-            assert plan.chunks_long <= plan.slots - plan.warps - 2
+            assert plan.groups * plan.pages * fmt.record_bytes >= plan.queries * (4 * fmt.padded_dim + 40)
 
 
-def cut(plan: args.DecodePlan, length: int, exact: int) -> list[tuple[int, int]]:
+def cut(plan: args.DecodePlan, length: int) -> list[tuple[int, int]]:
     """Pages of each chunk, as kernels/cuda/decode_args.cuh cuts a row."""
-    pages, cost = -(-length // 64), -(-exact // plan.exact_per_page)
-    wanted = plan.chunks_long if pages >= plan.long_pages else plan.chunks_short
-    count = max(1, min(wanted, (pages + cost) // plan.min_pages))
-    size = max(1, -(-(pages + cost) // count))
-    first = max(0, min(pages, size - cost))
-    chunks = 1 + -(-(pages - first) // size)
-    return [(0, first)] + [(first + i * size, min(pages, first + (i + 1) * size)) for i in range(chunks - 1)]
+    pages = -(-length // 64)
+    groups, chunks = -(-pages // plan.pages), max(1, min(plan.chunks, pages // plan.min_pages))
+    begins = [min(pages, groups * i // chunks * plan.pages) for i in range(chunks + 1)]
+    return list(zip(begins, begins[1:]))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3, 8, 32])
-def test_chunks_cover_every_page_within_the_slots(kv_heads: int) -> None:
-    plan = args.decode_plan(CodecSpec().page_format(128), kv_heads, 4, args.Limits())
+@pytest.mark.parametrize(("kv_heads", "queries"), [(1, 4), (3, 3), (8, 8), (32, 16)])
+def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -> None:
+    plan = args.decode_plan(CodecSpec().page_format(128), kv_heads, queries, args.Limits())
     for length in [*range(0, 5000, 37), 32768, 131072, 524288, 1 << 20]:
-        for exact in (0, 1, 132, 195, 4000):
-            chunks = cut(plan, length, exact)
-            assert len(chunks) <= plan.slots - plan.warps
-            assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
-            bound = plan.grid(132, 1, kv_heads, length, exact)
-            assert bound == 132 * plan.ctas or bound >= kv_heads * len(chunks)
+        chunks = cut(plan, length)
+        assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
+        assert len({b - a for a, b in chunks[:-1]}) <= 2
+        assert plan.grid(5, kv_heads, length) == (len(chunks), kv_heads * plan.blocks, 5)
+        for exact in (0, 1, 132, 195, 512, 513, 4000):
+            tasks = -(-exact // (16 if exact <= 512 else 64))
+            for bound in (exact, 4096):
+                assert len(chunks) + tasks <= plan.slots(length, bound)
 
 
 def test_sources_name_no_toolkit_header() -> None:

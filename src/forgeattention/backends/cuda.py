@@ -237,14 +237,11 @@ class _DecodeLaunch:
         self.plan = args.decode_plan(codec.format, codec.kv_heads, group * n, limits(device))
         macros = self.plan.macros(codec, *dtypes)
         self.kernel = nvrtc.kernel("decode_attention", macros, device, self.plan.shared_bytes)
-        self.processors = limits(device).processors
         self.threads = 32 * self.plan.warps
-        # Floats of all parts of one row's KV head, and how many of them come before the sums.
-        self.outputs = self.plan.blocks * self.plan.slots * self.plan.queries * codec.format.padded_dim
-        self.floats = self.plan.blocks * self.plan.slots * self.plan.queries * (codec.format.padded_dim + 2)
+        self.width = codec.format.padded_dim
         self.transforms = tuple(map(bytes, constants.attend))
         self.queries = codec.kv_heads, group, n, group * n, self.plan.blocks
-        self.cut = self.plan.cut
+        self.cut = self.plan.chunks, self.plan.min_pages
         self.units = codec.k_codebook.unit, codec.v_codebook.unit
 
 
@@ -274,8 +271,11 @@ def decode_attention(
             launch = _DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
             constants.kernels[key] = launch
         stream = _stream(device)
-        heads = batch * kv_heads
-        part = _scratch_of(_parts, device, stream, heads * launch.floats, torch.float32).data_ptr()
+        heads = batch * kv_heads * launch.plan.blocks
+        max_length = 0 if table is None else table.max_length
+        slots = launch.plan.slots(max_length, 0 if exact is None else exact.max_length)
+        parts = heads * slots * launch.plan.queries  # a vector, its maximum and its sum each
+        part = _scratch_of(_parts, device, stream, parts * (launch.width + 2), torch.float32).data_ptr()
         params = _decode_params(
             q.data_ptr(),
             *(_NONE if table is None else map(_address, (table.base, table.offsets, table.lengths))),
@@ -284,28 +284,21 @@ def decode_attention(
             out.data_ptr(),
             lse.data_ptr(),
             part,
-            part + 4 * heads * launch.outputs,
-            _scratch_of(_counters, device, stream, heads * launch.plan.blocks, torch.int32).data_ptr(),
+            part + 4 * parts * launch.width,
+            _scratch_of(_counters, device, stream, heads, torch.int32).data_ptr(),
             *launch.transforms,
             *q.stride()[:3],
             *exact_k.stride()[:3],
             *exact_v.stride()[:3],
             0 if table is None else table.offsets.stride(0),
-            batch,
             *launch.queries,
             causal,
             *launch.cut,
+            slots,
             scale * LOG2E,
             *launch.units,
         )
-        grid = launch.plan.grid(
-            launch.processors,
-            batch,
-            kv_heads,
-            0 if table is None else table.max_length,
-            0 if exact is None else exact.max_length,
-        )
-        launch.kernel.launch((grid, 1, 1), launch.threads, stream, params)
+        launch.kernel.launch(launch.plan.grid(batch, kv_heads, max_length), launch.threads, stream, params)
     return out, lse
 
 

@@ -41,11 +41,8 @@ class DecodeParams(ctypes.Structure):
         ("v_transform", TransformArgs),
         *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
         ("max_pages", I64),
-        *((name, I32) for name in ("batch", "kv_heads", "group", "n", "queries", "blocks", "causal")),
-        *(
-            (name, I32)
-            for name in ("chunks_short", "chunks_long", "long_pages", "min_pages", "exact_per_page", "slots")
-        ),
+        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "causal")),
+        *((name, I32) for name in ("chunks", "min_pages", "slots")),
         *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
     ]
 
@@ -244,14 +241,11 @@ class DecodePlan:
     queries: int  # of one KV head that a CTA holds
     blocks: int  # CTAs' worth of queries
     warps: int
-    stages: int
+    pages: int  # that a warp reads together
+    groups: int  # of so many records, that a warp's ring holds
     ctas: int  # per multiprocessor
-    chunks_short: int
-    chunks_long: int
-    long_pages: int
-    min_pages: int
-    exact_per_page: int
-    slots: int
+    chunks: int  # of one row and KV head, at most
+    min_pages: int  # of a chunk
     shared_bytes: int
 
     def macros(self, codec: Codec, dtype: str, exact_dtype: str) -> Macros:
@@ -260,80 +254,70 @@ class DecodePlan:
             DecodeParams,
             FA_QUERIES=self.queries,
             FA_WARPS=self.warps,
-            FA_STAGES=self.stages,
+            FA_PAGES=self.pages,
+            FA_GROUPS=self.groups,
             FA_CTAS=self.ctas,
             FA_TYPE=TYPES[dtype],
             FA_EXACT_TYPE=TYPES[exact_dtype],
         )
 
-    @property
-    def cut(self) -> tuple[int, int, int, int, int, int]:
-        """How the kernel cuts rows, in the order of `DecodeParams`."""
-        return (
-            self.chunks_short,
-            self.chunks_long,
-            self.long_pages,
-            self.min_pages,
-            self.exact_per_page,
-            self.slots,
-        )
+    def row_chunks(self, length: int) -> int:
+        """Chunks that pages of so many tokens are cut into."""
+        return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
 
-    def grid(self, processors: int, batch: int, kv_heads: int, max_length: int, max_exact: int) -> int:
-        """CTAs: no more than fit at once, nor than the longest rows allowed could use."""
-        pages = -(-max_length // PAGE) + -(-max_exact // self.exact_per_page)
-        most = max(self.chunks_short, self.chunks_long) + 1
-        chunks = min(most, 2 + pages // self.min_pages)
-        return min(processors * self.ctas, batch * kv_heads * self.blocks * chunks)
+    def slots(self, max_length: int, max_exact: int) -> int:
+        """Partial results of one row and KV head: one per chunk, one per task of exact tokens (Cut in decode_args.cuh)."""
+        tasks = -(-min(max_exact, 512) // 16)
+        return self.row_chunks(max_length) + max(tasks, -(-max_exact // 64))
+
+    def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
+        return self.row_chunks(max_length), kv_heads * self.blocks, batch
 
 
 def decode_plan(
-    fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, warps: int | None = None, ctas: int | None = None
+    fmt: PageFormat,
+    kv_heads: int,
+    queries: int,
+    limits: Limits,
+    warps: int | None = None,
+    ctas: int | None = None,
+    pages: int | None = None,
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens).
 
-    A fragment holds 8 queries, so up to 4 are doubled to use both halves of a 16-bit weight at once; two fragments fit
-    the registers up to head_dim 128. Twelve warps have 168 registers each, eight have 255.
+    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: up to head_dim 128 and eight queries.
+    With four queries or fewer there is room for two pages at a time. Longer vectors and more queries take 255 registers.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
     blocks = -(-queries // held)
-    small = d <= 64 and held <= 8
-    warps = warps or (12 if d in (96, 128) and held <= 8 else 8)
-    ctas = ctas or (2 if small else 1)
-    chunks = max(1, limits.processors * ctas // (kv_heads * blocks))
-    chunks_long = chunks
-    for k in range(1, 9):
-        if limits.processors * ctas * k % (kv_heads * blocks) == 0:
-            chunks_long = limits.processors * ctas * k // (kv_heads * blocks)
-            break
-    slots = max(chunks, chunks_long) + 2 + warps
-    held_blocks = 1 if held <= 8 else held // 8
-    kept = d // 8 if held == 4 else held_blocks * d // 4
-    merge_warps = warps // 2 if ctas == 1 and d <= 128 and held <= 8 else 2
-    scratch = max(
-        merge_warps * (kept + 2 * held_blocks) * 128,
-        warps * 512 + held * fmt.head_dim * 4,
-        warps * (d + slots + warps) * 4,
-    )
-    fixed = held_blocks * 32 * (d // 2 + 16) + held * 8 + 192 + scratch
-    per_stage = warps * (fmt.record_bytes + 16)
+    light = d <= 128 and held <= 8
+    warps = warps or 8
+    ctas = ctas or (2 if light else 1)
+    pages = pages or (2 if light and held == 4 else 1)
+    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * 2 * pages * PAGE * 4 + 64
+    per_group = warps * (pages * fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    stages = min(4, room // per_stage)
-    if stages < 1:
+    groups = min(4, room // per_group)
+    # A warp's part of the ring holds its state at the end.
+    needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
+    if groups < needed:
+        if ctas > 1:
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages)
         if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas)
-        raise ValueError(f"[decode_attention] expected {fixed + per_stage} bytes of shared memory; got {room + fixed}")
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages)
+        if pages > 1:
+            return decode_plan(fmt, kv_heads, queries, limits, None, None, 1)
+        expected, got = fixed + needed * per_group, room + fixed
+        raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
     return DecodePlan(
         queries=held,
         blocks=blocks,
         warps=warps,
-        stages=stages,
+        pages=pages,
+        groups=groups,
         ctas=ctas,
-        chunks_short=chunks,
-        chunks_long=chunks_long,
-        long_pages=6 * warps * chunks_long,
-        min_pages=3 * warps,
-        exact_per_page=4,
-        slots=slots,
-        shared_bytes=fixed + stages * per_stage,
+        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
+        min_pages=warps * pages,
+        shared_bytes=fixed + groups * per_group,
     )

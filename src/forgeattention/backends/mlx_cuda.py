@@ -193,12 +193,8 @@ def decode_attention(
         constants.known[key] = made, made.macros(codec, dtype_of(q), dtype_of(exact.k))
     plan, macros = constants.known[key]
     heads = batch * kv_heads * plan.blocks
-    parts = heads * plan.slots * plan.queries
-    cut = dict(
-        zip(
-            ("chunks_short", "chunks_long", "long_pages", "min_pages", "exact_per_page", "slots"), plan.cut, strict=True
-        )
-    )
+    slots = plan.slots(table.max_length, exact.max_length)
+    parts = heads * slots * plan.queries
     out, lse, *_ = Launch(
         "decode_attention",
         macros,
@@ -225,18 +221,19 @@ def decode_attention(
             **v.scalars("v"),
             "capacity": exact.k.shape[2],
             "max_pages": table.offsets.shape[1],
-            "batch": batch,
             "kv_heads": kv_heads,
             "group": q_heads // kv_heads,
             "n": n,
             "queries": queries,
             "blocks": plan.blocks,
             "causal": int(causal),
-            **cut,
+            "chunks": plan.chunks,
+            "min_pages": plan.min_pages,
+            "slots": slots,
             "scale_log2": scale * LOG2E,
             **_units(codec),
         },
-        (plan.grid(limits().processors, batch, kv_heads, table.max_length, exact.max_length), 1, 1),
+        plan.grid(batch, kv_heads, table.max_length),
         32 * plan.warps,
         plan.shared_bytes,
     ).run()

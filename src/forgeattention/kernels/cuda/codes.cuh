@@ -10,16 +10,17 @@ FA_FN void unit_indices(const fa_u32 (&w)[BITS], fa_u32 (&n)[4]) {
   unit_nibbles<BITS, CODE>(w, n);
 }
 
-// Level tables as byte-permute operands. Sixteen levels are two tables of magnitudes, of the negative half (index bit 3
-// clear) and of the positive half: a selector nibble with bit 3 set gives the sign of the byte, which is 0 for a
-// magnitude, so each table yields zeros where the other one holds, and a level is positive minus negative.
+// Level tables as byte-permute operands. Sixteen levels are two tables, of the negative half (index bit 3 clear) and of the
+// positive half. A selector nibble with bit 3 set gives the sign of the byte it points to in all bits: 0 in the positive
+// table, -1 in the negative one. So the negative table holds level - 1, and the sum of what both give is level - 1 for all
+// sixteen; who sums products adds the sum of the other factors once (`low` is used with the index, `high` with bit 3 flipped).
 template <int N>
 struct LevelTable {
   static constexpr bool PAIR = N == 16;
   fa_u32 low[2], high[2];
   constexpr FA_FN LevelTable(const int (&levels)[N]) : low{}, high{} {
     for (int i = 0; i < N; ++i) {
-      const int value = PAIR && i < 8 ? -levels[i] : levels[i];
+      const int value = PAIR && i < 8 ? levels[i] - 1 : levels[i];
       const fa_u32 byte = (fa_u32)(value & 255) << (8 * (i & 3));
       (i >= 8 ? high : low)[i >> 2 & 1] |= byte;
     }

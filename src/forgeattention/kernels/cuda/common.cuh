@@ -68,6 +68,12 @@ __device__ __forceinline__ u32 half2(float a, float b) {
   return d;
 }
 
+__device__ __forceinline__ u32 bfloat2(float a, float b) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
+  return d;
+}
+
 template <int T>
 constexpr FA_FN int type_bytes() {
   return T == FLOAT ? 4 : 2;
@@ -128,64 +134,94 @@ __device__ __forceinline__ void mma_su(Sums& d, const u32* a, u32 b0, u32 b1, co
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
 }
 
-// ---- a warp's ring of record halves in shared memory (K part, V part), filled asynchronously
+// ---- 16-bit tensor cores. d += a b, a [16 x 16] and b [16 x 8] of half (HALF) or bfloat16 (else).
+template <int T>
+__device__ __forceinline__ void mma_16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (T == HALF) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+// Two floats, a in the low half, as what is nearest in 16 bits, and as what is left.
+template <int T>
+__device__ __forceinline__ void split_16(float a, float b, u32& high, u32& low) {
+  if constexpr (T == HALF) {
+    high = half2(a, b);
+    low = half2(a - half_to_float(high & 0xFFFF), b - half_to_float(high >> 16));
+  } else {
+    high = bfloat2(a, b);
+    low = bfloat2(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xFFFF0000u));
+  }
+}
+
+// ---- a warp's ring of groups of PAGES records in shared memory, in halves (K parts, V parts), filled asynchronously
 #if __CUDA_ARCH__ >= 900 && !defined(FA_NO_BULK)
-// Bulk copies (PTX ISA, cp.async.bulk), one per half, that complete on a barrier of their own.
-template <int STAGES, int K_BYTES, int V_BYTES>
+// Bulk copies (PTX ISA, cp.async.bulk), one per part, that complete on a barrier of their half.
+template <int GROUPS, int PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
-  u8* data;      // [STAGES][K_BYTES + V_BYTES], 16-byte aligned
-  u32 barriers;  // [STAGES][2] of 8 bytes, shared address
+  u8* data;      // [GROUPS][PAGES][K_BYTES + V_BYTES], 16-byte aligned
+  u32 barriers;  // [GROUPS][2] of 8 bytes, shared address
 
   __device__ __forceinline__ void init(u8* data_, u64* barriers_, int lane) {
     data = data_;
     barriers = smem_address(barriers_);
     if (lane == 0) {
-      for (int i = 0; i < 2 * STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
+      for (int i = 0; i < 2 * GROUPS; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncwarp();
   }
-  // half 0: K, 1: V, of a record if there is one.
-  __device__ __forceinline__ void fill(int stage, int half, bool any, const u8* record, int lane) {
-    if (lane != 0 || !any) return;
-    const u32 barrier = barriers + 16 * stage + 8 * half;
-    const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
+  // half 0: K, 1: V, of the first `count` records.
+  __device__ __forceinline__ void fill(int group, int half, int count, const u8* const (&records)[PAGES], int lane) {
+    if (lane != 0 || count <= 0) return;
+    const u32 barrier = barriers + 16 * group + 8 * half;
+    const u32 to = smem_address(data) + group * PAGES * (K_BYTES + V_BYTES) + half * K_BYTES;
     const int bytes = half ? V_BYTES : K_BYTES;
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(record + half * K_BYTES), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(min(count, PAGES) * bytes) : "memory");
+#pragma unroll
+    for (int i = 0; i < PAGES; ++i)
+      if (i < count)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                to + i * (K_BYTES + V_BYTES)),
+            "l"(records[i] + half * K_BYTES), "r"(bytes), "r"(barrier), "l"(policy)
+            : "memory");
   }
-  __device__ __forceinline__ void wait(int stage, int half, u32 phase) {
+  __device__ __forceinline__ void wait(int group, int half, u32 phase) {
     asm volatile(
         "{\n.reg .pred P1;\nW_%=:\nmbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra D_%=;\nbra W_%=;\nD_%=:\n}" ::"r"(
-            barriers + 16 * stage + 8 * half),
+            barriers + 16 * group + 8 * half),
         "r"(phase)
         : "memory");
   }
 };
 #else
 // 16-byte cp.async by every lane. Each fill commits one group, empty or not, so that a wait is for a fixed distance.
-template <int STAGES, int K_BYTES, int V_BYTES>
+template <int GROUPS, int PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
   u8* data;
   __device__ __forceinline__ void init(u8* data_, u64*, int) { data = data_; }
-  __device__ __forceinline__ void fill(int stage, int half, bool any, const u8* record, int lane) {
-    if (any) {
-      const u32 to = smem_address(data) + stage * (K_BYTES + V_BYTES) + half * K_BYTES;
-      const u8* from = record + half * K_BYTES;
-      const int bytes = half ? V_BYTES : K_BYTES;
-      for (int i = lane * 16; i < bytes; i += 512)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
-    }
+  __device__ __forceinline__ void fill(int group, int half, int count, const u8* const (&records)[PAGES], int lane) {
+    const int bytes = half ? V_BYTES : K_BYTES;
+#pragma unroll
+    for (int i = 0; i < PAGES; ++i)
+      if (i < count) {
+        const u32 to = smem_address(data) + (group * PAGES + i) * (K_BYTES + V_BYTES) + half * K_BYTES;
+        for (int at = lane * 16; at < bytes; at += 512)
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(records[i] + half * K_BYTES + at) : "memory");
+      }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
   __device__ __forceinline__ void wait(int, int, u32) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(2 * STAGES - 1) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(2 * GROUPS - 1) : "memory");
     __syncwarp();
   }
 };

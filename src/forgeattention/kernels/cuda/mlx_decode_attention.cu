@@ -7,9 +7,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
     mlx_decode_attention(const void* q, const u8* base, const i64* offsets, const int* lengths, const void* exact_k, const void* exact_v,
                          const int* exact_lengths, const float* sink_logits, u32* counter, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v),
                          void* out, float* lse, float* part, float2* part_ml, int sinks_given, FA_TRANSFORM_SCALARS(k),
-                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int batch, int kv_heads, int group, int n, int queries, int blocks,
-                         int causal, int chunks_short, int chunks_long, int long_pages, int min_pages, int exact_per_page, int slots,
-                         float scale_log2, float k_unit, float v_unit) {
+                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int kv_heads, int group, int n, int queries, int blocks,
+                         int causal, int chunks, int min_pages, int slots, float scale_log2, float k_unit, float v_unit) {
   Params p;
   p.q = q;
   p.base = base;
@@ -36,18 +35,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
   p.v_stride[1] = (i64)capacity * HEAD_DIM;
   p.v_stride[2] = HEAD_DIM;
   p.max_pages = max_pages;
-  p.batch = batch;
   p.kv_heads = kv_heads;
   p.group = group;
   p.n = n;
   p.queries = queries;
   p.blocks = blocks;
   p.causal = causal;
-  p.chunks_short = chunks_short;
-  p.chunks_long = chunks_long;
-  p.long_pages = long_pages;
+  p.chunks = chunks;
   p.min_pages = min_pages;
-  p.exact_per_page = exact_per_page;
   p.slots = slots;
   p.scale_log2 = scale_log2;
   p.k_unit = k_unit;

@@ -3,11 +3,12 @@
 
 FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
   __shared__ __align__(16) u8 parts[WARPS][K_BYTES];
-  __shared__ __align__(16) u8 terms[QUERY_BYTES];
+  __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
-  __shared__ float scales[WARPS][fa::PAGE];
-  const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+  __shared__ int totals[2 * QUERIES];
+  __shared__ float scales[WARPS][fa::PAGE], scores[WARPS][QUERIES][fa::PAGE];
+  const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
   const int length = __ldg(p.lengths + row);
   if (thread == 0) Constants::store(words);
@@ -24,38 +25,55 @@ FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
     transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
-    const float step = split_query(x, terms, i, lane);
+    int sums[2];
+    const float step = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {
+      totals[2 * i] = sums[0];
+      totals[2 * i + 1] = sums[1];
       steps[i] = step * p.scale;
       shifts[i] = shift * p.scale;
     }
   }
   __syncthreads();
-  Queries q[1];
-  q[0].load<false>(terms, lane);
+  constexpr int BLOCKS = QUERIES / 4;
+  Queries q[BLOCKS];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) q[b].load(terms + 4 * b * QUERY_BYTES, totals + 8 * b, lane);
   const Constants constants(words);
-  const int query = first + g;
-  float* out = p.out + (((i64)row * p.kv_heads + head) * p.queries + query) * p.max_length;
   for (int page = blockIdx.x * WARPS + warp; page * fa::PAGE < p.max_length; page += gridDim.x * WARPS) {
     const int from = page * fa::PAGE;
-    float s[1][16], shift = NEG_INF;
     if (from < length) {
       const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
       __syncwarp();
       copy_part<K_BYTES>(parts[warp], record, lane);
       __syncwarp();
-      const Header header(parts[warp] + MEAN_OFFSET, lane);
-      const float2 two = decode_scales(load_scales(parts[warp] + SCALE_OFFSET_K, lane), header.k_base());
-      *(float2*)(scales[warp] + 2 * lane) = two;
-      shift = fmaf(mean_sum(parts[warp] + MEAN_OFFSET, lane, q[0], constants.start) * header.mean_scale(), steps[g], shifts[g]);
-      key_sums<false>(parts[warp], lane, q, constants, s);
+      const u8* const means[1] = {parts[warp] + MEAN_OFFSET};
+      const Header header(means[0], lane);
+      *(float2*)(scales[warp] + 2 * lane) = decode_scales(load_scales(parts[warp] + SCALE_OFFSET_K, lane), header.k_base());
+      __syncwarp();
+      float s[BLOCKS][SPAN];
+      key_sums(parts[warp], lane, q, constants, s);
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        float mean[1];
+        mean_sums(means, lane, q[b], constants, mean);
+        const int query = 4 * b + t;
+        const float shift = fmaf(mean[0] * header.mean_scale(), steps[query], shifts[query]);
+#pragma unroll
+        for (int i = 0; i < SPAN; ++i) {
+          const int token = key_token(lane, i);
+          scores[warp][query][token] = fmaf(s[b][i] * scales[warp][token], steps[query] * p.unit, shift);
+        }
+      }
       __syncwarp();
     }
-    if (query < p.queries)
+    for (int i = 0; i < QUERIES && first + i < p.queries; ++i)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int token = from + 16 * t + i;
-        if (token < p.max_length) out[token] = token < length ? fmaf(s[0][i] * scales[warp][16 * t + i], steps[g] * p.unit, shift) : NEG_INF;
+      for (int k = 0; k < fa::PAGE; k += 32) {
+        const int token = from + k + lane;
+        if (token < p.max_length)
+          p.out[(((i64)row * p.kv_heads + head) * p.queries + first + i) * p.max_length + token] =
+              token < length ? scores[warp][i][k + lane] : NEG_INF;
       }
   }
 }

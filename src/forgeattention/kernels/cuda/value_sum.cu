@@ -36,29 +36,26 @@ FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
     }
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    u32 w[2][4];
+    u32 w[1][2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      w[0][i] = w[1][i] = 0;
+      w[0][0][i] = w[0][1][i] = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int v = __float2int_rn(x[4 * i + k] * (32512.f / most)), low = (int)(signed char)(v & 255);
-        w[0][i] |= (u32)((v - low) >> 8 & 255) << (8 * k);
-        w[1][i] |= (u32)(low & 255) << (8 * k);
+        w[0][0][i] |= (u32)((v - low) >> 8 & 255) << (8 * k);
+        w[0][1][i] |= (u32)(low & 255) << (8 * k);
       }
     }
     const float step = most * (256.f / 32512.f) * p.unit;
     const float s0 = __shfl_sync(~0u, step, 8 * t), s1 = __shfl_sync(~0u, step, 8 * t + 4);
-    float high[4];
-    value_sums<true>(part + K_BYTES, lane, w, constants, [&](int unit, int set, const float(&y)[4]) {
+    Sums high;
+    const u8* const values[1] = {part + K_BYTES};
+    value_sums<true>(values, lane, w, constants, [&](int unit, int set, const Sums& d) {
+      if (set == 0) high = d;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (set) {
-          acc[4 * unit + k] = fmaf(fmaf(y[k], 1.f / 256.f, high[k]), k & 1 ? s1 : s0, acc[4 * unit + k]);
-        } else {
-          high[k] = y[k];
-        }
-      }
+      for (int k = 0; k < 4; ++k)
+        if (set) acc[4 * unit + k] = fmaf(join_terms(high[k], d[k]), k & 1 ? s1 : s0, acc[4 * unit + k]);
     });
   }
   mass += __shfl_xor_sync(~0u, mass, 1);
