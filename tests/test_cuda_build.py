@@ -121,7 +121,7 @@ def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -
         assert len({b - a for a, b in chunks[:-1]}) <= 2
         assert plan.grid(5, kv_heads, length) == (len(chunks), kv_heads * plan.blocks, 5)
         for exact in (0, 1, 132, 195, 512, 513, 4000):
-            tasks = -(-exact // (16 if exact <= 512 else 64))
+            tasks = -(-exact // 16)
             for bound in (exact, 4096):
                 assert len(chunks) + tasks <= plan.slots(length, bound)
 

@@ -267,8 +267,7 @@ class DecodePlan:
 
     def slots(self, max_length: int, max_exact: int) -> int:
         """Partial results of one row and KV head: one per chunk, one per task of exact tokens (Cut in decode_args.cuh)."""
-        tasks = -(-min(max_exact, 512) // 16)
-        return self.row_chunks(max_length) + max(tasks, -(-max_exact // 64))
+        return self.row_chunks(max_length) + -(-max_exact // 16)
 
     def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
         return self.row_chunks(max_length), kv_heads * self.blocks, batch

@@ -84,6 +84,22 @@ __device__ __forceinline__ float load_element(const void* p, i64 i) {
   const u32 bits = __ldg((const unsigned short*)p + i);
   return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
 }
+// Loads that begin where they stand in the program: the compiler would begin them where they are used, behind the flood of pages.
+template <int T>
+__device__ __forceinline__ float load_early(const void* p, i64 i) {
+  if constexpr (T == FLOAT) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"((const float*)p + i));
+    return x;
+  } else {
+    u32 bits;
+    asm volatile("{.reg .b16 h; ld.global.nc.b16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(bits) : "l"((const unsigned short*)p + i));
+    return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
+  }
+}
+__device__ __forceinline__ void load_early(const void* p, u32 (&w)[4]) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
+}
 template <int T>
 __device__ __forceinline__ void store_element(void* p, i64 i, float x) {
   if constexpr (T == FLOAT) {

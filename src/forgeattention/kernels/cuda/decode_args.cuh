@@ -11,6 +11,7 @@ constexpr int WARPS = FA_WARPS, GROUPS = FA_GROUPS, QUERIES = FA_QUERIES, PAGES 
 constexpr int BLOCKS = QUERIES / 4;
 constexpr int E = DIM / 32;
 constexpr float WEIGHT_MAX = 65500.f;
+constexpr int EXACT_TOKENS = 16;  // of a task
 
 struct Params {
   const void* q;               // FA_TYPE [batch, q_heads, n, head_dim]
@@ -37,15 +38,14 @@ static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure diffe
 // How a row's work for one KV head is cut: by the row's own lengths alone, so that its result does not depend on the batch.
 // Chunks are runs of pages; exact tokens are dealt out to the chunks' warps in tasks.
 struct Cut {
-  int pages, chunks, per_task, tasks;
+  int pages, chunks, tasks;
   __device__ __forceinline__ Cut(const Params& p, int length, int exact)
       : pages((length + fa::PAGE - 1) / fa::PAGE),
         chunks(max(1, min(p.chunks, pages / p.min_pages))),
-        per_task(exact <= 512 ? 16 : 64),
-        tasks((exact + per_task - 1) / per_task) {}
+        tasks((exact + EXACT_TOKENS - 1) / EXACT_TOKENS) {}
   // First page of a chunk; chunks begin at whole groups.
   __device__ __forceinline__ int begin(int chunk) const {
-    return min(pages, (int)((i64)((pages + PAGES - 1) / PAGES) * chunk / chunks) * PAGES);
+    return min(pages, (pages + PAGES - 1) / PAGES * chunk / chunks * PAGES);
   }
 };
 

@@ -6,30 +6,29 @@
 #include "decode_args.cuh"
 #include "exact.cuh"
 
-// Reads a CTA's queries, keeps them as they are for the exact tokens and splits the transformed ones. One query a warp.
-__device__ __forceinline__ void load_queries(const Params& p, const Item& it, const Shared& sh, int warp, int lane) {
-  for (int i = warp; i < QUERIES; i += WARPS) {
-    const int query = it.block * QUERIES + i;
-    float x[E];
+// A query of the CTA, across the warp: element lane + 32 k.
+__device__ __forceinline__ void load_query(const Params& p, const Item& it, int i, int lane, float (&x)[E]) {
+  const int query = it.block * QUERIES + i;
+  const i64 at = it.row * p.q_stride[0] + (it.head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
-    for (int k = 0; k < E; ++k) x[k] = 0.f;
-    if (query < p.queries) {
-      const i64 at = it.row * p.q_stride[0] + (it.head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
-#pragma unroll
-      for (int k = 0; k < E; ++k)
-        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FA_TYPE>(p.q, at + 32 * k + lane);
-    }
-    const float size = exact::keep_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
-    transform_in<DIM, FA_ROTATION>(x, p.k_transform, it.head, lane);
-    int totals[2];
-    const float step = split_query(x, sh.terms + i * QUERY_BYTES, totals, lane);
-    if (lane == 0) {
-      sh.step[i] = step;
-      sh.shift[i] = shift;
-      sh.size[i] = size;
-      sh.totals[2 * i] = totals[0];
-      sh.totals[2 * i + 1] = totals[1];
-    }
+  for (int k = 0; k < E; ++k) {
+    x[k] = 0.f;
+    if (query < p.queries && 32 * k + lane < HEAD_DIM) x[k] = load_early<FA_TYPE>(p.q, at + 32 * k + lane);
+  }
+}
+// Keeps it as it is for the exact tokens and splits the transformed one.
+__device__ __forceinline__ void keep_query(const Params& p, const Item& it, const Shared& sh, int i, int lane, float (&x)[E],
+                                           const Signs<DIM, FA_ROTATION>& signs) {
+  const float size = exact::keep_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
+  transform_in<DIM, FA_ROTATION>(x, p.k_transform, signs, it.head, lane);
+  int totals[2];
+  const float step = split_query(x, sh.terms + i * QUERY_BYTES, totals, lane);
+  if (lane == 0) {
+    sh.step[i] = step;
+    sh.shift[i] = shift;
+    sh.size[i] = size;
+    sh.totals[2 * i] = totals[0];
+    sh.totals[2 * i + 1] = totals[1];
   }
 }
 
@@ -155,70 +154,108 @@ __device__ __forceinline__ void merge(const Params& p, State& st, const Shared& 
   }
 }
 
-// Joins a head's chunks and exact tokens. PARTS warps share a query's slots.
+// E floats side by side that other CTAs wrote.
+__device__ __forceinline__ void load_floats(const float* from, float (&x)[E]) {
+#pragma unroll
+  for (int k = 0; k < E; k += E % 4 == 0 ? 4 : E % 2 == 0 ? 2 : 1) {
+    if constexpr (E % 4 == 0) {
+      const float4 v = __ldcg((const float4*)(from + k));
+      x[k] = v.x, x[k + 1] = v.y, x[k + 2] = v.z, x[k + 3] = v.w;
+    } else if constexpr (E % 2 == 0) {
+      const float2 v = __ldcg((const float2*)(from + k));
+      x[k] = v.x, x[k + 1] = v.y;
+    } else {
+      x[k] = __ldcg(from + k);
+    }
+  }
+}
+
+// Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it needs one.
 __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot, int warp, int lane) {
-  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1;
+  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E <= 4 ? 16 : 64 / E;
+  static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
+  const Signs<DIM, FA_ROTATION> signs(p.v_transform, lane);
   for (int i = warp / PARTS; i < QUERIES; i += WARPS / PARTS) {
     const int query = it.block * QUERIES + i, q_head = it.head * p.group + query / p.n;
     if (PARTS == 1 && query >= p.queries) break;
-    float y[E], exact[E], packed = 0.f, recent = 0.f, top = NO_MAX, sink = 0.f;
+    const float* rows = p.part + (slot * QUERIES + i) * DIM + lane * E;  // lane E + k is the lane's channel k here
+    const float2* sums = p.part_ml + slot * QUERIES + i;
+    float v[AHEAD][E];
+    float2 ml;  // of slot first + lane, of those that the warps hold now
+    const auto load = [&](int first) {
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a) {
+        const int r = first + a * PARTS + part;
+#pragma unroll
+        for (int k = 0; k < E; ++k) v[a][k] = 0.f;
+        if (r < slots) load_floats(rows + (i64)r * QUERIES * DIM, v[a]);
+      }
+      ml = make_float2(NO_MAX, 0.f);
+      if (lane < AHEAD * PARTS && first + lane < slots) ml = __ldcg(sums + (i64)(first + lane) * QUERIES);
+    };
+    load(0);
+    float top = NO_MAX, sink = 0.f;
+#pragma unroll 1
+    for (int r = lane; r < slots; r += 32) {
+      const float2 x = __ldcg(sums + (i64)r * QUERIES);
+      if (x.y > 0.f) top = fmaxf(top, x.x);
+    }
+    top = warp_max(top);
+    if (p.sink_logits && query < p.queries) {
+      sink = __ldg(p.sink_logits + q_head) * LOG2E;
+      top = fmaxf(top, sink);
+      sink = ex2(sink - top);
+    }
+    float packed = 0.f, recent = 0.f, y[E], exact[E];
 #pragma unroll
     for (int k = 0; k < E; ++k) y[k] = exact[k] = 0.f;
-    if (query < p.queries) {
-      for (int r = lane; r < slots; r += 32) {
-        const float2 ml = __ldcg(p.part_ml + (slot + r) * QUERIES + i);
-        if (ml.y > 0.f) top = fmaxf(top, ml.x);
-      }
-      top = warp_max(top);
-      if (p.sink_logits) {
-        sink = __ldg(p.sink_logits + q_head) * LOG2E;
-        top = fmaxf(top, sink);
-        sink = ex2(sink - top);
-      }
-      // Slots of one kind: adds factor times output, and gives the sum.
-      const auto add = [&](int begin, int end, int channels, float(&to)[E]) {
-        float total = 0.f;
-        for (int from = begin; from < end; from += 32) {
-          float factor = 0.f;
-          if (from + lane < end) {
-            const float2 ml = __ldcg(p.part_ml + (slot + from + lane) * QUERIES + i);
-            factor = ml.y > 0.f ? ex2(ml.x - top) : 0.f;
-            total = fmaf(ml.y, factor, total);
-          }
-          const float* rows = p.part + ((slot + from) * QUERIES + i) * DIM + lane;
-#pragma unroll 8
-          for (int r = part; r < min(32, end - from); r += PARTS) {
-            const float f = __shfl_sync(~0u, factor, r);
+#pragma unroll 1
+    for (int first = 0;;) {
+      const float factor = ml.y > 0.f ? ex2(ml.x - top) : 0.f;
+      (first + lane < cut.chunks ? packed : recent) += ml.y * factor;
 #pragma unroll
-            for (int k = 0; k < E; ++k)
-              if (32 * k + lane < channels) to[k] = fmaf(f, __ldcg(rows + (i64)r * QUERIES * DIM + 32 * k), to[k]);
-          }
-        }
-        return warp_sum(total);
-      };
-      packed = add(0, cut.chunks, DIM, y);
-      recent = add(cut.chunks, slots, HEAD_DIM, exact);
-    }
-    if constexpr (PARTS > 1) {
-      float* sums = (float*)(sh.ring + warp * GROUPS * PAGES * RECORD);
-#pragma unroll
-      for (int k = 0; k < E; ++k) {
-        sums[32 * k + lane] = y[k];
-        sums[DIM + 32 * k + lane] = exact[k];
-      }
-      __syncthreads();
-      if (part || query >= p.queries) break;
-      for (int w = 1; w < PARTS; ++w) {
-        const float* other = (const float*)(sh.ring + (warp + w) * GROUPS * PAGES * RECORD);
+      for (int a = 0; a < AHEAD; ++a) {
+        const float f = __shfl_sync(~0u, factor, a * PARTS + part);
+        const bool pages = first + a * PARTS + part < cut.chunks;
 #pragma unroll
         for (int k = 0; k < E; ++k) {
-          y[k] += other[32 * k + lane];
-          exact[k] += other[DIM + 32 * k + lane];
+          y[k] = fmaf(pages ? f : 0.f, v[a][k], y[k]);
+          exact[k] = fmaf(pages ? 0.f : f, v[a][k], exact[k]);
         }
       }
+      first += AHEAD * PARTS;
+      if (first >= slots) break;
+      load(first);
     }
-    transform_out<DIM, FA_ROTATION>(y, p.v_transform, it.head, lane);
+    packed = warp_sum(packed);
+    recent = warp_sum(recent);
+    // To element lane + 32 k, by way of each warp's part of the ring.
+    float* mine = (float*)(sh.ring + warp * GROUPS * PAGES * RECORD);
+#pragma unroll
+    for (int k = 0; k < E; ++k) {
+      mine[lane * E + k] = y[k];
+      mine[DIM + lane * E + k] = exact[k];
+    }
+    if (PARTS > 1) {
+      __syncthreads();
+      if (part || query >= p.queries) break;
+    } else {
+      __syncwarp();
+    }
+#pragma unroll
+    for (int k = 0; k < E; ++k) y[k] = exact[k] = 0.f;
+#pragma unroll
+    for (int w = 0; w < PARTS; ++w) {
+      const float* from = (const float*)(sh.ring + (warp + w) * GROUPS * PAGES * RECORD) + lane;
+#pragma unroll
+      for (int k = 0; k < E; ++k) {
+        y[k] += from[32 * k];
+        exact[k] += from[DIM + 32 * k];
+      }
+    }
+    __syncwarp();
+    transform_out<DIM, FA_ROTATION>(y, p.v_transform, signs, it.head, lane);
     const float total = packed + recent + sink, inverse = total > 0.f ? 1.f / total : 0.f;
     const i64 at = ((i64)it.row * p.kv_heads + it.head) * p.queries + query;
 #pragma unroll
@@ -226,7 +263,8 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
       if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
-      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
+      if (cut.tasks) y[k] += exact[k];  // which has no padded channels
+      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, y[k] * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
   }
@@ -238,14 +276,22 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
   it.row = blockIdx.z, it.head = blockIdx.y / p.blocks, it.block = blockIdx.y % p.blocks, it.chunk = blockIdx.x;
+  // All that a CTA needs before its first scores is asked for before its pages, or it would wait for them all.
+  float x[E];
+  if (warp < QUERIES) load_query(p, it, warp, lane, x);
+  const Signs<DIM, FA_ROTATION> signs(p.k_transform, lane);
   it.length = p.lengths ? __ldg(p.lengths + it.row) : 0;
   it.exact = p.exact_lengths ? __ldg(p.exact_lengths + it.row) : 0;
-  const Cut cut(p, it.length, it.exact);
-  if (it.chunk >= cut.chunks) return;
-  const int end = cut.begin(it.chunk + 1), stride = WARPS * PAGES;
-  int first = cut.begin(it.chunk) + warp * PAGES;  // page of the group at work
   Ring<GROUPS, PAGES, K_BYTES, V_BYTES> ring;
   ring.init(sh.ring + warp * GROUPS * PAGES * RECORD, sh.barriers + warp * GROUPS * 2, lane);
+  const Cut cut(p, it.length, it.exact);
+  if (it.chunk >= cut.chunks) return;
+  // Tasks of exact tokens, to the last warps first: they have the fewest pages.
+  int task = it.chunk + (WARPS - 1 - warp) * cut.chunks;
+  exact::Task tokens;
+  tokens.begin(p, it, task, lane);
+  const int end = cut.begin(it.chunk + 1), stride = WARPS * PAGES;
+  int first = cut.begin(it.chunk) + warp * PAGES;  // page of the group at work
   const i64* offsets = p.offsets + it.row * p.max_pages;
   const u8* records = p.base + (i64)it.head * RECORD;
   const u8* next[PAGES];
@@ -262,13 +308,18 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     ring.fill(i, 1, end - page, next, lane);
   }
   if (thread == 0) Constants::store(sh.constants);
-  load_queries(p, it, sh, warp, lane);
+  if (warp < QUERIES) keep_query(p, it, sh, warp, lane, x, signs);
+  if constexpr (QUERIES > WARPS)
+    for (int i = warp + WARPS; i < QUERIES; i += WARPS) {
+      load_query(p, it, i, lane, x);
+      keep_query(p, it, sh, i, lane, x, signs);
+    }
   __syncthreads();
   const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block) * p.slots;
-  // Tasks of exact tokens, to the last warps first: they have the fewest pages.
-  for (int task = it.chunk + (WARPS - 1 - warp) * cut.chunks; task < cut.tasks; task += WARPS * cut.chunks) {
-    const int from = task * cut.per_task;
-    exact::attend(p, it, sh, from, (min(cut.per_task, it.exact - from) + 15) / 16, slot + cut.chunks + task, lane);
+  while (task < cut.tasks) {
+    tokens.attend(p, it, sh, slot + cut.chunks + task, lane);
+    task += WARPS * cut.chunks;
+    tokens.begin(p, it, task, lane);
   }
   State st;
   float qs[BLOCKS], fixed_shift[BLOCKS];  // log2 units of a key sum; of every score
@@ -326,14 +377,15 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     }
     __syncwarp();
     ring.fill(group, 0, end - ahead, next, lane);
-    if (__builtin_expect(valid < PAGES * fa::PAGE, 0))
+    const int beyond = valid - key_token(lane, 0);
+    if (valid < PAGES * fa::PAGE)
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
         for (int i = 0; i < PAGES; ++i)
 #pragma unroll
           for (int j = 0; j < SPAN; ++j)
-            if (i * fa::PAGE + key_token(lane, j) >= valid) s[b][i][j] = NEG_INF;
+            if (i * fa::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
     ring.wait(group, 1, phase);
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
@@ -367,9 +419,9 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   __syncthreads();
   if (thread == 0) {
     u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block;
-    __threadfence();
-    *sh.last = atomicInc(counter, cut.chunks - 1) == cut.chunks - 1;
-    __threadfence();
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(cut.chunks - 1) : "memory");
+    *sh.last = before == cut.chunks - 1;
   }
   __syncthreads();
   if (*sh.last) finish(p, it, cut, sh, slot, warp, lane);

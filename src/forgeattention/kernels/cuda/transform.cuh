@@ -30,10 +30,14 @@ struct Rotate {
   static __device__ __forceinline__ float norm() {
     return DCT ? 0.17677669529663687f : rsqrtf((float)DIM);  // 1 / sqrt(32)
   }
-  // x -> A x with A = H diag(signs).
-  static __device__ __forceinline__ void forward(float (&x)[E], const float* signs, int lane) {
+  static __device__ __forceinline__ void load_signs(const float* signs, int lane, float (&s)[E]) {
 #pragma unroll
-    for (int k = 0; k < E; ++k) x[k] *= __ldg(signs + lane + 32 * k) * norm();
+    for (int k = 0; k < E; ++k) s[k] = load_early<FLOAT>(signs, lane + 32 * k);
+  }
+  // x -> A x with A = H diag(signs).
+  static __device__ __forceinline__ void forward(float (&x)[E], const float (&signs)[E], int lane) {
+#pragma unroll
+    for (int k = 0; k < E; ++k) x[k] *= signs[k] * norm();
     walsh_hadamard(x, lane);
     if constexpr (DCT) {
       const float a = x[0], b = x[1], c = x[2];
@@ -43,7 +47,7 @@ struct Rotate {
     }
   }
   // x -> A^-1 x = diag(signs) H^T x.
-  static __device__ __forceinline__ void inverse(float (&x)[E], const float* signs, int lane) {
+  static __device__ __forceinline__ void inverse(float (&x)[E], const float (&signs)[E], int lane) {
     if constexpr (DCT) {
       const float a = 0.57735026918962576f * x[0], b = 0.70710678118654752f * x[1], c = 0.40824829046386302f * x[2];
       x[0] = a + b + c;
@@ -52,7 +56,7 @@ struct Rotate {
     }
     walsh_hadamard(x, lane);
 #pragma unroll
-    for (int k = 0; k < E; ++k) x[k] *= __ldg(signs + lane + 32 * k) * norm();
+    for (int k = 0; k < E; ++k) x[k] *= signs[k] * norm();
   }
   // x -> y with y[j] = sum_i m[i][j] x[i]; m row-major [DIM][DIM].
   static __device__ __forceinline__ void matrix(float (&x)[E], const float* m, int lane) {
@@ -83,15 +87,31 @@ struct TransformArgs {
   i64 mu_stride;
 };
 
+// What a transform is told, loaded ahead of its use.
 template <int DIM, int ROTATION>
-__device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
-  if constexpr (ROTATION == HADAMARD) Rotate<DIM>::forward(x, t.signs, lane);
+struct Signs {
+  float s[ROTATION == HADAMARD ? DIM / 32 : 1];
+  __device__ __forceinline__ Signs(const TransformArgs& t, int lane) {
+    if constexpr (ROTATION == HADAMARD) Rotate<DIM>::load_signs(t.signs, lane, s);
+  }
+};
+template <int DIM, int ROTATION>
+__device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
+  if constexpr (ROTATION == HADAMARD) Rotate<DIM>::forward(x, signs.s, lane);
   if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.in_matrix + head * t.matrix_stride, lane);
 }
 template <int DIM, int ROTATION>
-__device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
-  if constexpr (ROTATION == HADAMARD) Rotate<DIM>::inverse(x, t.signs, lane);
+__device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
+  if constexpr (ROTATION == HADAMARD) Rotate<DIM>::inverse(x, signs.s, lane);
   if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.out_matrix + head * t.matrix_stride, lane);
+}
+template <int DIM, int ROTATION>
+__device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
+  transform_in<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, lane), head, lane);
+}
+template <int DIM, int ROTATION>
+__device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
+  transform_out<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, lane), head, lane);
 }
 // q . mu of a head, before q is transformed; the same in every lane.
 template <int DIM>
