@@ -295,6 +295,7 @@ def decode_attention(
             causal,
             *launch.cut,
             slots,
+            max_length,
             scale * LOG2E,
             *launch.units,
         )

@@ -42,7 +42,7 @@ class DecodeParams(ctypes.Structure):
         *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
         ("max_pages", I64),
         *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "causal")),
-        *((name, I32) for name in ("chunks", "min_pages", "slots")),
+        *((name, I32) for name in ("chunks", "min_pages", "slots", "max_length")),
         *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
     ]
 
@@ -281,6 +281,7 @@ def decode_plan(
     warps: int | None = None,
     ctas: int | None = None,
     pages: int | None = None,
+    rounds: int = 2,
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens).
 
@@ -302,11 +303,11 @@ def decode_plan(
     needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
     if groups < needed:
         if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages)
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, rounds)
         if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages)
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, rounds)
         if pages > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, None, None, 1)
+            return decode_plan(fmt, kv_heads, queries, limits, None, None, 1, rounds)
         expected, got = fixed + needed * per_group, room + fixed
         raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
     return DecodePlan(
@@ -317,6 +318,6 @@ def decode_plan(
         groups=groups,
         ctas=ctas,
         chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
-        min_pages=warps * pages,
+        min_pages=rounds * warps * pages,
         shared_bytes=fixed + groups * per_group,
     )

@@ -230,6 +230,7 @@ def decode_attention(
             "chunks": plan.chunks,
             "min_pages": plan.min_pages,
             "slots": slots,
+            "max_length": table.max_length,
             "scale_log2": scale * LOG2E,
             **_units(codec),
         },

@@ -97,6 +97,16 @@ __device__ __forceinline__ float load_early(const void* p, i64 i) {
     return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
   }
 }
+__device__ __forceinline__ int load_early(const int* p) {
+  int x;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+__device__ __forceinline__ i64 load_early(const i64* p) {
+  i64 x;
+  asm volatile("ld.global.nc.b64 %0, [%1];" : "=l"(x) : "l"(p));
+  return x;
+}
 __device__ __forceinline__ void load_early(const void* p, u32 (&w)[4]) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
 }

@@ -31,6 +31,7 @@ struct Params {
   i64 max_pages;
   int kv_heads, group, n, queries, blocks, causal;  // queries = group * n
   int chunks, min_pages, slots;  // a row's head has at most `chunks`, of at least `min_pages` pages each
+  int max_length;                // tokens that no row exceeds, and most rows have
   float scale_log2, k_unit, v_unit;
 };
 static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");

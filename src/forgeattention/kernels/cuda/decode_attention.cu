@@ -276,37 +276,51 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
   it.row = blockIdx.z, it.head = blockIdx.y / p.blocks, it.block = blockIdx.y % p.blocks, it.chunk = blockIdx.x;
-  // All that a CTA needs before its first scores is asked for before its pages, or it would wait for them all.
+  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its query, the
+  // rest of the parameters (constant memory is cached by lines) and, supposing that the row is as long as the longest may be,
+  // where its first pages are.
   float x[E];
   if (warp < QUERIES) load_query(p, it, warp, lane, x);
   const Signs<DIM, FA_ROTATION> signs(p.k_transform, lane);
-  it.length = p.lengths ? __ldg(p.lengths + it.row) : 0;
-  it.exact = p.exact_lengths ? __ldg(p.exact_lengths + it.row) : 0;
+  const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
+  it.length = lengths ? load_early(lengths + it.row) : 0;
+  it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
+  const float scale = p.scale_log2, k_unit = p.k_unit;
+  const i64* offsets = p.offsets + it.row * p.max_pages;
+  constexpr int STRIDE = WARPS * PAGES;
+  i64 found[GROUPS][PAGES];
+  const auto find = [&](const Cut& cut) {
+    const int page = cut.begin(it.chunk) + warp * PAGES, end = cut.begin(it.chunk + 1);
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i)
+#pragma unroll
+      for (int j = 0; j < PAGES; ++j)
+        if (page + i * STRIDE + j < end) found[i][j] = load_early(offsets + page + i * STRIDE + j);
+  };
+  const Cut longest(p, p.max_length, 0);
+  find(longest);
   Ring<GROUPS, PAGES, K_BYTES, V_BYTES> ring;
   ring.init(sh.ring + warp * GROUPS * PAGES * RECORD, sh.barriers + warp * GROUPS * 2, lane);
   const Cut cut(p, it.length, it.exact);
   if (it.chunk >= cut.chunks) return;
+  if (cut.pages != longest.pages) find(cut);
   // Tasks of exact tokens, to the last warps first: they have the fewest pages.
   int task = it.chunk + (WARPS - 1 - warp) * cut.chunks;
   exact::Task tokens;
   tokens.begin(p, it, task, lane);
-  const int end = cut.begin(it.chunk + 1), stride = WARPS * PAGES;
+  const int end = cut.begin(it.chunk + 1);
   int first = cut.begin(it.chunk) + warp * PAGES;  // page of the group at work
-  const i64* offsets = p.offsets + it.row * p.max_pages;
   const u8* records = p.base + (i64)it.head * RECORD;
-  const u8* next[PAGES];
-  const auto look_up = [&](int page) {
+  const auto fill_first = [&](int half) {
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i)
-      if (page + i < end) next[i] = records + __ldg(offsets + page + i);
+    for (int i = 0; i < GROUPS; ++i) {
+      const u8* at[PAGES];
+#pragma unroll
+      for (int j = 0; j < PAGES; ++j) at[j] = records + found[i][j];
+      ring.fill(i, half, end - first - i * STRIDE, at, lane);
+    }
   };
-#pragma unroll
-  for (int i = 0; i < GROUPS; ++i) {
-    const int page = first + i * stride;
-    look_up(page);
-    ring.fill(i, 0, end - page, next, lane);
-    ring.fill(i, 1, end - page, next, lane);
-  }
+  fill_first(0);
   if (thread == 0) Constants::store(sh.constants);
   if (warp < QUERIES) keep_query(p, it, sh, warp, lane, x, signs);
   if constexpr (QUERIES > WARPS)
@@ -315,6 +329,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
       keep_query(p, it, sh, i, lane, x, signs);
     }
   __syncthreads();
+  fill_first(1);
   const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block) * p.slots;
   while (task < cut.tasks) {
     tokens.attend(p, it, sh, slot + cut.chunks + task, lane);
@@ -327,8 +342,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
     q[b].load(sh.terms + 4 * b * QUERY_BYTES, sh.totals + 8 * b, lane);
-    qs[b] = sh.step[4 * b + t] * p.scale_log2;
-    fixed_shift[b] = sh.shift[4 * b + t] * p.scale_log2;
+    qs[b] = sh.step[4 * b + t] * scale;
+    fixed_shift[b] = sh.shift[4 * b + t] * scale;
     st.m[b] = NO_MAX;
     st.l[b] = 0.f;
   }
@@ -338,12 +353,15 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   float *k_scales = sh.scales + warp * 2 * PAGES * fa::PAGE, *v_scales = k_scales + PAGES * fa::PAGE;
   int group = 0;
   u32 phase = 0;
-  for (; first < end; first += stride) {
+  for (; first < end; first += STRIDE) {
     const u8* here[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) here[i] = sh.ring + ((warp * GROUPS + group) * PAGES + i) * RECORD;
-    const int ahead = first + GROUPS * stride;
-    look_up(ahead);
+    const int ahead = first + GROUPS * STRIDE;
+    const u8* next[PAGES];
+#pragma unroll
+    for (int i = 0; i < PAGES; ++i)
+      if (ahead + i < end) next[i] = records + __ldg(offsets + ahead + i);
     float s[BLOCKS][PAGES][SPAN], shift[BLOCKS][PAGES], v_base[PAGES];
     ring.wait(group, 0, phase);
     float mean_scale[PAGES];
@@ -397,7 +415,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     u32 w[PAGES][BLOCKS][4];
     float step[BLOCKS];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) weigh(v_scales, lane, b, s[b], qs[b] * p.k_unit, shift[b], st, w, step[b]);
+    for (int b = 0; b < BLOCKS; ++b) weigh(v_scales, lane, b, s[b], qs[b] * k_unit, shift[b], st, w, step[b]);
     const u8* values[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) values[i] = here[i] + K_BYTES;

@@ -30,8 +30,8 @@ __device__ __forceinline__ int place(int token, int channel) {
 template <int COUNT>
 __device__ __forceinline__ u32 biased_levels(const fa::LevelTable<COUNT>& table, u32 index) {
   if constexpr (fa::LevelTable<COUNT>::PAIR) {
-    const u32 minus = prmt(table.low[0], table.low[1], index), plus = prmt(table.high[0], table.high[1], index ^ 0x8888u);
-    return 0x80808080u + plus - minus;
+    const u32 low = prmt(table.low[0], table.low[1], index), high = prmt(table.high[0], table.high[1], index ^ 0x8888u);
+    return (low ^ 0x80808080u) + high + 0x01010101u;
   } else {
     return prmt(table.low[0], table.low[1], index) ^ 0x80808080u;
   }

@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
                          const int* exact_lengths, const float* sink_logits, u32* counter, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v),
                          void* out, float* lse, float* part, float2* part_ml, int sinks_given, FA_TRANSFORM_SCALARS(k),
                          FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int kv_heads, int group, int n, int queries, int blocks,
-                         int causal, int chunks, int min_pages, int slots, float scale_log2, float k_unit, float v_unit) {
+                         int causal, int chunks, int min_pages, int slots, int max_length, float scale_log2, float k_unit, float v_unit) {
   Params p;
   p.q = q;
   p.base = base;
@@ -44,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
   p.chunks = chunks;
   p.min_pages = min_pages;
   p.slots = slots;
+  p.max_length = max_length;
   p.scale_log2 = scale_log2;
   p.k_unit = k_unit;
   p.v_unit = v_unit;
