@@ -235,7 +235,9 @@ def main() -> None:
     if options.scattered:
         globals()["SCATTERED"] = True
     if options.plan:
-        args.decode_plan = partial(args.decode_plan, **{k: int(v) for k, v in (x.split("=") for x in options.plan.split(","))})
+        args.decode_plan = partial(
+            args.decode_plan, **{k: int(v) for k, v in (x.split("=") for x in options.plan.split(","))}
+        )
     begun, copy = time.time(), copy_bandwidth()
     records: list[dict[str, Any]] = [{"env": environment(copy)}]
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
