@@ -10,7 +10,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo eval test clean
+.PHONY: demo eval test test-vllm clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
@@ -28,6 +28,17 @@ eval: .venv/installed-demo
 test: .venv/installed-test
 	$(BIN)/python -m pytest
 
+# vLLM holds others of our requirements back, so it has an environment of its own; its list is whole, and leaves out what
+# vLLM names but text models do not need.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/vllm_engine
+
+.venv-vllm/installed: constraints-vllm.txt $(PACKAGE)
+	$(PYTHON) -m venv .venv-vllm
+	PIP_CONSTRAINT= .venv-vllm/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install -q --no-deps .
+	@touch $@
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -39,4 +50,4 @@ test: .venv/installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-vllm build

@@ -1,0 +1,129 @@
+"""vLLM with packed and with its own cache, one after the other: tokens/s and time to first token by clients, sessions.
+
+    .venv-vllm/bin/python -m benchmarks.serving_vllm --output benchmarks/results/serving-cpu-DATE.json
+
+Each client sends prompts of the same length but of other text, so that nothing is shared, and reads a stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from forgeattention import models
+from forgeattention.evaluation import report, texts
+from tests.vllm_engine.conftest import SETTINGS
+from tests.vllm_engine.server import Server
+
+
+def sessions(folder: str, ids: list[int], packed: bool, dtype: str) -> dict[str, Any]:
+    """How many sequences such as this one the pool holds: its blocks over those that one holds after its prompt."""
+    from vllm import LLM, SamplingParams
+
+    ours = {"attention_backend": "CUSTOM", "additional_config": {"forgeattention": {}}} if packed else {}
+    llm = LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=len(ids) + 64, **ours)
+    engine = llm.llm_engine
+    engine.add_request("one", {"prompt_token_ids": ids}, SamplingParams(max_tokens=8, ignore_eos=True))
+    while not any(output.outputs[0].token_ids for output in engine.step()):
+        pass
+    manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
+    groups = manager.get_blocks(next(iter(manager.coordinator.single_type_managers[0].req_to_blocks))).blocks
+    held = [sum(not block.is_null for block in blocks) for blocks in groups]
+    pool, size = manager.block_pool.num_gpu_blocks, manager.coordinator.single_type_managers[0].block_size
+    engine.engine_core.shutdown()
+    return {
+        "op": "sessions",
+        "packed": packed,
+        "blocks": pool,
+        "tokens_per_block": size,
+        "pool_tokens": pool * size,
+        "blocks_held": held,
+        "sessions": (pool - 1) // sum(held),
+    }
+
+
+def client(server: Server, ids: list[int], tokens: int, out: list[dict[str, float]]) -> None:
+    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600, max_retries=0)
+    start, times = time.perf_counter(), []
+    options: Any = {"temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
+    for _ in api.completions.create(model="smollm2", prompt=ids, max_tokens=tokens, **options):
+        times.append(time.perf_counter())
+    out.append({"first": times[0] - start, "last": times[-1] - start})
+
+
+def load(server: Server, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """All prompts at once, one client each."""
+    out: list[dict[str, float]] = []
+    threads = [threading.Thread(target=client, args=(server, p, tokens, out)) for p in prompts]
+    before, start = server.metric("vllm:num_preemptions_total"), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    if len(out) != len(prompts):
+        raise RuntimeError(f"{len(prompts) - len(out)} clients failed; see {server.log}")
+    return {
+        "clients": len(prompts),
+        "seconds": round(seconds, 2),
+        "output_tokens_per_second": round(len(prompts) * tokens / seconds, 2),
+        "all_tokens_per_second": round(sum(len(p) + tokens for p in prompts) / seconds, 1),
+        "seconds_to_first_token": round(statistics.median(x["first"] for x in out), 2),
+        "seconds_per_later_token": round(
+            statistics.median((x["last"] - x["first"]) / max(tokens - 1, 1) for x in out), 4
+        ),
+        "preemptions": server.metric("vllm:num_preemptions_total") - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--memory", type=int, default=1, help="GiB of KV cache")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    os.environ |= SETTINGS | {"VLLM_CPU_KVCACHE_SPACE": str(args.memory)}
+
+    from transformers import AutoTokenizer
+
+    folder = models.folder("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [i for name in ("genesis", "licences") for i in tokenizer(texts.read(name)).input_ids]
+    arguments = ["--dtype", args.dtype, "--enforce-eager", "--max-model-len", str(args.prompt + args.tokens + 64)]
+    env = {**report.environment(), "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()}
+    about = {"model": "smollm2", "dtype": args.dtype, "prompt": args.prompt, "tokens": args.tokens, "gib": args.memory}
+    records: list[dict[str, Any]] = [{"op": "env", "env": {**env, **about}}]
+    for packed in (True, False):
+        records.append(sessions(folder, ids[: args.prompt], packed, args.dtype))
+        print(records[-1], flush=True)
+    for packed in (True, False):
+        with tempfile.TemporaryDirectory() as scratch:
+            log = Path(scratch) / "log"
+            server = Server("smollm2" if packed else folder, log, arguments, packed).wait()
+            try:
+                load(server, [ids[-300:]], 4)
+                for i, count in enumerate(args.clients):
+                    prompts = [
+                        ids[1000 * (i * 16 + j) % (len(ids) - args.prompt) :][: args.prompt] for j in range(count)
+                    ]
+                    records.append({"op": "serve", "packed": packed, **load(server, prompts, args.tokens)})
+                    print(records[-1], flush=True)
+            finally:
+                server.stop()
+    if args.output:
+        report.write_json(args.output, records)
+
+
+if __name__ == "__main__":
+    main()
