@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ... import ops
 from ...codec import PAGE, Codec
@@ -54,14 +54,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
 
     reorder_batch_threshold = 1
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        wanted = ExactSpec if layer_names[0].endswith(SUFFIX) else FullAttentionSpec
-        if type(kv_cache_spec) is not wanted:
-            raise ValueError(
-                f"[vllm] expected {wanted.__name__} for {layer_names[0]}; got {type(kv_cache_spec).__name__}: the "
-                "hybrid KV cache manager must stay enabled"
-            )
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
         m = common_attn_metadata
@@ -145,6 +139,8 @@ class ExactLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ExactSpec:
         impl, block = self.impl, vllm_config.cache_config.block_size
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ValueError("[vllm] expected the hybrid KV cache manager, which keeps exact tokens; got it disabled")
         if not block or block % PAGE:
             raise ValueError(f"[vllm] expected a block size that is a multiple of {PAGE}; got {block}")
         page = block // PAGE * impl.codec.page_bytes
