@@ -74,20 +74,20 @@ class PackedStates:
             step = min(DECODE_TOKENS, cache.codec.spec.window)
             held = self.appended or bool((cache.lengths > 0).all())
             if self.keep is None and self.past is None and (n == 1 or (n <= step and held)):
-                self._append()
+                self.append()
                 logits = None if sinks is None else sinks.astype(mx.float32)
                 return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=logits)[0]
             if self.past is None:
                 # Layers that share these keys attend later, when the cache has moved on.
                 self.past = cache.fork()
             out = chunk(self.past, q, self.k, self.v, self.keep, scale, sinks)
-            self._append()
+            self.append()
         except BaseException:
             layer.abandon(self)
             raise
         return out
 
-    def _append(self) -> None:
+    def append(self) -> None:
         if not self.appended:
             assert self.layer.cache is not None
             self.layer.cache.append(self.k, self.v, self.keep)

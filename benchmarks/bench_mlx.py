@@ -1,0 +1,197 @@
+"""mlx-lm with packed caches on MLX's GPU backends: attention, whole-model decode, and fidelity beside transformers.
+
+    python benchmarks/bench_mlx.py attention decode fidelity --model smollm2 --json OUT
+
+attention  one new token over packed pages, beside MLX's attention in FP16 and mlx-lm's 8- and 4-bit caches
+decode     tokens/s of the model in FP16 over a cache filled with random keys and values, exact and packed in turns
+fidelity   KL on four texts and needles, of each preset, by mlx-lm and by transformers on the same tokens, in float32
+
+Run `fidelity` alone with MLX_ENABLE_TF32=0: MLX multiplies float32 on tensor cores otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as stock
+
+from forgeattention import bench_mlx, models
+from forgeattention.codec.presets import PRESETS
+from forgeattention.evaluation import report
+from forgeattention.mlx_lm import make_prompt_cache, patched
+
+SHAPES = [(1, 32768), (1, 131072), (1, 524288), (8, 32768), (8, 131072)]
+HEADS = (32, 8, 128)
+BLOCK = 128
+
+
+def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of `forgeattn bench decode`, for the default codec and for scalar codes."""
+    copy = bench_mlx.copy_bandwidth()
+    records = []
+    for name in ("balanced", "scalar"):
+        spec = PRESETS["balanced"] if name == "balanced" else bench_mlx.CodecSpec(k_code="scalar", v_code="scalar")
+        for batch, context in SHAPES:
+            r = bench_mlx.measure(spec, batch, *HEADS, context, copy)
+            peers = ", ".join(f"{peer} {us:.0f}" for peer, us in r["peers_us"].items())
+            print(
+                f"{name} {batch} x {context}: {r['us']:.0f} us, {r['ratio']:.2f}x, {r['share_of_copy']:.0%} of copy,"
+                f" error {r['rel_error']:.1e}; {peers}",
+                flush=True,
+            )
+            records.append({**r, "k_code": spec.k_code, "v_code": spec.v_code, "copy_gb_s": copy})
+    return records
+
+
+def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole-model decode over synthetic contexts."""
+    model, _ = models.load_mlx(args.model, dtype="float16")
+    kv_heads, dim = model.args.num_key_value_heads, model.layers[0].self_attn.head_dim
+    records = []
+    for context in args.contexts:
+        caches = {"exact": stock.make_prompt_cache(model), "packed": make_prompt_cache(model)}
+        for i in range(len(model.layers)):
+            mx.random.seed(i)
+            k, v = (mx.random.normal((1, kv_heads, context, dim)).astype(mx.float16) for _ in range(2))
+            caches["exact"][i].update_and_fetch(k, v)
+            with patched():
+                states, _ = caches["packed"][i].update_and_fetch(k, v)
+                states.append()
+            mx.eval([x.state for x in (caches["exact"][i], caches["packed"][i])])
+        held = {name: sum(layer.nbytes for layer in cache) for name, cache in caches.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in caches}
+        token = mx.array([[1]])
+        with patched():
+            for step in range(args.steps + 3):
+                for name, cache in caches.items():
+                    start = time.perf_counter()
+                    mx.eval(model(token, cache=cache)[:, -1].argmax(-1))
+                    if step >= 3:
+                        seconds[name].append(time.perf_counter() - start)
+        speed = {name: 1 / statistics.median(s) for name, s in seconds.items()}
+        ratio = speed["packed"] / speed["exact"]
+        print(f"decode at {context}: {speed['packed']:.1f} / {speed['exact']:.1f} tokens/s, {ratio:.2f}x; {held}")
+        records.append(
+            {"op": "mlx_decode", "context": context, "tokens_per_s": speed, "decode_ratio": ratio, "bytes": held}
+        )
+    return records
+
+
+def log_probabilities(model: Any, ids: list[int], cache: list[Any]) -> mx.array:
+    """Of the next token at the second half of a document that is read block by block, [positions, vocabulary]."""
+    half, out = len(ids) // 2, []
+    for start in range(0, len(ids), BLOCK):
+        logits = model(mx.array([ids[start : start + BLOCK]]), cache=cache)[0].astype(mx.float32)
+        logits = logits[max(0, half - start) :] if start + BLOCK > half else logits[:0]
+        out.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        mx.eval(out[-1])
+    return mx.concatenate(out)
+
+
+def mlx_kl(model: Any, texts: list[list[int]], make: Callable[[], list[Any]]) -> dict[str, float]:
+    """Mean KL to the exact cache and share of the same top token."""
+    kl = same = positions = 0.0
+    for ids in texts:
+        p = log_probabilities(model, ids, stock.make_prompt_cache(model))
+        q = log_probabilities(model, ids, make())
+        kl += float((mx.exp(p) * (p - q)).sum(-1).sum())
+        same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        positions += len(p)
+    return {"kl": kl / positions, "same_top": same / positions, "positions": positions}
+
+
+def mlx_answer(model: Any, tokenizer: Any, ids: list[int], cache: list[Any], most: int = 24) -> str:
+    """What the model says to a prompt, greedily."""
+    for start in range(0, len(ids), 2 * BLOCK):
+        logits = model(mx.array([ids[start : start + 2 * BLOCK]]), cache=cache)
+    new = [int(logits[0, -1].argmax())]
+    while len(new) < most and new[-1] != tokenizer.eos_token_id:
+        new.append(int(model(mx.array([new[-1:]]), cache=cache)[0, -1].argmax()))
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """KL and needles of every preset by both frameworks."""
+    import fidelity as measures
+    import torch
+    from transformers import DynamicCache
+
+    from forgeattention.evaluation import kl, niah
+    from forgeattention.integrations.hf import ForgeCache
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    theirs, tokenizer = models.load(args.model, device=device)
+    ours, _ = models.load_mlx(args.model)
+    pieces = measures.documents(tokenizer, 1, args.length, list(measures.TEXTS))
+    texts = torch.stack([piece for many in pieces.values() for piece in many])
+    documents = [
+        document
+        for needle in measures.NEEDLES[:2]
+        for document in niah.documents("single", tokenizer, [args.haystack], needle=needle)
+    ]
+    records = []
+    for name, spec in {"exact": None, **PRESETS}.items():
+        make_theirs = (
+            (lambda spec=spec: ForgeCache(theirs, spec)) if spec else lambda: DynamicCache(config=theirs.config)
+        )
+        make_ours = (lambda spec=spec: make_prompt_cache(ours, spec)) if spec else lambda: stock.make_prompt_cache(ours)
+        found: dict[str, Any] = {"op": "mlx_fidelity", "cache": name}
+        forge = "forge" if spec else None
+        with patched():
+            if spec:
+                hf = kl.compare(theirs, texts, make_theirs, block=BLOCK, implementation=forge)
+                found["transformers"] = {"kl": hf.kl, "same_top": hf.same_top, "positions": hf.positions}
+                found["mlx_lm"] = mlx_kl(ours, texts.tolist(), make_ours)
+                found["effective_bits"] = spec.page_format(ours.layers[0].self_attn.head_dim).effective_bits
+            replies: dict[str, list[str]] = {"transformers": [], "mlx_lm": []}
+            passed = dict.fromkeys(replies, 0)
+            for document in documents:
+                ((_, needle),) = document.asked
+                ids = niah.prompt(tokenizer, document.text, needle.question)[0].tolist()
+                cells = niah.ask(theirs, tokenizer, document, make_theirs, implementation=forge)
+                replies["transformers"].append(cells[0].reply.text)
+                replies["mlx_lm"].append(mlx_answer(ours, tokenizer, ids, make_ours()))
+                for side, texts_said in replies.items():
+                    passed[side] += niah.judge(texts_said[-1], needle, hay=document.hay) == niah.Outcome.PASS
+        found["needles"] = {**passed, "of": len(documents)}
+        found["same_replies"] = sum(a == b for a, b in zip(*replies.values()))
+        print({key: value for key, value in found.items() if key != "op"}, flush=True)
+        records.append(found)
+    return records
+
+
+PARTS = {"attention": attention, "decode": decode, "fidelity": fidelity}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072], help="of decode")
+    parser.add_argument("--steps", type=int, default=60, help="of decode, measured (default %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="of texts (default %(default)s)")
+    parser.add_argument("--haystack", type=int, default=1500, help="tokens (default %(default)s)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    info = mx.device_info()
+    env = {**report.environment(), "device": info["device_name"], "mlx_device": str(mx.default_device())}
+    env |= {"model": args.model, "tf32": os.environ.get("MLX_ENABLE_TF32", "1")}
+    env["commit"] = env["commit"] or os.environ.get("FORGEATTN_COMMIT")
+    records: list[dict[str, Any]] = [{"op": "env", "env": env}]
+    for part in args.parts:
+        try:
+            records += PARTS[part](args)
+        finally:
+            if args.json:
+                report.write_json(args.json, records)
+
+
+if __name__ == "__main__":
+    main()
