@@ -117,8 +117,8 @@ def _table(codec: Codec, batch: int, context: int) -> PageTable:
     for row in offsets:
         for first in range(0, pages, 32):
             where = row[first : first + 32]
-            k, v = rng.standard_normal((2, codec.kv_heads, len(where) * PAGE, codec.head_dim), np.float32)
-            ops.encode(mx.array(k), mx.array(v), codec, base, mx.array(where))
+            k, v = mx.random.normal((2, codec.kv_heads, len(where) * PAGE, codec.head_dim))
+            ops.encode(k, v, codec, base, mx.array(where))
             mx.eval(base)
     return PageTable(base, mx.array(offsets), mx.array(np.full(batch, context, np.int32)), context)
 
