@@ -275,7 +275,7 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
     return {
         "model": args.model,
         "device": f"{args.device}{' (pages decoded)' if args.decoded else ''}",
-"setting": json.loads(json.dumps(vars(args), default=str)),
+        "setting": {
             name: value if isinstance(value, (int, list)) else str(value) for name, value in vars(args).items()
         },
         "rows": sorted(rows, key=lambda row: row["effective_bits"]),

@@ -66,7 +66,7 @@ def measure(
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as quantized
 
     codec = Codec(spec, head_dim, kv_heads)
-    table = _table(codec, batch, context)
+    table = random_table(codec, batch, context)
     size = batch * table.offsets.shape[1] * codec.page_bytes
     scale = head_dim**-0.5
     q = mx.array(np.random.default_rng(1).standard_normal((batch, q_heads, 1, head_dim), np.float32)).astype(mx.float16)
@@ -106,7 +106,7 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / min(times["copy"]) / 1e9
 
 
-def _table(codec: Codec, batch: int, context: int) -> PageTable:
+def random_table(codec: Codec, batch: int, context: int) -> PageTable:
     """`batch` rows of random tokens, pages in random order."""
     import mlx.core as mx
 

@@ -109,6 +109,30 @@ def test_refinement(k_code, v_code, head_dim, rule):
         assert abs(error["ours", side, True] / error["oracle", side, True] - 1) < METAL_ENCODE["refined_error"]
 
 
+@pytest.mark.parametrize(
+    ("k_code", "head_dim", "heads", "refine"),
+    [("scalar", 64, 2, True), ("scalar", 80, 1, False), ("trellis4", 80, 1, True), ("trellis8", 64, 2, True),
+     ("trellis8", 128, 1, True), ("trellis8", 256, 1, False)],
+)  # fmt: skip
+def test_shaped_keys(k_code, head_dim, heads, refine):
+    """Near-ties change all that follows in a token, so that the error counts: that which the Gram's queries see."""
+    rng = np.random.default_rng(12)
+    axes = rng.standard_normal((heads, head_dim, head_dim)) * np.geomspace(3, 0.3, head_dim)
+    gram = axes @ axes.transpose(0, 2, 1)
+    spec = CodecSpec(k_code=k_code, v_code="scalar", refine=refine)
+    codec, plain = Codec(spec, head_dim, heads, query_gram=gram), Codec(spec, head_dim, heads)
+    k, v = keys_and_values(rng, codec)
+
+    def seen(record):
+        y = np.stack([decode_page(record[0, head], codec)[0] for head in range(heads)])
+        e = (y @ codec.k_transform.inverse.transpose(0, 2, 1))[..., :head_dim] - k
+        return np.einsum("htc,hcd,htd->", e, gram, e)
+
+    ours, oracle = (seen(record) for record in (encode(k, v, codec), reference.encode(k, v, codec)))
+    assert ours < (1 + METAL_ENCODE["shaped_error"]) * oracle
+    assert ours < 0.9 * seen(reference.encode(k, v, plain))
+
+
 def test_log8_exponents():
     """Over enough pages that some exponents lie at their borders."""
     codec = make_codec((2, "scalar", 2, "scalar", "log8"))

@@ -7,8 +7,6 @@ emulator only, and what their files say of speed is counted, not measured.
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,6 @@ from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from .metal_launch import Device, Launch, constants, format_template, mlx_device, packed_queries, unpacked_values
 from .mlx_arrays import page_places, some_exact, some_table, store_pages
-
-log = logging.getLogger("forgeattention")
 
 LOG2E = 1.4426950408889634
 TILE = 4 * PAGE
@@ -318,31 +314,36 @@ def decode_pages(
     return out[0], out[1]
 
 
-@lru_cache
-def _warn_of_unshaped_codes() -> None:
-    log.warning("Metal pages are coded without noise shaping: as readable, less faithful than the CPU's")
-
-
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
     """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded."""
     device = device or mlx_device()
     xp = device.xp
     where = page_places(out, offsets, codec)
-    if codec.shaping is not None:
-        _warn_of_unshaped_codes()
     c = constants(codec, xp)
     y = []
     for x, forward, mu in ((k, c.k_forward, c.k_mu), (v, c.v_forward, c.v_mu)):
         x = x.astype(xp.float32)
         y.append((x if mu is None else x - mu.swapaxes(1, 2)) @ forward)
     spec, pages = codec.spec, len(where)
-    records, status = device.run(
+    shaped = codec.shaping is not None
+    work = (pages, codec.kv_heads, PAGE, codec.format.padded_dim) if shaped else (8,)
+    records, status, *_ = device.run(
         Launch(
             "encode",
-            {"y_k": y[0], "y_v": y[1], "k_levels": c.k_values, "v_levels": c.v_values},
+            {
+                "y_k": y[0],
+                "y_v": y[1],
+                "k_levels": c.k_values,
+                "v_levels": c.v_values,
+                "k_factor": c.k_factor,
+                "k_weight": c.k_weight,
+                "orders": c.orders,
+            },
             {
                 "records": ((pages, codec.kv_heads, codec.format.record_bytes), "uint8"),
                 "status": ((pages, codec.kv_heads), "uint32"),
+                "errors": (work, "float32"),
+                "codes": (work, "uint8"),
             },
             (pages, codec.kv_heads, 1),
             [
@@ -351,6 +352,7 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: 
                 ("V_RULE", SCALE_RULES.index(spec.v_scale_rule)),
                 ("KEY_MEAN", spec.key_mean),
                 ("REFINE", spec.refine),
+                ("SHAPED", shaped),
             ],
         )
     )

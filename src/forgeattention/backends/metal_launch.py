@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..codec.codec import Codec
+from ..codec.packing import key_orders
 from ..codec.spec import CODES, SCALE_FORMATS
 
 KERNELS = Path(__file__).parent.parent / "kernels" / "metal"
@@ -118,6 +119,9 @@ class CodecArrays:
         units: [2], of keys and of values.
         k_inverse, v_inverse, k_forward, v_forward: [heads, head_dim, padded_dim] with x = inverse y + mu and
             y = forward^T (x - mu).
+        k_factor: [heads, orders, padded_dim, padded_dim], how keys are shaped; a placeholder where they are not.
+        k_weight: [heads, orders, padded_dim], likewise.
+        orders: uint8 [64], which order a token has.
         k_mu, v_mu: [heads, head_dim, 1], or None.
     """
 
@@ -130,6 +134,9 @@ class CodecArrays:
     v_inverse: Any
     k_forward: Any
     v_forward: Any
+    k_factor: Any
+    k_weight: Any
+    orders: Any
     k_mu: Any | None
     v_mu: Any | None
 
@@ -148,9 +155,13 @@ def constants(codec: Codec, xp: Any) -> CodecArrays:
         sides = (codec.k_transform, codec.v_transform)
         inverse = [np.ascontiguousarray(t.inverse[:, : codec.head_dim]) for t in sides]
         forward = [np.ascontiguousarray(t.forward[:, :, : codec.head_dim].swapaxes(1, 2)) for t in sides]
+        # MLX passes arrays of fewer than eight elements in another address space.
+        nothing, shaping = np.zeros((1, 1, 8), np.float32), codec.shaping
+        shape = [nothing, nothing] if shaping is None else [shaping.factor, shaping.weight]
+        shape.append(key_orders(codec.format.padded_dim)[1].astype(np.uint8))
         mu = [None if t.mu is None else np.ascontiguousarray(t.mu[:, : codec.head_dim, None]) for t in sides]
         cached[id(xp)] = CodecArrays(
-            *(None if a is None else xp.array(a) for a in (*values, *levels, units, *inverse, *forward, *mu))
+            *(None if a is None else xp.array(a) for a in (*values, *levels, units, *inverse, *forward, *shape, *mu))
         )
     return cached[id(xp)]
 

@@ -101,7 +101,8 @@ class Launch:
             inputs=list(self.inputs.values()),
             output_shapes=[shape for shape, _ in self.outputs.values()],
             output_dtypes=[getattr(mx, dtype) for _, dtype in self.outputs.values()],
-            scalars=list(self.scalars.values()),
+            # MLX takes only floats that 32 bits hold.
+            scalars=[float(np.float32(x)) if isinstance(x, float) else x for x in self.scalars.values()],
             grid=(x * self.threads, y, z),
             threadgroup=(self.threads, 1, 1),
             shared_memory=self.shared_bytes,
@@ -182,22 +183,19 @@ def decode_attention(
     batch, q_heads, n, _ = q.shape
     if 0 in q.shape:
         return mx.zeros(q.shape, dtype=q.dtype), mx.zeros(q.shape[:3])
-    kv_heads, padded = codec.kv_heads, codec.format.padded_dim
-    queries = q_heads // kv_heads * n
     table, exact = some_table(table, batch, mx), some_exact(exact, batch, codec, mx)
     constants = _constants_of(codec)
-    k, v = constants.attend
-    key = queries, q.dtype, exact.k.dtype
-    if key not in constants.known:
-        made = args.decode_plan(codec.format, kv_heads, queries, limits())
-        constants.known[key] = made, made.macros(codec, dtype_of(q), dtype_of(exact.k))
-    plan, macros = constants.known[key]
-    heads = batch * kv_heads * plan.blocks
+    key = q_heads, n, q.dtype, exact.k.dtype
+    known = constants.known.get(key)
+    if known is None:
+        known = constants.known[key] = _Decode(codec, constants, q_heads, n, (dtype_of(q), dtype_of(exact.k)))
+    plan = known.plan
+    heads = batch * codec.kv_heads * plan.blocks
     slots = plan.slots(table.max_length, exact.max_length)
     parts = heads * slots * plan.queries
     out, lse, *_ = Launch(
         "decode_attention",
-        macros,
+        known.macros,
         {
             "q": q,
             **_pages(table),
@@ -206,39 +204,59 @@ def decode_attention(
             "exact_lengths": exact.lengths,
             "sink_logits": exact.lengths if sink_logits is None else sink_logits,
             "counter": mx.zeros((heads,), dtype=mx.int32),
-            **k.arrays("k"),
-            **v.arrays("v"),
+            **known.arrays,
         },
         {
             "out": (q.shape, dtype_of(q)),
             "lse": ((batch, q_heads, n), "float32"),
-            "part": ((parts * padded,), "float32"),
+            "part": ((parts * codec.format.padded_dim,), "float32"),
             "part_ml": ((parts * 2,), "float32"),
         },
         {
+            **known.scalars,
             "sinks_given": int(sink_logits is not None),
-            **k.scalars("k"),
-            **v.scalars("v"),
             "capacity": exact.k.shape[2],
             "max_pages": table.offsets.shape[1],
-            "kv_heads": kv_heads,
-            "group": q_heads // kv_heads,
-            "n": n,
-            "queries": queries,
-            "blocks": plan.blocks,
             "causal": int(causal),
-            "chunks": plan.chunks,
-            "min_pages": plan.min_pages,
             "slots": slots,
             "max_length": table.max_length,
             "scale_log2": scale * LOG2E,
-            **_units(codec),
         },
-        plan.grid(batch, kv_heads, table.max_length),
+        plan.grid(batch, codec.kv_heads, table.max_length),
         32 * plan.warps,
         plan.shared_bytes,
     ).run()
     return out, lse
+
+
+class _Decode:
+    """What decode launches for one codec, number of queries and pair of dtypes have in common."""
+
+    def __init__(self, codec: Codec, constants: _Constants, q_heads: int, n: int, dtypes: tuple[str, str]) -> None:
+        group = q_heads // codec.kv_heads
+        self.plan = args.decode_plan(codec.format, codec.kv_heads, group * n, limits())
+        self.macros = self.plan.macros(codec, *dtypes)
+        k, v = constants.attend
+        self.arrays = {**k.arrays("k"), **v.arrays("v")}
+        # In the order of the entry; what is 0 here differs from call to call.
+        self.scalars: dict[str, int | float] = {
+            "sinks_given": 0,
+            **k.scalars("k"),
+            **v.scalars("v"),
+            **dict.fromkeys(("capacity", "max_pages"), 0),
+            "kv_heads": codec.kv_heads,
+            "group": group,
+            "n": n,
+            "queries": group * n,
+            "blocks": self.plan.blocks,
+            "causal": 0,
+            "chunks": self.plan.chunks,
+            "min_pages": self.plan.min_pages,
+            "slots": 0,
+            "max_length": 0,
+            "scale_log2": 0.0,
+            **_units(codec),
+        }
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:

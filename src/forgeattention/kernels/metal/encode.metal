@@ -5,8 +5,13 @@
 //
 // Limited by instructions: about 40 per scalar code; a trellis code costs a Viterbi search from each of its 4 or 8
 // states and one more to trace the best, 5 x 72 or 9 x 96 instructions, that is 3 or 7 us per page and head of
-// head_dim 128 on an M4 (1.9e12 lane instructions a second), once in 64 tokens; REFINE multiplies this by 7. Bytes: 64 KB read and 6.5 KB
-// written, 0.6 us at 120 GB/s.
+// head_dim 128 on an M4 (1.9e12 lane instructions a second), once in 64 tokens; REFINE multiplies this by 7. Bytes:
+// 64 KB read and 6.5 KB written, 0.6 us at 120 GB/s.
+//
+// SHAPED keys (codec/shaping.py) are coded one channel quarter after another, each token by one thread: at head_dim 128
+// a token takes 18,000 instructions for what earlier quarters feed back, 80,000 for four searches in which 8 survivors
+// carry 32 errors and 25,000 for their starts. With REFINE that is 40 us per page and head on an M4, 10 ms for 32
+// layers of 8 heads once in 64 tokens. Device memory beside the record, of one page and head: 40 KB.
 
 #include "page.metal"
 
@@ -121,13 +126,27 @@ inline void pack_unit(thread const uint (&codes)[32], thread uint (&w)[BITS]) {
   }
 }
 
+// How keys are shaped (codec/shaping.py), for one head, and what it takes in device memory; channels side by side by token.
+struct Shape {
+  const device float* factor;   // [orders, D, D]
+  const device float* weight;   // [orders, D]
+  const device uchar* orders;   // [64], of each token (codec/packing.py, key_orders)
+  device float* errors;         // [D, 64]
+  device uchar* codes;          // [D, 64], code and level index << 4
+
+  const device float* row(int dim, int token, int channel) const {
+    return factor + (long(orders[token]) * dim + channel) * dim;
+  }
+};
+
 // Codes every token of a side at `factor` times its unit variance. y: [64, D] f32; row: [D] f32, subtracted from every
 // token (zeros for values); rms, factor: [64]. sums: [4, 64, 2], by simdgroup <u, c> and <c, c> of each token, u the
-// token at unit variance and c its code values. part: takes the codes with WRITE. A barrier must follow.
-template <int D, int BITS, int CODE, bool KEYS, bool WRITE>
+// token at unit variance and c its code values. part: takes the codes with WRITE. shape: with SHAPED, where the codes
+// are found. A barrier must follow.
+template <int D, int BITS, int CODE, bool KEYS, bool WRITE, bool SHAPED>
 inline void code_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                       device uint* part, threadgroup const float* rms, threadgroup const float* factor,
-                      threadgroup float* sums, uint simdgroup, uint lane) {
+                      threadgroup float* sums, Shape shape, uint simdgroup, uint lane) {
   for (int i = int(lane); i < 2 * PAGE; i += 32) sums[int(simdgroup) * 2 * PAGE + i] = 0.0f;
   simdgroup_barrier(mem_flags::mem_threadgroup);
   for (int unit = int(simdgroup); unit < units(D); unit += 4) {
@@ -140,8 +159,13 @@ inline void code_side(const device float* y, threadgroup const float* row, threa
       const float size = rms[token];
       u[i] = size > 0.0f ? (y[token * D + channel] - row[channel]) / size : 0.0f;
       x[i] = u[i] * factor[token];
+      if (SHAPED) {
+        const uint found = shape.codes[channel * PAGE + token];
+        codes[i] = found & 15;
+        x[i] = levels[found >> 4];
+      }
     }
-    quantise_unit<BITS, CODE>(x, levels, codes);
+    if (!SHAPED) quantise_unit<BITS, CODE>(x, levels, codes);
     if (WRITE) {
       uint w[BITS];
       pack_unit<BITS, CODE>(codes, w);
@@ -167,6 +191,149 @@ inline void code_side(const device float* y, threadgroup const float* row, threa
       }
     }
   }
+}
+
+// The state in which a path starts and ends: that of the cheapest survivor of two laps around the circle, from its
+// middle, when it last passed the start.
+template <int BITS, int STATES>
+inline int circular_start(thread const float (&x)[32], threadgroup const float* levels) {
+  float cost[STATES];
+  int origin[STATES];
+  for (int s = 0; s < STATES; ++s) cost[s] = 0.0f, origin[s] = s;
+  for (int lap = 0; lap < 64; ++lap) {
+    const int i = (lap + 16) % 32;
+    float distance[4], next[STATES];
+    int from[STATES];
+    for (int c = 0; c < 4; ++c) nearest_in_subset<BITS>(x[i], c, levels, distance[c]);
+    for (int s = 0; s < STATES; ++s) {
+      const int low = s >> 1, high = low + STATES / 2;
+      const float a = cost[low] + distance[trellis_subset<STATES>(low, s & 1)];
+      const float b = cost[high] + distance[trellis_subset<STATES>(high, s & 1)];
+      next[s] = b < a ? b : a;
+      from[s] = lap < 48 ? s : b < a ? origin[high] : origin[low];
+    }
+    for (int s = 0; s < STATES; ++s) cost[s] = next[s], origin[s] = from[s];
+  }
+  int start = origin[0];
+  float least = cost[0];
+  for (int s = 1; s < STATES; ++s) {
+    if (cost[s] < least) least = cost[s], start = origin[s];
+  }
+  return start;
+}
+
+// Codes of a unit on a path from `start` back to it, each survivor with the errors of its own path fed back. x: the unit,
+// base: what earlier units feed back; before(i, j): factor of the error of code j in code i, 0 if of another token;
+// weight(i). found: code and level index << 4; x becomes its errors.
+template <int BITS, int STATES, class Before, class Weight>
+inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], int start, threadgroup const float* levels,
+                        Before before, Weight weight, thread uint (&found)[32]) {
+  float cost[STATES], error[2][STATES][32];
+  uint level[2][STATES][32];
+  for (int s = 0; s < STATES; ++s) cost[s] = s == start ? 0.0f : INFINITY;
+  for (int i = 0; i < 32; ++i) {
+    const int now = i & 1;
+    float target[STATES], next[STATES];
+    for (int s = 0; s < STATES; ++s) target[s] = x[i] + base[i];
+    for (int j = 0; j < i; ++j) {
+      const float f = before(i, j);
+      for (int s = 0; s < STATES; ++s) target[s] += f * error[now][s][j];
+    }
+    for (int s = 0; s < STATES; ++s) {
+      const int low = s >> 1, high = low + STATES / 2;
+      const int kind[2] = {trellis_subset<STATES>(low, s & 1), trellis_subset<STATES>(high, s & 1)};
+      float distance[2];
+      const int w[2] = {nearest_in_subset<BITS>(target[low], kind[0], levels, distance[0]),
+                        nearest_in_subset<BITS>(target[high], kind[1], levels, distance[1])};
+      const float a = cost[low] + weight(i) * distance[0], b = cost[high] + weight(i) * distance[1];
+      const int pick = b < a ? 1 : 0, from = pick ? high : low, index = w[pick] << 2 | kind[pick];
+      next[s] = pick ? b : a;
+      for (int j = 0; j < i; ++j) error[now ^ 1][s][j] = error[now][from][j], level[now ^ 1][s][j] = level[now][from][j];
+      error[now ^ 1][s][i] = x[i] - levels[index];
+      level[now ^ 1][s][i] = uint(index << 4 | w[pick] << 1 | (s & 1));
+    }
+    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
+  }
+  for (int i = 0; i < 32; ++i) x[i] = error[0][start][i], found[i] = level[0][start][i];
+}
+
+// Codes keys with feedback into shape.codes; y, row, levels, rms, factor as in code_side. A thread codes the same tokens
+// from their first channel to their last, so that none waits for another.
+template <int D, int BITS, int CODE>
+inline void shape_keys(const device float* y, threadgroup const float* row, threadgroup const float* levels,
+                       threadgroup const float* rms, threadgroup const float* factor, Shape shape, int me) {
+  const int steps = D / 32, run = steps % 4 == 0 ? steps / 4 : steps % 2 == 0 ? steps / 2 : steps;
+  const int chains = units(D) / run;  // units of a lane that begin with a token
+  if (me >= 8 * chains) return;
+  for (int first = 0; first < run; ++first) {
+    for (int n = 0; n < 4; ++n) {
+      const int token = k_token(D, (me & 7) * 4, (me >> 3) * run + first, n);
+      for (int c = 0; c < D; ++c) shape.errors[c * PAGE + token] = 0.0f;
+    }
+  }
+  for (int t = 0; t < 4; ++t) {
+    for (int first = 0; first < run; ++first) {
+      const int unit = (me >> 3) * run + first, lane = (me & 7) * 4 + t;
+      float x[32], base[32];
+      uint found[32];
+      for (int i = 0; i < 32; ++i) {
+        const int token = k_token(D, lane, unit, i % 4), channel = k_channel(D, lane, unit, i % 4, i / 4);
+        const device float* f = shape.row(D, token, channel);
+        x[i] = rms[token] > 0.0f ? (y[token * D + channel] - row[channel]) / rms[token] * factor[token] : 0.0f;
+        base[i] = 0.0f;
+        // what this quarter of the channels has coded so far is of other units, or still zero
+        for (int j = 0; j < (run > 1 ? t + 1 : t) * (D / 4); ++j) base[i] += f[j] * shape.errors[j * PAGE + token];
+      }
+      const auto before = [&](int i, int j) {
+        const int token = k_token(D, lane, unit, i % 4);
+        if (token != k_token(D, lane, unit, j % 4)) return 0.0f;
+        return shape.row(D, token, k_channel(D, lane, unit, i % 4, i / 4))[k_channel(D, lane, unit, j % 4, j / 4)];
+      };
+      if (CODE == SCALAR) {
+        for (int i = 0; i < 32; ++i) {
+          float target = x[i] + base[i];
+          for (int j = 0; j < i; ++j) target += before(i, j) * x[j];
+          uint code = 0;
+          for (int k = 0; k + 1 < 1 << BITS; ++k) code += target > 0.5f * (levels[k] + levels[k + 1]) ? 1 : 0;
+          x[i] -= levels[code];
+          found[i] = code << 4 | code;
+        }
+      } else {
+        enum { STATES = CODE == TRELLIS4 ? 4 : 8 };
+        const auto weight = [&](int i) {
+          const int token = k_token(D, lane, unit, i % 4);
+          return shape.weight[shape.orders[token] * D + k_channel(D, lane, unit, i % 4, i / 4)];
+        };
+        float shifted[32];
+        for (int i = 0; i < 32; ++i) shifted[i] = x[i] + base[i];
+        const int start = circular_start<BITS, STATES>(shifted, levels);
+        shaped_path<BITS, STATES>(x, base, start, levels, before, weight, found);
+      }
+      for (int i = 0; i < 32; ++i) {
+        const int token = k_token(D, lane, unit, i % 4), channel = k_channel(D, lane, unit, i % 4, i / 4);
+        shape.errors[channel * PAGE + token] = x[i];
+        shape.codes[channel * PAGE + token] = uchar(found[i]);
+      }
+    }
+  }
+}
+
+// e^T H e of a token whose code values times `gain` stand for it; its thread's alone.
+template <int D>
+inline float shaped_error(const device float* y, threadgroup const float* row, threadgroup const float* levels, float size,
+                          float gain, Shape shape, int token) {
+  for (int c = 0; c < D; ++c) {
+    const float u = size > 0.0f ? (y[token * D + c] - row[c]) / size : 0.0f;
+    shape.errors[c * PAGE + token] = u - gain * levels[shape.codes[c * PAGE + token] >> 4];
+  }
+  float total = 0.0f;
+  for (int c = 0; c < D; ++c) {
+    const device float* f = shape.row(D, token, c);
+    float sum = 0.0f;
+    for (int j = 0; j < D; ++j) sum += f[j] * shape.errors[j * PAGE + token];
+    total += shape.weight[shape.orders[token] * D + c] * sum * sum;
+  }
+  return total;
 }
 
 // <u, c> and <c, c> of a token, over the simdgroups.
@@ -199,10 +366,11 @@ inline float multiplier(int round) { return 0.85f + 0.05f * float(round); }
 // Codes and scales of one side of a page; y, row, part as in code_side.
 // scales: [64] f32, the result. rms, factor: [64], sums: [4, 64, 2] f32 scratch. Ends with a barrier.
 // REFINE codes every token again at five nearby scales and keeps, group by group, what leaves the least squared error.
-template <int D, int BITS, int CODE, bool KEYS, int RULE, bool REFINE>
+// SHAPED codes with feedback, and the error is the shaped one.
+template <int D, int BITS, int CODE, bool KEYS, int RULE, bool REFINE, bool SHAPED>
 inline void quantise_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                           device uint* part, threadgroup float* rms, threadgroup float* factor, threadgroup float* sums,
-                          threadgroup float* scales, uint simdgroup, uint lane) {
+                          threadgroup float* scales, Shape shape, uint simdgroup, uint lane) {
   const int me = int(simdgroup * 32 + lane);
   for (int token = int(simdgroup); token < PAGE; token += 4) {
     float square = 0.0f;
@@ -218,13 +386,18 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
   if (REFINE) {
     float least = INFINITY, best = 1.0f, fit = 1.0f;
     for (int round = 0; round < 6; ++round) {
-      code_side<D, BITS, CODE, KEYS, false>(y, row, levels, part, rms, factor, sums, simdgroup, lane);
+      if (SHAPED) {
+        shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
+        threadgroup_barrier(mem_flags::mem_device);
+      }
+      code_side<D, BITS, CODE, KEYS, false, SHAPED>(y, row, levels, part, rms, factor, sums, shape, simdgroup, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (me < PAGE) {
         const float2 s = token_sums(sums, me);
         const float gain = token_gain<RULE>(uu, s);
         if (round == 0 && s.x > 0.0f) fit = s.y / s.x;
-        scales[me] = uu - 2.0f * gain * s.x + gain * gain * s.y;
+        scales[me] = SHAPED ? shaped_error<D>(y, row, levels, rms[me], gain, shape, me)
+                            : uu - 2.0f * gain * s.x + gain * gain * s.y;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (me < PAGE) {
@@ -235,10 +408,14 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
         if (error < least) least = error, best = factor[me];
         factor[me] = round < 5 ? fit * multiplier(round + 1) : best;
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
+      threadgroup_barrier(mem_flags::mem_threadgroup | (SHAPED ? mem_flags::mem_device : mem_flags::mem_none));
     }
   }
-  code_side<D, BITS, CODE, KEYS, true>(y, row, levels, part, rms, factor, sums, simdgroup, lane);
+  if (SHAPED) {
+    shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+  code_side<D, BITS, CODE, KEYS, true, SHAPED>(y, row, levels, part, rms, factor, sums, shape, simdgroup, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (me < PAGE) scales[me] = rms[me] * token_gain<RULE>(uu, token_sums(sums, me));
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -283,12 +460,12 @@ inline void store_scales(threadgroup const float* scales, int base, device uchar
 // [4, 64, 2]; scales [64].
 constexpr int encode_scratch(int dim) { return 4 * dim + 32 + 11 * PAGE; }
 
-// y_k, y_v: [kv_heads, tokens, D] f32, rotated; k_levels, v_levels: [16] f32.
+// y_k, y_v: [kv_heads, tokens, D] f32, rotated; k_levels, v_levels: [16] f32; shape: of this page and head, with SHAPED.
 // records: [pages, kv_heads, BYTES] u8; status: [pages, kv_heads] u32, NOT_FINITE and TOO_LARGE bits.
-template <class P, int K_RULE, int V_RULE, bool KEY_MEAN, bool REFINE>
+template <class P, int K_RULE, int V_RULE, bool KEY_MEAN, bool REFINE, bool SHAPED>
 inline void encode(const device float* y_k, const device float* y_v, int tokens, const device float* k_levels,
-                   const device float* v_levels, device uchar* records, device uint* status, threadgroup float* scratch,
-                   uint3 group, uint3 groups, uint simdgroup, uint lane) {
+                   const device float* v_levels, Shape shape, device uchar* records, device uint* status,
+                   threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup, uint lane) {
   const bool fp16_scales = int(P::SCALES) == int(FP16);
   const int page = int(group.x), head = int(group.y), me = int(simdgroup * 32 + lane);
   const long slot = long(page) * groups.y + head;
@@ -322,8 +499,8 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   for (int c = int(lane); c < P::D; c += 32) top = max(top, abs(mean[c]));
   const float step = float(half(simd_max(top) / 126.5f));
 
-  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, REFINE>(
-      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, simdgroup, lane);
+  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, REFINE, false>(
+      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, shape, simdgroup, lane);
   bool fits = isfinite(step);
   int v_exponent = 0, k_exponent = 0;
   if (!fp16_scales) v_exponent = log8_base(scales, 1.0f, lane);
@@ -340,14 +517,14 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
     for (int c = me; c < P::D; c += 128) scaled[c] = row[c] * step;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (guess) {
-      quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, false>(keys, scaled, levels, (device uint*)record, rms,
-                                                                     factor, sums, scales, simdgroup, lane);
+      quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, false, false>(
+          keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, simdgroup, lane);
       k_exponent = log8_base(scales, exp2(REFINE ? 0.25f : 0.0625f), lane);
       guess = false;
       continue;
     }
-    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, REFINE>(keys, scaled, levels, (device uint*)record, rms,
-                                                                    factor, sums, scales, simdgroup, lane);
+    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, REFINE, SHAPED>(
+        keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, simdgroup, lane);
     const int needed = log8_base(scales, 1.0f, lane);
     if (fp16_scales || needed <= k_exponent || k_exponent == 127) break;
     k_exponent = needed;
@@ -367,6 +544,15 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
 
 //! body
   threadgroup float scratch[fa::encode_scratch(D)];
-  fa::encode<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE>(
-      y_k, y_v, y_k_shape[1], k_levels, v_levels, records, status, scratch, threadgroup_position_in_grid,
+  const int head = int(threadgroup_position_in_grid.y), size = k_factor_shape[1] * D;
+  const int own = k_factor_shape[0] > 1 ? head : 0;
+  const long slot = SHAPED ? long(threadgroup_position_in_grid.x) * threadgroups_per_grid.y + head : 0;
+  if (!SHAPED && thread_position_in_grid.x < 8 && head == 0) {  // placeholders
+    errors[thread_position_in_grid.x] = 0.0f;
+    codes[thread_position_in_grid.x] = 0;
+  }
+  const fa::Shape shape = {k_factor + long(own) * size * D, k_weight + long(own) * size, orders,
+                           errors + slot * fa::PAGE * D, codes + slot * fa::PAGE * D};
+  fa::encode<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE, SHAPED>(
+      y_k, y_v, y_k_shape[1], k_levels, v_levels, shape, records, status, scratch, threadgroup_position_in_grid,
       threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
