@@ -173,21 +173,60 @@ def test_batches_of_hybrids(seam: Any, words: Any, kind: str) -> None:
     assert answer.token_ids == alone
 
 
-def test_trim_of_hybrids(seam: Any) -> None:
-    for kind, kept in (("gpt_oss", True), ("qwen3_next", False)):
-        made = model(kind, **({"sliding_window": 300} if kept else {}))
-        cache, prompt = forge.make_prompt_cache(made, SPEC, fitted=False), tokens(1, 170)[0]
-        want, _ = greedy(made, cache, prompt, 5)
-        assert stock.can_trim_prompt_cache(cache) == kept
-        assert stock.trim_prompt_cache(cache, 6) == (6 if kept else 0)
-        assert [p.offset for p in packed_layers(cache)] == [169 if kept else 175] * len(packed_layers(cache))
-        if kept:
-            assert greedy(made, cache, prompt[-1:], 5)[0] == want
+def test_trim_of_sliding_windows(seam: Any) -> None:
+    made = model("gpt_oss", sliding_window=300)
+    cache, prompt = forge.make_prompt_cache(made, SPEC, fitted=False), tokens(1, 170)[0]
+    want, _ = greedy(made, cache, prompt, 5)
+    assert stock.trim_prompt_cache(cache, 6) == 6
+    assert [p.offset for p in packed_layers(cache)] == [169]
+    assert greedy(made, cache, prompt[-1:], 5)[0] == want
     made = model("gpt_oss")  # a window that is full by now cannot be trimmed, and then nothing is
     cache = forge.make_prompt_cache(made, SPEC, fitted=False)
-    greedy(made, cache, tokens(1, 170)[0], 1)
-    assert stock.trim_prompt_cache(cache, 6) == 0
+    greedy(made, cache, prompt, 1)
+    with pytest.raises(ValueError, match="expected layers that can go back 6 tokens; got RotatingKVCache in layer 0"):
+        stock.trim_prompt_cache(cache, 6)
     assert packed_layers(cache)[0].offset == 171
+    plain = stock.make_prompt_cache(made)
+    greedy(made, plain, prompt, 1)
+    assert stock.trim_prompt_cache(plain, 6) == 0
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
+def test_trim_of_recurrent_layers(seam: Any, kind: str) -> None:
+    made, prompt = model(kind), tokens(1, 170)[0]
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False)
+    greedy(made, cache, prompt, 5)
+    assert not stock.can_trim_prompt_cache(cache)
+    with pytest.raises(ValueError, match=r"can go back 5 tokens; got ArraysCache in layer 0: keep a copy\.deepcopy"):
+        forge.trim_prompt_cache(cache, 5)
+    assert all(p.offset == 175 for p in packed_layers(cache))
+
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False, snapshots=2)
+    want, logs = greedy(made, cache, prompt, 5, chunk=100)
+    held = sum(layer.nbytes for layer in cache)
+    for back in (3, 4, 74, 76, 176):  # neither one of the last two tokens, nor the end of the prompt's two pieces
+        with pytest.raises(ValueError, match=f"can go back {back} tokens; got SnapshotCache in layer 0"):
+            stock.trim_prompt_cache(cache, back)
+    assert forge.trim_prompt_cache(cache, 0) == 0
+    assert stock.trim_prompt_cache(cache, 1) == 1
+    assert all(p.offset == 174 for p in packed_layers(cache))
+    assert forge.trim_prompt_cache(cache, 4) == 4
+    assert all(p.offset == 170 for p in packed_layers(cache))
+    assert sum(layer.nbytes for layer in cache) < held
+    found, again = greedy(made, cache, want[:1], 4)
+    assert found == want[1:]
+    assert np.abs(again - logs[1:]).max() < MLX_MODEL
+    assert forge.trim_prompt_cache(cache, 75) == 75  # 175 tokens again: to the first piece's end
+
+
+def test_a_draft_that_cannot_go_back_is_refused(seam: Any, words: Any, llama: Any) -> None:
+    draft = model("qwen3_next")
+    cache = forge.make_prompt_cache(llama, SPEC, fitted=False) + forge.make_prompt_cache(draft, SPEC, fitted=False)
+    steps = mlx_lm.stream_generate(
+        llama, words, tokens(1, 50)[0], max_tokens=30, draft_model=draft, num_draft_tokens=3, prompt_cache=cache
+    )
+    with pytest.raises(ValueError, match="got ArraysCache in layer 0"):
+        list(steps)
 
 
 def test_the_patch_is_undone(llama: Any) -> None:

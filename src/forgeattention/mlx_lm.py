@@ -8,6 +8,16 @@ from .integrations.mlx_lm import (
     report,
     save_prompt_cache,
     serve,
+    trim_prompt_cache,
 )
 
-__all__ = ["PackedKVCache", "load_prompt_cache", "make_prompt_cache", "patched", "report", "save_prompt_cache", "serve"]
+__all__ = [
+    "PackedKVCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "patched",
+    "report",
+    "save_prompt_cache",
+    "serve",
+    "trim_prompt_cache",
+]

@@ -33,9 +33,19 @@ from .. import models
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
 from .mlx_cache import Codecs, PackedKVCache, PackedStates, Seam, readable
+from .mlx_recurrent import SnapshotCache, trim_prompt_cache
 from .mlx_weights import weight_codecs
 
-__all__ = ["PackedKVCache", "load_prompt_cache", "make_prompt_cache", "patched", "report", "save_prompt_cache", "serve"]
+__all__ = [
+    "PackedKVCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "patched",
+    "report",
+    "save_prompt_cache",
+    "serve",
+    "trim_prompt_cache",
+]
 
 _lock = threading.RLock()
 
@@ -47,12 +57,13 @@ def make_prompt_cache(
     codecs: Mapping[int, Codec] | None = None,
     fitted: bool = True,
     max_pages: int | None = None,
+    snapshots: int = 0,
     backend: str = "auto",
 ) -> list[Any]:
     """A prompt cache whose full-attention layers are packed.
 
     Rotating (sliding-window), recurrent and linear-attention layers keep what mlx-lm gives them, and so do layers with
-    two key caches. `mlx_lm`'s trim_prompt_cache works on it where those layers can be trimmed, and else changes none.
+    two key caches. `trim_prompt_cache` works on it where those layers can go back, and else raises.
 
     Args:
         model: mlx-lm's model.
@@ -60,6 +71,8 @@ def make_prompt_cache(
         codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
         fitted: fit the other layers' codecs to the model's weights where these are found (`codec.weights`).
         max_pages: most pages of one layer, or None.
+        snapshots: states that each recurrent layer remembers, of prompts' ends and of single steps, so that
+            `trim_prompt_cache` can go back to them.
         backend: which kernels run, "auto" or a name of `ops`.
 
     Raises:
@@ -77,6 +90,8 @@ def make_prompt_cache(
         if type(layer) is stock.KVCache:
             packed.add(i)
             return PackedKVCache(spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend)
+        if type(layer) is stock.ArraysCache and snapshots:
+            return SnapshotCache(len(layer.cache), snapshots=snapshots)
         return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
 
     made = [swap(i, layer) for i, layer in enumerate(made)]
@@ -100,7 +115,8 @@ _stock_prompt_cache: Callable[..., list[Any]] = stock.make_prompt_cache
 
 @contextmanager
 def patched(spec: CodecSpec | None = None, **options: Any) -> Iterator[None]:
-    """Within it, mlx-lm's attention reads packed caches, and its load_prompt_cache knows them.
+    """Within it, mlx-lm's attention reads packed caches, its load_prompt_cache knows them, and its trim_prompt_cache
+    raises where it could not trim one with packed layers.
 
     It holds for the whole process, other threads included, and may be nested.
 
@@ -116,6 +132,7 @@ def patched(spec: CodecSpec | None = None, **options: Any) -> Iterator[None]:
         attention = base.scaled_dot_product_attention
         if not Seam.depth:
             names.append(("scaled_dot_product_attention", attention, _with_packed(attention)))
+            names.append(("trim_prompt_cache", stock.trim_prompt_cache, _loud(stock.trim_prompt_cache)))
         if spec is not None:
             names.append(("make_prompt_cache", stock.make_prompt_cache, _making(spec, options)))
         for name, old, new in names:
@@ -150,6 +167,16 @@ def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
         return attention(queries, keys, values, cache, scale, mask, sinks)
 
     return scaled_dot_product_attention
+
+
+def _loud(trim: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(trim)
+    def trim_stock_or_packed(cache: Sequence[Any], num_tokens: int) -> int:
+        parts = (part for layer in cache for part in getattr(layer, "caches", [layer]))
+        ours = any(isinstance(part, PackedKVCache) for part in parts)
+        return trim_prompt_cache(cache, num_tokens) if ours else trim(cache, num_tokens)
+
+    return trim_stock_or_packed
 
 
 def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[Any]]:
