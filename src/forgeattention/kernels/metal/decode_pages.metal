@@ -1,6 +1,10 @@
-// decode_pages: stored keys and values, for inspection and for ops that want them in memory. Limited by what it writes.
+// decode_pages: stored keys and values, for inspection and for ops that want them in memory.
 //
 // Grid: tiles x 1 x (batch * kv_heads) threadgroups of 128 threads; a simdgroup takes one page.
+//
+// Limited by what it writes, for head_dim 128 at 3.125 bits in half precision: 100 bytes read and 512 written per token
+// and KV head, so 120 GB/s (M4) allow 0.2e9 of them a second, an M3 Ultra 1.3e9; 256 codes of about 6 instructions
+// (extract, lookup, scale, address, store) would allow 1.2e9 and 10e9.
 
 #include "page.metal"
 

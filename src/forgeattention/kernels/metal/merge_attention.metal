@@ -1,5 +1,8 @@
 // merge_attention: joins the splits of decode_attention by log-sum-exp. One thread per channel, query and head.
-// Reads about a hundredth of what decode_attention reads, at the memory's rate.
+//
+// Limited by the memory: a query of one head reads (splits + 4) x (D + 2) floats, 18.7 KB with 32 splits of head_dim
+// 128, and writes 1 KB; 32 heads take 5 us at 120 GB/s (M4), a hundredth of what decode_attention reads at 64K tokens.
+// Arithmetic: an exp2 and an FMA for each float read, 0.3e6 for 32 heads, 0.2 us of an M4's 1.9e12 a second.
 
 #include "page.metal"
 
