@@ -90,3 +90,18 @@ def test_batches_trims_and_saved_caches(device: Device, dtype: str, tmp_path: An
         # MLX's products for a batch round otherwise than those for a row, which half precision keeps
         assert again[0] == again[1] or dtype != "float32"
     assert "decode_pages" in device.kernels
+
+
+def test_codecs_fitted_to_the_model_lose_no_more_than_on_the_cpu(device: Device) -> None:
+    made, prompt = model(), tokens(1, 170)[0]
+    spec = replace(SPEC, k_code="trellis8", v_bits=3)
+    _, exact = greedy(made, stock.make_prompt_cache(made), prompt, 1)
+    lost = {}
+    for backend in ("metal", "cpu"):
+        cache = forge.make_prompt_cache(made, spec, backend=backend)
+        assert all(layer.codec.shaping is not None for layer in cache)
+        made(mx.array([prompt[:-1]]), cache=cache)
+        _, found = greedy(made, cache, prompt[-1:], 1)
+        lost[backend] = np.linalg.norm(found - exact)
+    assert 0 < lost["metal"] < 1.1 * lost["cpu"]
+    assert "encode" in device.kernels
