@@ -25,15 +25,16 @@ from tests.vllm_engine.server import Server
 
 
 def sessions(folder: str, ids: list[int], packed: bool, dtype: str) -> dict[str, Any]:
-    """How many sequences such as this one the pool holds: its blocks over those that one holds after its prompt."""
+    """How many sequences such as this one the pool holds: its blocks over those that one holds when it decodes."""
     from vllm import LLM, SamplingParams
 
     ours = {"attention_backend": "CUSTOM", "additional_config": {"forgeattention": {}}} if packed else {}
     llm = LLM(model=folder, dtype=dtype, enforce_eager=True, max_model_len=len(ids) + 64, **ours)
     engine = llm.llm_engine
     engine.add_request("one", {"prompt_token_ids": ids}, SamplingParams(max_tokens=8, ignore_eos=True))
-    while not any(output.outputs[0].token_ids for output in engine.step()):
-        pass
+    done = 0
+    while done < 3:
+        done = sum(len(output.outputs[0].token_ids) for output in engine.step())
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
     groups = manager.get_blocks(next(iter(manager.coordinator.single_type_managers[0].req_to_blocks))).blocks
     held = [sum(not block.is_null for block in blocks) for blocks in groups]

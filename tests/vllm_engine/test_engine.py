@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from forgeattention import models
+from forgeattention.codec.weights import weight_codecs
 from forgeattention.integrations import vllm as plugin
 from forgeattention.integrations.vllm.backend import PackedBackend
+from forgeattention.integrations.vllm.settings import Settings
 from tests.tolerances import VLLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -62,11 +65,12 @@ def test_predictions_prefix_hits_and_capacity_beside_the_default_cache(
     float32_tokens = capacity(stock)
 
     llm = engine(smollm2, {}, **options)
-    backends = {
-        layer.get_attn_backend().__name__
-        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    }
-    assert backends == {"PackedBackend", "ExactBackend"}
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    assert {x.get_attn_backend().__name__ for x in layers.values()} == {"PackedBackend", "ExactBackend"}
+    hf, _ = models.load(smollm2)
+    for number, codec in weight_codecs(hf, Settings().spec, range(30)).items():
+        assert layers[f"model.layers.{number}.self_attn.attn"].impl.codec.fingerprint == codec.fingerprint
+    del hf
     kl, same = divergence(exact, logprobs(llm, ids))
     assert kl < VLLM["kl"]
     assert same > VLLM["same_top"]
