@@ -1,8 +1,9 @@
-"""vLLM with packed and with its own cache, one after the other: tokens/s and time to first token by clients, sessions.
+"""vLLM with packed and with its own cache: tokens/s and time to first token by clients, sessions that fit.
 
     .venv-vllm/bin/python -m benchmarks.serving_vllm --output benchmarks/results/serving-cpu-DATE.json
 
-Each client sends prompts of the same length but of other text, so that nothing is shared, and reads a stream.
+Each client sends a prompt of other text, so that nothing is shared, and reads a stream. Both servers stay up and take
+turns, so that a noisy machine is equally unkind to them; name a number of clients twice to measure it twice.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def load(server: Server, prompts: list[list[int]], tokens: int) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 1, 1, 4, 4, 16])
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
@@ -108,20 +109,21 @@ def main() -> None:
     for packed in (True, False):
         records.append(sessions(folder, ids[: args.prompt], packed, args.dtype))
         print(records[-1], flush=True)
-    for packed in (True, False):
-        with tempfile.TemporaryDirectory() as scratch:
-            log = Path(scratch) / "log"
-            server = Server("smollm2" if packed else folder, log, arguments, packed).wait()
-            try:
-                load(server, [ids[-300:]], 4)
-                for i, count in enumerate(args.clients):
-                    prompts = [
-                        ids[1000 * (i * 16 + j) % (len(ids) - args.prompt) :][: args.prompt] for j in range(count)
-                    ]
-                    records.append({"op": "serve", "packed": packed, **load(server, prompts, args.tokens)})
+    with tempfile.TemporaryDirectory() as scratch:
+        servers: dict[bool, Server] = {}
+        try:
+            for packed, name in ((True, "smollm2"), (False, folder)):
+                servers[packed] = Server(name, Path(scratch) / f"log-{packed}", arguments, packed).wait()
+                load(servers[packed], [ids[-300:]], 4)
+            for i, count in enumerate(args.clients):
+                prompts = [ids[1000 * (i * 16 + j) % (len(ids) - args.prompt) :][: args.prompt] for j in range(count)]
+                for packed in (True, False):
+                    records.append({"op": "serve", "packed": packed, **load(servers[packed], prompts, args.tokens)})
                     print(records[-1], flush=True)
-            finally:
+        finally:
+            for server in servers.values():
                 server.stop()
+    records[0]["env"]["load"] += os.getloadavg()
     if args.output:
         report.write_json(args.output, records)
 
