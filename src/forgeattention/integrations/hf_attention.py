@@ -113,17 +113,42 @@ def _chunk(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    m, n, held = q.shape[2], k.shape[2], exact.max_length
+    return attend(q, k, v, exact, past.attend_packed(q, table, scale), scale, sinks)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    exact: ExactTokens | None,
+    packed: Part | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of new tokens over exact past ones and, causally, over themselves, joined with that over packed ones.
+
+    Args:
+        q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+        k, v: [batch, kv_heads, n, head_dim].
+        exact: past tokens, in every row `max_length` of them; None for none.
+        packed: what the packed past gave, or None.
+        scale: softmax scale.
+        sinks: extra logits float32 [q_heads], or None.
+
+    Returns:
+        [batch, q_heads, m, head_dim] in q's dtype.
+    """
+    m, n = q.shape[2], k.shape[2]
+    past = [x[:, :, : exact.max_length] for x in (exact.k, exact.v)] if exact is not None and exact.max_length else None
     bias = None
     if flash(q):
-        if held:
-            k, v = (torch.cat([old[:, :, :held], new], 2) for old, new in ((exact.k, k), (exact.v, v)))
+        if past is not None:
+            k, v = (torch.cat(both, 2) for both in zip(past, (k, v)))
     elif 1 < m < n:
         bias = q.new_full((1, 1, m, n), -torch.inf).triu_(n - m + 1)
     o, lse = attention(q, k, v, scale, causal=m == n or flash(q), bias=bias)
-    if held and not flash(q):
-        o, lse = ops.merge(o.float(), lse, *attention(q, exact.k[:, :, :held], exact.v[:, :, :held], scale))
-    packed = past.attend_packed(q, table, scale)
+    if past is not None and not flash(q):
+        o, lse = ops.merge(o.float(), lse, *attention(q, past[0], past[1], scale))
     if packed is not None:
         o, lse = ops.merge(*packed, o, lse)
     return with_sinks(o, lse, sinks).to(q.dtype)

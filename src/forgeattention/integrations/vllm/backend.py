@@ -24,7 +24,7 @@ from ... import ops
 from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...ops.table import ExactTokens, PageTable
-from ..hf_attention import attention, with_sinks
+from ..hf_attention import attend
 from . import check_version
 from .blocks import ExactSpec
 from .settings import Settings
@@ -292,21 +292,18 @@ class PackedImpl(AttentionImpl[Metadata]):
             assert step.exact is not None
             q = query[: step.rows].unsqueeze(2)
             table = None if step.pages is None else self._table(step.pages)
-            exact = self._exact(step.exact)
-            out, _ = ops.decode_attention(q, self.codec, table, exact, self.scale, sink_logits=self._sink_logits)
+            own = self._exact(step.exact)
+            out, _ = ops.decode_attention(q, self.codec, table, own, self.scale, sink_logits=self._sink_logits)
             output[: step.rows] = out[:, :, 0]
         for chunk in step.chunks:
             at = slice(chunk.start, chunk.stop)
             q, k, v = (x[at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            o, lse = attention(q, k, v, self.scale, causal=True)
-            if chunk.exact is not None:
-                past = self._exact(chunk.exact)
-                held = slice(0, past.max_length)
-                o, lse = ops.merge(o.float(), lse, *attention(q, past.k[:, :, held], past.v[:, :, held], self.scale))
+            packed = None
             if chunk.pages is not None:
-                table = self._table(chunk.pages)
-                o, lse = ops.merge(*ops.prefill_attention(q, self.codec, table, self.scale), o, lse)
-            output[at] = with_sinks(o, lse, self._sink_logits)[0].transpose(0, 1)
+                packed = ops.prefill_attention(q, self.codec, self._table(chunk.pages), self.scale)
+            exact = None if chunk.exact is None else self._exact(chunk.exact)
+            out = attend(q, k, v, exact, packed, self.scale, self._sink_logits)
+            output[at] = out[0].transpose(0, 1)
         return output
 
     @property
