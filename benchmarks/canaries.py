@@ -85,7 +85,7 @@ def random_gpt_oss() -> Any:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, initializer_range=0.25, num_local_experts=2, num_experts_per_tok=1,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.12, num_local_experts=2, num_experts_per_tok=1,
         sliding_window=128, bos_token_id=None, eos_token_id=256, pad_token_id=None,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip

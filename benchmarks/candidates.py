@@ -62,16 +62,18 @@ def decoded(
     return Candidate(name, spec.page_format(head_dim).effective_bits, make, None, kind)
 
 
-def calibrated(model: Any, file: Path, backend: str) -> Candidate:
+def calibrated(model: Any, file: Path, backend: str, decoded: bool) -> Candidate:
     """A packed cache with the bits and Gram matrices of a calibration file, named after it."""
     calibration = Calibration.load(file, model)
     codecs = calibration.codecs(model)
     bits = sum(codec.format.effective_bits for codec in codecs.values()) / len(codecs)
 
     def make(model: Any) -> Any:
+        if decoded:
+            return coded_cache(model, {i: (codec, "kv") for i, codec in codecs.items()}, backend="cpu")
         return ForgeCache(model, calibration.spec, codecs=codecs, backend=backend)
 
-    return Candidate(f"calibrated: {file.stem}", bits, make, "forge", "calibrated")
+    return Candidate(f"calibrated: {file.stem}", bits, make, None if decoded else "forge", "calibrated")
 
 
 def peer(cache: peer_caches.Peer) -> Candidate:

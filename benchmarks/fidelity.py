@@ -74,7 +74,7 @@ class Bench:
         self.model, self.tokenizer = models.load(args.model, device=args.device)
         make = caches.decoded if args.decoded else caches.ours
         every = caches.candidates(head_dim(self.model), args.quick, args.backend, make)
-        every += [caches.calibrated(self.model, file, args.backend) for file in args.calibrations]
+        every += [caches.calibrated(self.model, file, args.backend, args.decoded) for file in args.calibrations]
         self.candidates = [c for c in every if c is EXACT or not args.only or any(only in c.name for only in args.only)]
         self.ids: dict[str, torch.Tensor] = {}
 
@@ -273,11 +273,9 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
         if row["item"][0] == "canary" and row["name"] != "exact":
             broken.setdefault((row["item"][1], row["name"]), []).append(row)
     return {
-        "model": args.model,
+        "model": Path(args.model).name.partition(".")[0],
         "device": f"{args.device}{' (pages decoded)' if args.decoded else ''}",
-        "setting": {
-            name: value if isinstance(value, (int, list)) else str(value) for name, value in vars(args).items()
-        },
+        "setting": json.loads(json.dumps(vars(args), default=str)),
         "rows": sorted(rows, key=lambda row: row["effective_bits"]),
         "canaries": [
             {

@@ -86,7 +86,7 @@ def test_a_local_task_on_lm_evals_own_command_line(loaded, tmp_path, monkeypatch
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     command = ["lm_eval", "run", "--model", "forgeattention", "--model_args", "pretrained=smollm2,preset=small"]
     command += ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
-    monkeypatch.setattr("sys.argv", [*command, "--output_path", str(tmp_path / "out"), "--bootstrap_iters", "0"])
+    monkeypatch.setattr("sys.argv", [*command, "--output_path", str(tmp_path / "out")])
     lm_eval_model.main()
     (file,) = (tmp_path / "out").rglob("results*.json")
     result = json.loads(file.read_text())

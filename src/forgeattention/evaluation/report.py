@@ -74,9 +74,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit checked out here, "-dirty" after it if files differ; None outside this project's repository."""
+    """The commit checked out here, "-dirty" after it if files differ; in a copy without git what
+    $FORGEATTN_COMMIT says, or None."""
     if not Path("src/forgeattention/__init__.py").is_file():
         return None
+    if stated := os.environ.get("FORGEATTN_COMMIT"):
+        return stated
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
