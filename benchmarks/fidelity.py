@@ -42,27 +42,34 @@ RANDOM_TOKENS = 1024
 """Read by the canaries of random weights."""
 CANARY_CACHES = ("exact", "preset", "balanced, not fitted", "scalar 3 bits", "TurboQuant", "origin", "affine", "KIVI")
 
+KINDS = ("needles", "text", "greedy", "canary")
+
 Item = tuple[Any, ...]
-"""What is measured at once: ("text", name, piece), ("needles", length, needle), ("greedy", name, prompt) or
+"""What is measured at once: ("text", name, piece, ...), ("needles", length, needle), ("greedy", name, prompt, ...) or
 ("canary", canary, text)."""
 Row = dict[str, Any]
 
 
 def work(args: argparse.Namespace) -> list[Item]:
     """All items, the long ones first."""
-    out: list[Item] = []
-    if not args.no_needles:
-        lengths = [1000] if args.quick else [2500, 2000, 1500, 1000, 500]
-        out += [("needles", length, i) for length in lengths for i in range(1 if args.quick else len(NEEDLES))]
-    out += [("text", name, i) for name in args.texts for i in range(args.windows)]
-    if not args.quick:
-        each = math.ceil(PROMPTS / len(args.texts))
-        out += [("greedy", name, i) for name in args.texts for i in range(each)][:PROMPTS]
-    if not args.no_canaries:
-        names = canaries.CANARIES[:: 3 if args.quick else 1]
-        out += [("canary", name, text) for name in names for text in args.texts[: 1 if args.quick else None]]
-        out += [("canary", name, "random tokens") for name in canaries.RANDOM]
-    return out
+    lengths = [1000] if args.quick else [2500, 2000, 1500, 1000, 500]
+    names = canaries.CANARIES[:: 3 if args.quick else 1]
+    prompts = 0 if args.quick else math.ceil(PROMPTS / len(args.texts))
+    out: dict[str, list[Item]] = {
+        "needles": [("needles", n, i) for n in lengths for i in range(1 if args.quick else len(NEEDLES))],
+        "text": [("text", *group) for group in _groups(args.texts, args.windows, args.batch)],
+        "greedy": [("greedy", *group) for group in _groups(args.texts, prompts, args.batch)],
+        "canary": [("canary", name, text) for name in names for text in args.texts[: 1 if args.quick else None]]
+        + [("canary", name, "random tokens") for name in canaries.RANDOM],
+    }
+    return [item for kind in args.kinds for item in out[kind]]
+
+
+def _groups(names: Sequence[str], count: int, batch: int) -> Iterator[tuple[Any, ...]]:
+    """(name, up to `batch` of the numbers below `count`)."""
+    for name in names:
+        for start in range(0, count, batch):
+            yield (name, *range(start, min(start + batch, count)))
 
 
 class Bench:
@@ -85,42 +92,43 @@ class Bench:
         about = {c.name: {"name": c.name, "kind": c.kind, "bits": c.effective_bits} for c in self.candidates}
         return [{"item": list(item), **about[name], **row} for name, row in rows.items()]
 
-    def _text(self, name: str, piece: int) -> dict[str, Row]:
-        return compare(self.model, self.piece(name, piece), self.candidates)
+    def _text(self, name: str, *pieces: int) -> dict[str, Row]:
+        return compare(self.model, torch.stack([self.piece(name, piece) for piece in pieces]), self.candidates)
 
     def _needles(self, length: int, number: int) -> dict[str, Row]:
-        out = {}
+        hay, needle = niah.haystack(self.tokenizer, length), NEEDLES[number]
+        prompts = {depth: niah.prompt(self.tokenizer, niah.place(hay, needle, depth)) for depth in niah.DEPTHS}
+        out: dict[str, Row] = {}
         for candidate in self.candidates:
             if candidate.kind == "variant":
                 continue
-            cells = niah.run(
-                self.model,
-                self.tokenizer,
-                lambda candidate=candidate: candidate.make(self.model),
-                lengths=[length],
-                needle=NEEDLES[number],
-                implementation=candidate.implementation,
-            )
-            out[candidate.name] = {"cells": {f"{cell.depth}": cell.outcome.value for cell in cells}}
+            cells = out.setdefault(candidate.name, {"cells": {}})["cells"]
+            for batch in same_length(prompts, self.args.batch):
+                ids = torch.cat([prompts[depth] for depth in batch]).to(self.model.device)
+                said = self.tokenizer.batch_decode(greedy(self.model, ids, candidate, 24), skip_special_tokens=True)
+                for depth, text in zip(batch, said, strict=True):
+                    cells[f"{depth}"] = niah.judge(text, needle, hay=hay).value
         return out
 
-    def _greedy(self, name: str, number: int) -> dict[str, Row]:
-        piece = self.piece(name, number % self.args.windows)
-        start = number * max(0, len(piece) - PROMPT_TOKENS) // PROMPTS
-        ids = piece[None, start : start + PROMPT_TOKENS].to(self.model.device)
-        wanted = greedy(self.model, ids, EXACT)
+    def _greedy(self, name: str, *numbers: int) -> dict[str, Row]:
+        rows = []
+        for number in numbers:
+            piece = self.piece(name, number % self.args.windows)
+            start = number * max(0, len(piece) - PROMPT_TOKENS) // PROMPTS
+            rows.append(piece[start : start + PROMPT_TOKENS])
+        ids = torch.stack(rows).to(self.model.device)
+        wanted = greedy(self.model, ids, EXACT, NEW_TOKENS)
         out = {}
         for candidate in self.candidates:
             if candidate.kind != "variant":
-                got = greedy(self.model, ids, candidate)
-                same = (i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
-                out[candidate.name] = {"first_divergence": next(same, len(wanted))}
+                other = greedy(self.model, ids, candidate, NEW_TOKENS) != wanted
+                out[candidate.name] = {"first_divergence": [(*row.tolist(), True).index(True) for row in other]}
         return out
 
     def _canary(self, name: str, text: str) -> dict[str, Row]:
         model = canaries.make(name, self.model)
         ids = canaries.random_tokens(RANDOM_TOKENS) if name in canaries.RANDOM else self.piece(text, 0)
-        return compare(model, ids, [c for c in self.candidates if c.name.startswith(CANARY_CACHES)])
+        return compare(model, ids[None], [c for c in self.candidates if c.name.startswith(CANARY_CACHES)])
 
     def piece(self, name: str, number: int) -> torch.Tensor:
         """One of the pieces, evenly spread, of a text: int64 [tokens]."""
@@ -135,51 +143,67 @@ class Bench:
         return ids[start : start + length]
 
 
+def same_length(prompts: dict[float, torch.Tensor], most: int) -> list[list[float]]:
+    """The keys of prompts [1, tokens] in groups of one length, of at most so many."""
+    groups: dict[int, list[float]] = {}
+    for key, ids in prompts.items():
+        groups.setdefault(ids.shape[1], []).append(key)
+    return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+
+
 def predictions(model: Any, ids: torch.Tensor, candidate: Candidate) -> Iterator[torch.Tensor]:
-    """Log-probabilities at the second half of a document, block by block."""
-    half, cache = len(ids) // 2, candidate.make(model)
-    for start, stop in spans(len(ids), BLOCK):
+    """Log-probabilities [batch, block, vocabulary] at the second half of documents [batch, tokens], block by block."""
+    tokens, cache = ids.shape[1], candidate.make(model)
+    for start, stop in spans(tokens, BLOCK):
+        keep = min(stop - tokens // 2, stop - start)
         with attention(model, candidate.implementation):
-            logits = step(model, ids[None, start:stop].to(model.device), cache, max(1, min(stop - half, stop - start)))
-        if stop > half:
-            yield logits[0].log_softmax(-1)
+            logits = step(model, ids[:, start:stop].to(model.device), cache, max(keep, 1))
+        if keep > 0:
+            yield logits.log_softmax(-1)
 
 
 def compare(model: Any, ids: torch.Tensor, candidates: Sequence[Candidate]) -> dict[str, Row]:
-    """KL to the exact cache in nats, share of the same top token and loss, means over the second half of a document."""
+    """KL to the exact cache in nats, share of the same top token and loss, means over the second halves of documents
+    [batch, tokens]."""
     reference = list(predictions(model, ids, EXACT))
+    batch, tokens = ids.shape
     out = {}
     for candidate in candidates:
         kl = same = loss = 0.0
-        at = len(ids) // 2
+        at = tokens // 2
         for p, q in zip(reference, predictions(model, ids, candidate), strict=True):
             kl += float((p.exp() * (p - q)).sum(-1).double().sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
-            target = ids[at + 1 : at + 1 + len(p), None].to(q.device)
-            loss -= float(q[: len(target)].gather(-1, target).double().sum())
-            at += len(p)
-        count = len(ids) - len(ids) // 2
+            target = ids[:, at + 1 : at + 1 + p.shape[1], None].to(q.device)
+            loss -= float(q[:, : target.shape[1]].gather(-1, target).double().sum())
+            at += p.shape[1]
+        count = batch * (tokens - tokens // 2)
         out[candidate.name] = {
             "kl": kl / count,
             "same_top": same / count,
-            "loss": loss / (count - 1),
+            "loss": loss / (count - batch),
             "positions": count,
         }
     return out
 
 
-def greedy(model: Any, ids: torch.Tensor, candidate: Candidate) -> list[int]:
-    """`NEW_TOKENS` tokens after a prompt [1, tokens]."""
+def greedy(model: Any, ids: torch.Tensor, candidate: Candidate, count: int) -> torch.Tensor:
+    """`count` tokens after each of the prompts [batch, tokens], or fewer, ended by end-of-sequence tokens, if all rows
+    ended: [batch, count]."""
+    stop = torch.tensor(model.generation_config.eos_token_id, device=ids.device).reshape(-1)
+    cache, out = candidate.make(model), torch.empty(len(ids), 0, dtype=ids.dtype, device=ids.device)
+    ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
     with attention(model, candidate.implementation):
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=candidate.make(model),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-        )
-    return out[0, ids.shape[1] :].tolist()
+        for start, last in spans(ids.shape[1], 2 * BLOCK):
+            logits = step(model, ids[:, start:last], cache, keep=1)
+        while True:
+            new = logits[:, -1].argmax(-1, keepdim=True)
+            new = torch.where(ended, stop[0], new)
+            out = torch.cat([out, new], 1)
+            ended |= torch.isin(new, stop)
+            if out.shape[1] == count or bool(ended.all()):
+                return torch.nn.functional.pad(out, (0, count - out.shape[1]), value=int(stop[0]))
+            logits = step(model, new, cache, keep=1)
 
 
 _bench: Bench
@@ -238,14 +262,20 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
             if row["item"][0] == "text":
                 by_text.setdefault(row["item"][1], []).append(row)
         means = {
-            text: {key: _mean(row[key] for row in pieces) for key in ("kl", "same_top", "loss")}
-            | {"positions": sum(row["positions"] for row in pieces)}
+            text: {
+                "positions": (positions := sum(row["positions"] for row in pieces)),
+                **{
+                    key: sum(row[key] * row["positions"] for row in pieces) / positions
+                    for key in ("kl", "same_top", "loss")
+                },
+            }
             for text, pieces in by_text.items()
         }
         out: Row = {"name": name, "kind": own[0]["kind"], "effective_bits": own[0]["bits"]}
-        out |= {key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")}
-        out |= {"perplexity": math.exp(_mean(row["loss"] for row in means.values()))}
-        out |= {"positions": sum(row["positions"] for row in means.values()), "texts": means}
+        if means:
+            out |= {key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")}
+            out |= {"perplexity": math.exp(_mean(row["loss"] for row in means.values()))}
+            out |= {"positions": sum(row["positions"] for row in means.values()), "texts": means}
         if cells := _cells(measured, name):
             found = {where for where, outcome in cells.items() if outcome == "PASS"}
             exact_found = {where for where, outcome in exact.items() if outcome == "PASS"}
@@ -265,7 +295,7 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
                 },
                 "cells": cells,
             }
-        if first := [row["first_divergence"] for row in own if row["item"][0] == "greedy"]:
+        if first := [n for row in own if row["item"][0] == "greedy" for n in row["first_divergence"]]:
             out |= {"first_divergence": first, "mean_first_divergence": _mean(first), "of": NEW_TOKENS}
         rows.append(out)
     broken: dict[tuple[str, str], list[Row]] = {}
@@ -312,8 +342,9 @@ def _gpu() -> str:
 
 def describe(row: Row) -> str:
     """A row for the terminal."""
-    said = f"{row['name']:44s} {row['effective_bits']:7.4f} bits  KL {row['kl']:.5f}  top {row['same_top']:.1%}"
-    said += f"  ppl {row['perplexity']:.3f}"
+    said = f"{row['name']:44s} {row['effective_bits']:7.4f} bits"
+    if "kl" in row:
+        said += f"  KL {row['kl']:.5f}  top {row['same_top']:.1%}  ppl {row['perplexity']:.3f}"
     if "needles" in row:
         needles = row["needles"]
         by = " ".join(f"{n['pass']}/{n['exact_pass']}" for n in needles["by_length"].values())
@@ -329,7 +360,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     for row in result["rows"]:
-        if row["kind"] not in ("preset", "calibrated", "peer"):
+        if row["kind"] not in ("preset", "calibrated", "peer") or "kl" not in row:
             continue
         own = row["kind"] != "peer"
         at = row["effective_bits"], row["kl"]
@@ -359,8 +390,8 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="names or files (default %(default)s)")
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
     parser.add_argument("--length", type=int, help="tokens of a piece (default: 1152 or 2048)")
-    parser.add_argument("--no-needles", action="store_true")
-    parser.add_argument("--no-canaries", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured")
+    parser.add_argument("--batch", type=int, default=1, help="documents or prompts of one length read at once")
     parser.add_argument("--calibrations", type=Path, nargs="+", default=[], metavar="FILE", help="also measure these")
     parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
     parser.add_argument("--workers", type=int, default=1, help="processes; set OMP_NUM_THREADS=1 with several")
