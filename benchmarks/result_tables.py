@@ -108,36 +108,154 @@ def model(records: list[dict[str, Any]]) -> str:
 
 
 def fidelity(result: dict[str, Any]) -> str:
-    """`fidelity.py`: every cache by effective bits."""
-    rows = result["rows"]
-    full = any("needles" in row for row in rows)
+    """`fidelity.py`: every cache by effective bits, with the columns that were measured."""
+    rows = [row for row in result["rows"] if row["name"] != "exact"]
+    exact = next((row for row in result["rows"] if row["name"] == "exact"), {})
+    needles = next((row["needles"] for row in rows if "needles" in row), None)
     head = ["cache", "bits", "KL", "same top token"]
-    if any("perplexity" in row for row in rows):
-        head.append(f"perplexity (exact {rows[0]['exact_perplexity']:.3f})")
-    if full:
-        exact = next(row["needles"] for row in rows if "needles" in row)
-        head.append(f"needles of {exact['of']} (exact {exact['exact_pass']})")
-    if any("mean_first_divergence" in row for row in rows):
-        head.append(f"first other token, mean of {len(rows[0]['first_divergence'])} (at most {rows[0]['of']})")
+    if "perplexity" in rows[0]:
+        head.append(f"perplexity (exact {exact['perplexity']:.3f})")
+    if needles:
+        by_length = ", ".join(f"{length}: {n['exact_pass']}/{n['of']}" for length, n in needles["by_length"].items())
+        head.append(f"needles by length (exact {by_length})")
+    if "mean_first_divergence" in rows[0]:
+        head.append(f"first other token of {rows[0]['of']}, mean over {len(rows[0]['first_divergence'])} prompts")
     lines = []
     for row in sorted(rows, key=lambda row: row["effective_bits"]):
         name = row["name"]
         own = name.startswith("preset ")
-        line = [f"**`{name.removeprefix('preset ')}`**" if own else name, f"{row['effective_bits']:.4g}"]
-        line += [f"{row['kl']:.4f}", f"{row['same_top']:.1%}"]
+        line = [f"**`{name.removeprefix('preset ')}`**" if own else name, f"{row['effective_bits']:.4f}"]
+        line += [f"{row['kl']:.4f}", f"{row['same_top']:.1%}"] if "kl" in row else ["", ""]
         if "perplexity" in row:
             line.append(f"{row['perplexity']:.3f}")
-        if full:
-            line.append(row["needles"]["pass"] if "needles" in row else "")
+        if needles:
+            by = row["needles"]["by_length"].values() if "needles" in row else ()
+            line.append(" ".join(str(n["pass"]) for n in by))
         if "mean_first_divergence" in row:
             line.append(f"{row['mean_first_divergence']:.1f}")
         lines.append(line)
     return table(head, lines)
 
 
+def fidelity_texts(result: dict[str, Any]) -> str:
+    """`fidelity.py`: KL by kind of text."""
+    rows = [row for row in result["rows"] if row["name"] != "exact" and "texts" in row]
+    names = list(rows[0]["texts"])
+    return table(
+        ["cache", "bits", "KL", *names],
+        [
+            [
+                row["name"].removeprefix("preset "),
+                f"{row['effective_bits']:.4f}",
+                f"{row['kl']:.4f}",
+                *(f"{row['texts'][name]['kl']:.4f}" for name in names),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def canaries(result: dict[str, Any]) -> str:
+    """`fidelity.py`: KL of caches on models whose keys were made harder, and that over the plain model's."""
+    plain = {row["name"]: row.get("kl") for row in result["rows"]}
+    found = result["canaries"]
+    models = list(dict.fromkeys(row["canary"] for row in found))
+    names = list(dict.fromkeys(row["name"] for row in found))
+    lines = []
+    for name in names:
+        own = {row["canary"]: row["kl"] for row in found if row["name"] == name}
+        usual = plain.get(name)
+        line = [name.removeprefix("preset "), f"{usual:.4f}" if usual is not None else ""]
+        for canary in models:
+            times = f" ({own[canary] / usual:.2f}x)" if usual and not canary.startswith("random") else ""
+            line.append(f"{own[canary]:.4f}{times}" if canary in own else "")
+        lines.append(line)
+    return table(["cache", "the model itself", *models], lines)
+
+
+def induction(result: dict[str, Any]) -> str:
+    """`induction.py`: recall of the constructed model by length and cache."""
+    lines = []
+    for row in result["rows"]:
+        if "error" in row:
+            lines.append([f"{row['length']:,}", row["cache"], "", row["error"], "", "", "", ""])
+            continue
+        lines.append(
+            [
+                f"{row['length']:,}",
+                row["cache"],
+                f"{row['bits']:.4g}",
+                f"{row['found']} of {row['of']}",
+                f"{row['least_margin']:.3f}",
+                f"{row['cache_bytes'] / 1e6:,.1f}",
+                f"{row['read_seconds']:.1f}",
+                f"{row['ask_seconds'] / row['of'] * 1e3:.1f}",
+            ]
+        )
+    return table(["tokens", "cache", "bits", "found", "least margin", "MB", "read s", "ms a question"], lines)
+
+
+def plan(result: dict[str, Any]) -> str:
+    """`forgeattn plan`: the longest context by machine and cache."""
+    machines = result["machines"]
+    names = [row["cache"] for row in next(iter(machines.values()))]
+
+    def said(tokens: int | None) -> str:
+        return "any" if tokens is None else "no room" if tokens == 0 else f"{tokens:,}"
+
+    lines = [[machine, *(said(row["context"]) for row in rows)] for machine, rows in machines.items()]
+    per_token = [f"{row['bytes_per_token']:,.0f}" for row in next(iter(machines.values()))]
+    return table(["memory", *names], [*lines, ["bytes per token", *per_token]])
+
+
+def ruler(result: dict[str, Any]) -> str:
+    """`forgeattn eval ruler`: scores by task and length."""
+    lines = [[row["task"], row["length"], f"{row['exact']:.1f}", f"{row['packed']:.1f}"] for row in result["rows"]]
+    mean = result["mean"]
+    return table(
+        ["task", "tokens", "exact", "packed"], [*lines, ["mean", "", f"{mean['exact']:.1f}", f"{mean['packed']:.1f}"]]
+    )
+
+
+def niah(result: dict[str, Any]) -> str:
+    """`forgeattn eval niah`: needles found by test."""
+    rows = [[name, n["of"], n["exact_pass"], n["packed_pass"], n["kept"]] for name, n in result["tests"].items()]
+    return table(["test", "questions", "exact finds", "packed finds", "kept of the exact one's"], rows)
+
+
+def kl(result: dict[str, Any]) -> str:
+    """`forgeattn eval kl`: by position, and the layers whose attention output errs most."""
+    parts = table(
+        ["positions", "KL", "same top token", "perplexity", "exact"],
+        [
+            [
+                f"{part['start']} to {part['stop']}",
+                f"{part['kl']:.4f}",
+                f"{part['same_top']:.1%}",
+                f"{part['perplexity']:.3f}",
+                f"{part['exact_perplexity']:.3f}",
+            ]
+            for part in result["parts"]
+        ],
+    )
+    worst = sorted(result["layers"], key=lambda row: -row["error"])[:5]
+    if not worst:
+        return parts
+    mean = sum(row["error"] for row in result["layers"]) / len(result["layers"])
+    said = ", ".join(f"layer {row['layer']} {row['error']:.3f}" for row in worst)
+    return f"{parts}\n\nRelative error of the attention output, mean over layers {mean:.3f}; largest: {said}."
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
+    "canaries": canaries,
     "decode": decode,
     "fidelity": fidelity,
+    "fidelity_texts": fidelity_texts,
+    "induction": induction,
+    "kl": kl,
     "model": model,
+    "niah": niah,
+    "plan": plan,
     "prefill": prefill,
+    "ruler": ruler,
 }
