@@ -95,10 +95,10 @@ def test_the_same_seed_gives_the_same_model_and_task():
     assert induction.task(300, 4, 64, seed=5).ids.equal(induction.task(300, 4, 64, seed=5).ids)
 
 
-def test_positions_tell_the_last_token_from_every_other_up_to_a_million():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_tell_the_last_token_from_every_other_up_to_a_million(dtype):
     """Score of layer 0 by distance: alone at its top at distance one, far below for all others together."""
-    pairs = 32
-    f = induction.THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    f = induction.build(64, 64, dtype=dtype).model.rotary_emb.inv_freq.double()
     distance = torch.arange(2**20, dtype=torch.float64)
     score = torch.cat([torch.cos(f * (part[:, None] - 1)).mean(-1) for part in distance.split(2**16)])
     assert int(score.argmax()) == 1
