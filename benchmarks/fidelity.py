@@ -83,7 +83,7 @@ class Bench:
         every = caches.candidates(head_dim(self.model), args.quick, args.backend, make)
         every += [caches.calibrated(self.model, file, args.backend, args.decoded) for file in args.calibrations]
         self.candidates = [c for c in every if c is EXACT or not args.only or any(only in c.name for only in args.only)]
-        self.ids: dict[str, torch.Tensor] = {}
+        self.pieces: dict[str, list[torch.Tensor]] = {}
 
     def measure(self, item: Item) -> list[Row]:
         """One row for each cache that the item is measured for."""
@@ -131,16 +131,23 @@ class Bench:
         return compare(model, ids[None], [c for c in self.candidates if c.name.startswith(CANARY_CACHES)])
 
     def piece(self, name: str, number: int) -> torch.Tensor:
-        """One of the pieces, evenly spread, of a text: int64 [tokens]."""
-        windows, length = self.args.windows, self.args.length
-        if name not in self.ids:
-            text = texts.enough(name, 40_000 * windows)
-            self.ids[name] = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        ids = self.ids[name]
+        """One of the pieces of a text: int64 [tokens]."""
+        if name not in self.pieces:
+            self.pieces |= documents(self.tokenizer, self.args.windows, self.args.length, [name])
+        return self.pieces[name][number]
+
+
+def documents(tokenizer: Any, windows: int, length: int, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+    """`windows` pieces of `length` tokens of each text, evenly spread."""
+    out = {}
+    for name in names:
+        text = texts.enough(name, 40_000 * windows)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         if len(ids) < windows * length:
             raise ValueError(f"[fidelity] expected {windows * length} tokens of {name}; got {len(ids)}")
-        start = (2 * number + 1) * (len(ids) - length) // (2 * windows)
-        return ids[start : start + length]
+        starts = [(2 * i + 1) * (len(ids) - length) // (2 * windows) for i in range(windows)]
+        out[name] = [ids[start : start + length] for start in starts]
+    return out
 
 
 def same_length(prompts: dict[float, torch.Tensor], most: int) -> list[list[float]]:
