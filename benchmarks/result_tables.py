@@ -246,6 +246,39 @@ def kl(result: dict[str, Any]) -> str:
     return f"{parts}\n\nRelative error of the attention output, mean over layers {mean:.3f}; largest: {said}."
 
 
+def mlx(records: list[dict[str, Any]]) -> str:
+    """`bench_mlx.py`: attention, the model's decode, and fidelity, as three tables."""
+    peers = ("mlx float16", "mlx-lm 8 bit", "mlx-lm 4 bit")
+    attention, decoding, lost = [], [], []
+    for r in records:
+        if r["op"] == "decode_attention":
+            hidden = r["us_behind_work"]
+            codec = "scalar" if r["k_code"] == "scalar" else "balanced"
+            ratio = hidden["mlx float16"] / hidden["ours"]
+            us = [f"{r['us']:.0f}", *(f"{r['peers_us'][name]:.0f}" for name in peers)]
+            behind = f"{hidden['ours']:.0f} / {hidden['mlx float16']:.0f} ({ratio:.2f}x)"
+            attention.append([shape(r), codec, *us, behind, f"{r['rel_error']:.1e}"])
+        elif r["op"] == "mlx_decode":
+            speed, held = r["tokens_per_s"], r["bytes"]
+            ratio = f"{speed['packed']:.0f} / {speed['exact']:.0f} ({r['decode_ratio']:.2f}x)"
+            decoding.append([count(r["context"]), ratio, f"{held['packed'] / 1e6:.0f} / {held['exact'] / 1e6:.0f}"])
+        elif r["op"] == "mlx_fidelity":
+            row = [r["cache"]]
+            for side in ("mlx_lm", "transformers"):
+                row += [f"{r[side]['kl']:.4f}, {r[side]['same_top']:.1%}"] if side in r else [None]
+                row.append(f"{r['needles'][side]} of {r['needles']['of']}")
+            lost.append([*row, f"{r['same_replies']} of {r['needles']['of']}"])
+    head = ["batch x context, heads, head_dim", "codec", "us", "FP16 us", "8 bit us", "4 bit us"]
+    parts = [table([*head, "behind other work: us / FP16 us", "error"], attention)] if attention else []
+    if decoding:
+        parts.append(table(["context", "decode tokens/s, packed / FP16", "cache MB"], decoding))
+    if lost:
+        names = ["KL, same top token", "needles"]
+        sides = [f"{side}: {name}" for side in ("mlx-lm", "transformers") for name in names]
+        parts.append(table(["cache", *sides, "same replies"], lost))
+    return "\n\n".join(parts)
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "canaries": canaries,
     "decode": decode,
@@ -253,6 +286,7 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "fidelity_texts": fidelity_texts,
     "induction": induction,
     "kl": kl,
+    "mlx": mlx,
     "model": model,
     "niah": niah,
     "plan": plan,

@@ -50,6 +50,10 @@ def test_the_page_has_every_figure(record: Any, tmp_path: Any) -> None:
     assert "Decode attention on M&lt;4&gt;" in text
     for figure in (record["us"], *record["peers_us"].values()):
         assert f"<td>{figure:.0f}</td>" in text
+    for name, size in record["peers_bytes"].items():
+        assert f"<th>{name} MB</th>" in text
+        assert f"<td>{size / 1e6:.1f}</td>" in text
+    assert f"<td>{record['tokens_per_s']:.0f}</td>" in text
     with pytest.raises(ValueError, match=r"\[bench\] expected the records"):
         bench_report.page([{"op": "env", "env": env}])
 

@@ -61,6 +61,7 @@ def page(records: list[dict[str, Any]]) -> str:
     machine = env.get("device") or env["processor"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     peers = list(dict.fromkeys(name for r in measured for name in r["peers_us"]))
+    sized = list(dict.fromkeys(name for r in measured for name in r.get("peers_bytes", {})))
     head = [
         "batch",
         "context",
@@ -71,6 +72,8 @@ def page(records: list[dict[str, Any]]) -> str:
         *(f"{p} us" for p in peers),
         "ratio",
         "MB",
+        *(f"{p} MB" for p in sized),
+        *(["tokens/s"] if any("tokens_per_s" in r for r in measured) else []),
         "error",
     ]
     rows = []
@@ -87,6 +90,8 @@ def page(records: list[dict[str, Any]]) -> str:
                 *times,
                 f"{r['ratio']:.2f}",
                 f"{r['packed_bytes'] / 1e6:.1f}",
+                *(f"{r['peers_bytes'][p] / 1e6:.1f}" if p in r.get("peers_bytes", {}) else "" for p in sized),
+                *([f"{r['tokens_per_s']:.0f}"] if "tokens_per_s" in r else []),
                 f"{r['rel_error']:.1e}",
             ]
         )

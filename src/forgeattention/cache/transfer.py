@@ -34,11 +34,14 @@ def export_row(layer: LayerCache, row: int = 0) -> bytes:
     """One row of a cache: its pages and its exact tokens.
 
     Raises:
-        ValueError: a row that is not there.
+        ValueError: a row that is not there, or of which tokens were evicted.
     """
     if not 0 <= row < layer.batch:
         raise ValueError(f"[cache.export] expected a row in [0, {layer.batch}); got {row}")
     _, exact = layer.row(row)
+    held = exact.max_length + int(layer.packed_lengths[row])
+    if held != layer.lengths[row]:
+        raise ValueError(f"[cache.export] expected all {layer.lengths[row]} tokens; got {held}, others were evicted")
     tokens = [np.ascontiguousarray(layer.arrays.to_host(x[0, :, : exact.max_length])) for x in (exact.k, exact.v)]
     return _pack(layer.codec, layer.pool, layer.row_pages(row), layer.dtype, exact.max_length, tokens)
 
@@ -72,7 +75,8 @@ def import_row(
         raise ValueError(f"[cache.import] expected the exact tokens of a whole row, fewer than {most}; got {held}")
     ids = _store(parts.pages, pool)
     table = np.arange(len(ids))[None]
-    layer.restore(ids, table, np.array([packed]), np.array([held]), parts.k[None], parts.v[None])
+    lengths = np.array([held]), np.array([packed]), np.array([held + packed])
+    layer.restore(ids, table, codec.spec.sinks + PAGE * table, lengths, parts.k[None], parts.v[None])
     pool.free(ids)
     return layer
 
