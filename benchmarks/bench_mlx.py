@@ -5,7 +5,8 @@
 attention  one new token over packed pages, beside MLX's attention in FP16 and mlx-lm's 8- and 4-bit caches: calls one
            after the other, and what a call adds where a product of matrices before it keeps the GPU busy, so that
            the time that Python takes to launch it is hidden, as in a model's step
-decode     tokens/s of the model in FP16 over a cache filled with random keys and values, exact and packed in turns
+decode     tokens/s of a model of random weights (8B) and of --model, in FP16, over a cache filled with random keys and
+           values, exact and packed in turns
 fidelity   KL on four texts and needles, of each preset, by mlx-lm and by transformers on the same tokens, in float32
 
 Run `fidelity` alone with MLX_ENABLE_TF32=0: MLX multiplies float32 on tensor cores otherwise.
@@ -32,7 +33,8 @@ from forgeattention.mlx_lm import make_prompt_cache, patched
 
 SHAPES = [(1, 32768), (1, 131072), (1, 524288), (8, 32768), (8, 131072)]
 HEADS = (32, 8, 128)
-BLOCK = 128
+BLOCK, STEPS = 128, 16
+TEXTS = ("genesis", "licences", "code", "json")
 
 
 def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -77,15 +79,34 @@ def behind_work(spec: CodecSpec, batch: int, context: int) -> dict[str, float]:
             for _ in range(20):
                 work = weight + y.reshape(-1)[:1]
                 y = call(y + ((work @ weight)[0, 0] * 0).astype(mx.float16))
+                mx.async_eval(y)
             mx.eval(y)
             found[name].append((time.perf_counter() - start) / 20 * 1e6)
     base = statistics.median(found.pop("nothing"))
     return {name: statistics.median(us) - base for name, us in found.items()} | {"work": base}
 
 
+def random_llama() -> Any:
+    """A model of Llama-3.1-8B's shape with random weights, in FP16."""
+    from mlx.utils import tree_map
+    from mlx_lm.models import llama
+
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 128, "rope_theta": 500000.0}
+    args = llama.ModelArgs.from_dict({"model_type": "llama", "rms_norm_eps": 1e-5, **sizes})
+    made = llama.Model(args)
+    made.update(tree_map(lambda p: (mx.random.normal(p.shape) * 0.02).astype(mx.float16), made.parameters()))
+    mx.eval(made.parameters())
+    return made
+
+
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Whole-model decode over synthetic contexts."""
-    model, _ = models.load_mlx(args.model, dtype="float16")
+    """Whole-model decode over synthetic contexts. Tokens are sent off one after the other, as mlx-lm does."""
+    models_by_name = {"random 8B": random_llama, args.model: lambda: models.load_mlx(args.model, dtype="float16")[0]}
+    return [r for name, make in models_by_name.items() for r in _decode(name, make(), args)]
+
+
+def _decode(name: str, model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     kv_heads, dim = model.args.num_key_value_heads, model.layers[0].self_attn.head_dim
     records = []
     for context in args.contexts:
@@ -98,22 +119,24 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
                 states, _ = caches["packed"][i].update_and_fetch(k, v)
                 states.append()
             mx.eval([x.state for x in (caches["exact"][i], caches["packed"][i])])
-        held = {name: sum(layer.nbytes for layer in cache) for name, cache in caches.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in caches}
-        token = mx.array([[1]])
+        held = {cache: sum(layer.nbytes for layer in layers) for cache, layers in caches.items()}
+        seconds: dict[str, list[float]] = {cache: [] for cache in caches}
         with patched():
-            for step in range(args.steps + 3):
-                for name, cache in caches.items():
-                    start = time.perf_counter()
-                    mx.eval(model(token, cache=cache)[:, -1].argmax(-1))
-                    if step >= 3:
-                        seconds[name].append(time.perf_counter() - start)
-        speed = {name: 1 / statistics.median(s) for name, s in seconds.items()}
+            for turn in range(args.rounds + 1):
+                for cache, layers in caches.items():
+                    token, start = mx.array([[1]]), time.perf_counter()
+                    for _ in range(STEPS):
+                        token = model(token, cache=layers)[:, -1].argmax(-1)[:, None]
+                        mx.async_eval(token)
+                    mx.eval(token)
+                    if turn:
+                        seconds[cache].append((time.perf_counter() - start) / STEPS)
+        speed = {cache: 1 / statistics.median(s) for cache, s in seconds.items()}
         ratio = speed["packed"] / speed["exact"]
-        print(f"decode at {context}: {speed['packed']:.1f} / {speed['exact']:.1f} tokens/s, {ratio:.2f}x; {held}")
-        records.append(
-            {"op": "mlx_decode", "context": context, "tokens_per_s": speed, "decode_ratio": ratio, "bytes": held}
-        )
+        print(f"{name} at {context}: {speed['packed']:.1f} / {speed['exact']:.1f} tokens/s, {ratio:.2f}x; {held}")
+        record = {"op": "mlx_decode", "model": name, "context": context, "tokens_per_s": speed}
+        records.append({**record, "decode_ratio": ratio, "bytes": held})
+        del caches
     return records
 
 
@@ -122,9 +145,10 @@ def log_probabilities(model: Any, ids: list[int], cache: list[Any]) -> mx.array:
     half, out = len(ids) // 2, []
     for start in range(0, len(ids), BLOCK):
         logits = model(mx.array([ids[start : start + BLOCK]]), cache=cache)[0].astype(mx.float32)
-        logits = logits[max(0, half - start) :] if start + BLOCK > half else logits[:0]
-        out.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(out[-1])
+        mx.eval(logits)
+        if start + BLOCK > half:
+            logits = logits[max(0, half - start) :]
+            out.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     return mx.concatenate(out)
 
 
@@ -152,21 +176,24 @@ def mlx_answer(model: Any, tokenizer: Any, ids: list[int], cache: list[Any], mos
 
 def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
     """KL and needles of every preset by both frameworks."""
-    import fidelity as measures
     import torch
     from transformers import DynamicCache
 
-    from forgeattention.evaluation import kl, niah
+    from forgeattention.evaluation import kl, niah, texts
     from forgeattention.integrations.hf import ForgeCache
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     theirs, tokenizer = models.load(args.model, device=device)
     ours, _ = models.load_mlx(args.model)
-    pieces = measures.documents(tokenizer, 1, args.length, list(measures.TEXTS))
-    texts = torch.stack([piece for many in pieces.values() for piece in many])
+    pieces = []
+    for name in TEXTS:
+        ids = tokenizer(texts.enough(name, 40_000), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        first = (len(ids) - args.length) // 2
+        pieces.append(ids[first : first + args.length])
+    read = torch.stack(pieces)
     documents = [
         document
-        for needle in measures.NEEDLES[:2]
+        for needle in (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"))
         for document in niah.documents("single", tokenizer, [args.haystack], needle=needle)
     ]
     records = []
@@ -179,9 +206,9 @@ def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
         forge = "forge" if spec else None
         with patched():
             if spec:
-                hf = kl.compare(theirs, texts, make_theirs, block=BLOCK, implementation=forge)
+                hf = kl.compare(theirs, read, make_theirs, block=BLOCK, implementation=forge)
                 found["transformers"] = {"kl": hf.kl, "same_top": hf.same_top, "positions": hf.positions}
-                found["mlx_lm"] = mlx_kl(ours, texts.tolist(), make_ours)
+                found["mlx_lm"] = mlx_kl(ours, read.tolist(), make_ours)
                 found["effective_bits"] = spec.page_format(ours.layers[0].self_attn.head_dim).effective_bits
             replies: dict[str, list[str]] = {"transformers": [], "mlx_lm": []}
             passed = dict.fromkeys(replies, 0)
@@ -208,7 +235,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072], help="of decode")
-    parser.add_argument("--steps", type=int, default=60, help="of decode, measured (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of decode (default %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="of texts (default %(default)s)")
     parser.add_argument("--haystack", type=int, default=1500, help="tokens (default %(default)s)")
     parser.add_argument("--json", type=Path)

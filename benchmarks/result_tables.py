@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -261,7 +262,14 @@ def mlx(records: list[dict[str, Any]]) -> str:
         elif r["op"] == "mlx_decode":
             speed, held = r["tokens_per_s"], r["bytes"]
             ratio = f"{speed['packed']:.0f} / {speed['exact']:.0f} ({r['decode_ratio']:.2f}x)"
-            decoding.append([count(r["context"]), ratio, f"{held['packed'] / 1e6:.0f} / {held['exact'] / 1e6:.0f}"])
+            decoding.append(
+                [
+                    Path(r["model"]).stem,
+                    count(r["context"]),
+                    ratio,
+                    f"{held['packed'] / 1e6:.0f} / {held['exact'] / 1e6:.0f}",
+                ]
+            )
         elif r["op"] == "mlx_fidelity":
             row = [r["cache"]]
             for side in ("mlx_lm", "transformers"):
@@ -271,7 +279,7 @@ def mlx(records: list[dict[str, Any]]) -> str:
     head = ["batch x context, heads, head_dim", "codec", "us", "FP16 us", "8 bit us", "4 bit us"]
     parts = [table([*head, "behind other work: us / FP16 us", "error"], attention)] if attention else []
     if decoding:
-        parts.append(table(["context", "decode tokens/s, packed / FP16", "cache MB"], decoding))
+        parts.append(table(["model", "context", "decode tokens/s, packed / FP16", "cache MB"], decoding))
     if lost:
         names = ["KL, same top token", "needles"]
         sides = [f"{side}: {name}" for side in ("mlx-lm", "transformers") for name in names]

@@ -90,7 +90,7 @@ class Tokens:
         self.lengths = np.array([130, 64, 0], np.int32)
         self.offsets = offsets
         self.exact = rng.standard_normal((2, 3, KV, 9, d)).astype(np.float32)
-        self.exact_lengths = np.array([9, 6, 8], np.int32)
+        self.exact_lengths = np.array([9, 8, 8], np.int32)  # causal queries are among them
         self.q = rng.standard_normal((3, KV * case.group, case.n, d)).astype(np.float32)
         self.sinks = rng.standard_normal(KV * case.group).astype(np.float32)
 

@@ -151,6 +151,7 @@ class _Constants:
         self.encode = [_Side(codec, t, t.forward.transpose(0, 2, 1), nothing) for t in sides]
         self.attend = [_Side(codec, t, t.inverse, nothing) for t in sides]
         self.known: dict[Any, Any] = {}
+        self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}  # by batch
 
 
 _constants: WeakKeyDictionary[Codec, _Constants] = WeakKeyDictionary()
@@ -183,8 +184,13 @@ def decode_attention(
     batch, q_heads, n, _ = q.shape
     if 0 in q.shape:
         return mx.zeros(q.shape, dtype=q.dtype), mx.zeros(q.shape[:3])
-    table, exact = some_table(table, batch, mx), some_exact(exact, batch, codec, mx)
     constants = _constants_of(codec)
+    if table is None or exact is None:
+        empty = constants.nothing.get(batch)
+        if empty is None:
+            empty = constants.nothing[batch] = some_table(None, batch, mx), some_exact(None, batch, codec, mx)
+        table, exact = table or empty[0], exact or empty[1]
+    table = some_table(table, batch, mx)
     key = q_heads, n, q.dtype, exact.k.dtype
     known = constants.known.get(key)
     if known is None:
