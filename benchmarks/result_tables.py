@@ -113,7 +113,9 @@ def fidelity(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["name"] != "exact"]
     exact = next((row for row in result["rows"] if row["name"] == "exact"), {})
     needles = next((row["needles"] for row in rows if "needles" in row), None)
-    head = ["cache", "bits", "KL", "same top token"]
+    head = ["cache", "bits"]
+    if measured := any("kl" in row for row in rows):
+        head += ["KL", "same top token"]
     if "perplexity" in rows[0]:
         head.append(f"perplexity (exact {exact['perplexity']:.3f})")
     if needles:
@@ -126,7 +128,8 @@ def fidelity(result: dict[str, Any]) -> str:
         name = row["name"]
         own = name.startswith("preset ")
         line = [f"**`{name.removeprefix('preset ')}`**" if own else name, f"{row['effective_bits']:.4f}"]
-        line += [f"{row['kl']:.4f}", f"{row['same_top']:.1%}"] if "kl" in row else ["", ""]
+        if measured:
+            line += [f"{row['kl']:.4f}", f"{row['same_top']:.1%}"] if "kl" in row else ["", ""]
         if "perplexity" in row:
             line.append(f"{row['perplexity']:.3f}")
         if needles:

@@ -1,7 +1,7 @@
 """Calibration: which layers deserve more bits, and what their queries look like, kept in a small file per model.
 
-Each layer's keys and values are coded alone at 3 bits while the model reads tokens, random ones by default, and the KL
-divergence of its predictions is taken as that layer's and side's sensitivity. Bits then move from where they matter
+Each layer's keys and values are coded alone at 3 bits while the model reads a text, and the KL divergence of its
+predictions is taken as that layer's and side's sensitivity. Bits then move from where they matter
 least to where they matter most, at the same total. The Gram matrices of the queries met on the way shape the errors of
 keys.
 """
@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     model, tokenizer = models.load(args.model, device=args.device)
     spec, ids = PRESETS[args.preset], None
-    if args.text:
+    if args.text != "random":
         ids = tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids[:, : args.tokens]
     packed = len(ForgeCache(model, spec).packed)

@@ -116,7 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file")
     calibrate.add_argument("--preset", default="balanced", choices=("balanced", "small", "fidelity"))
     calibrate.add_argument("--bits", type=float, help="budget in effective bits per element (default: the preset's)")
-    calibrate.add_argument("--text", help="genesis, licences, code or a text file (default: random tokens)")
+    calibrate.add_argument(
+        "--text", default="licences", help="licences, genesis, code, a text file, or random (default %(default)s)"
+    )
     calibrate.add_argument("--tokens", type=int, default=1024, help="how many are read (default %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
