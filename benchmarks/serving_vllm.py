@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
+import psutil
 
 from forgeattention import models
 from forgeattention.evaluation import report, texts
@@ -50,6 +52,31 @@ def sessions(folder: str, ids: list[int], packed: bool, dtype: str) -> dict[str,
         "blocks_held": held,
         "sessions": (pool - 1) // sum(held),
     }
+
+
+def steady(requests: int) -> dict[str, Any]:
+    """Memory of an engine over many short requests, of a random Llama of one layer: resident bytes at ten moments."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from vllm import LLM, SamplingParams
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=1, **sizes)).save_pretrained(folder)
+        options = {"attention_backend": "CUSTOM", "additional_config": {"forgeattention": {"fit": False}}}
+        limits = {"max_model_len": 1024, "max_num_seqs": 64, "num_gpu_blocks_override": 4000}
+        llm = LLM(model=folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **limits, **options)
+    random, held = np.random.default_rng(0), []
+    ask = SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False)
+    for _ in range(10):
+        prompts = [random.integers(3, 500, random.integers(60, 200)).tolist() for _ in range(requests // 10)]
+        llm.generate([{"prompt_token_ids": p} for p in prompts], ask, use_tqdm=False)
+        held.append(psutil.Process().memory_info().rss)
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    free = pool.get_num_free_blocks()
+    llm.llm_engine.engine_core.shutdown()
+    return {"op": "steady", "requests": requests, "resident_bytes": held, "blocks_in_use": 3999 - free}
 
 
 def client(server: Server, ids: list[int], tokens: int, out: list[dict[str, float]]) -> None:
@@ -93,6 +120,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--memory", type=int, default=1, help="GiB of KV cache")
+    parser.add_argument("--requests", type=int, help="measure only memory over so many short requests")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     os.environ |= SETTINGS | {"VLLM_CPU_KVCACHE_SPACE": str(args.memory)}
@@ -106,6 +134,12 @@ def main() -> None:
     env = {**report.environment(), "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()}
     about = {"model": "smollm2", "dtype": args.dtype, "prompt": args.prompt, "tokens": args.tokens, "gib": args.memory}
     records: list[dict[str, Any]] = [{"op": "env", "env": {**env, **about}}]
+    if args.requests:
+        records.append(steady(args.requests))
+        print(records[-1], flush=True)
+        if args.output:
+            report.write_json(args.output, records)
+        return
     for packed in (True, False):
         records.append(sessions(folder, ids[: args.prompt], packed, args.dtype))
         print(records[-1], flush=True)
