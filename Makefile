@@ -33,9 +33,12 @@ test: .venv/installed-test
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/vllm_engine
 
-.venv-vllm/installed: constraints-vllm.txt $(PACKAGE)
+.venv-vllm/environment: constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	PIP_CONSTRAINT= .venv-vllm/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	@touch $@
+
+.venv-vllm/installed: $(PACKAGE) .venv-vllm/environment
 	.venv-vllm/bin/python -m pip install -q --no-deps .
 	@touch $@
 
