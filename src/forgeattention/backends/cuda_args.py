@@ -266,7 +266,7 @@ class DecodePlan:
         return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
 
     def slots(self, max_length: int, max_exact: int) -> int:
-        """Partial results of one row and KV head: one per chunk, one per task of exact tokens (Cut in decode_args.cuh)."""
+        """Partial results of a row and KV head: one per chunk and per task of exact tokens (Cut in decode_args.cuh)."""
         return self.row_chunks(max_length) + -(-max_exact // 16)
 
     def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
@@ -282,11 +282,13 @@ def decode_plan(
     ctas: int | None = None,
     pages: int | None = None,
     rounds: int = 2,
+    waves: int = 1,
+    most_groups: int = 4,
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens).
 
-    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: up to head_dim 128 and eight queries.
-    With four queries or fewer there is room for two pages at a time. Longer vectors and more queries take 255 registers.
+    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: to head_dim 128 and eight queries.
+    With four queries or fewer there is room for two pages at a time. Larger ones take 255 registers.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
@@ -295,15 +297,15 @@ def decode_plan(
     warps = warps or 8
     ctas = ctas or (2 if light else 1)
     pages = pages or (2 if light and held == 4 else 1)
-    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * 2 * pages * PAGE * 4 + 64
+    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
     per_group = warps * (pages * fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    groups = min(4, room // per_group)
+    groups = min(most_groups, room // per_group)
     # A warp's part of the ring holds its state at the end.
     needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
     if groups < needed:
         if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, rounds, waves)
         if warps > 2:
             return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, rounds)
         if pages > 1:
@@ -317,7 +319,7 @@ def decode_plan(
         pages=pages,
         groups=groups,
         ctas=ctas,
-        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
+        chunks=max(1, waves * limits.processors * ctas // (kv_heads * blocks)),
         min_pages=rounds * warps * pages,
         shared_bytes=fixed + groups * per_group,
     )
