@@ -398,7 +398,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     __syncwarp();
     ring.fill(group, 0, end - ahead, next, lane);
     const int beyond = valid - key_token(lane, 0);
-    if (valid < PAGES * fa::PAGE)
+    if (valid < PAGES * fa::PAGE) {
+      __syncwarp();  // keeps this a branch
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -406,6 +407,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
           for (int j = 0; j < SPAN; ++j)
             if (i * fa::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
+    }
     ring.wait(group, 1, phase);
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
