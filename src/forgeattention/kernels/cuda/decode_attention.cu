@@ -219,9 +219,12 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
         const float f = __shfl_sync(~0u, factor, a * PARTS + part);
         const bool pages = first + a * PARTS + part < cut.chunks;
 #pragma unroll
-        for (int k = 0; k < E; ++k) {
-          y[k] = fmaf(pages ? f : 0.f, v[a][k], y[k]);
-          exact[k] = fmaf(pages ? 0.f : f, v[a][k], exact[k]);
+        for (int k = 0; k < E; ++k) {  // exact tokens have no padded channels: what is there must not reach y
+          if (pages) {
+            y[k] = fmaf(f, v[a][k], y[k]);
+          } else {
+            exact[k] = fmaf(f, v[a][k], exact[k]);
+          }
         }
       }
       first += AHEAD * PARTS;
@@ -263,8 +266,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
       if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
-      if (cut.tasks) y[k] += exact[k];  // which has no padded channels
-      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, y[k] * inverse);
+      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
   }
