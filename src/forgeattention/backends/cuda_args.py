@@ -281,37 +281,38 @@ def decode_plan(
     warps: int | None = None,
     ctas: int | None = None,
     pages: int | None = None,
-    rounds: int = 2,
-    waves: int = 1,
-    most_groups: int = 4,
+    groups: int = 4,
+    rounds: int | None = None,
 ) -> DecodePlan:
-    """The launch shape for `queries` query vectors per KV head (group times tokens).
+    """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
 
-    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: to head_dim 128 and eight queries.
-    With four queries or fewer there is room for two pages at a time. Larger ones take 255 registers.
+    Up to head_dim 128 and eight queries 16 warps of 128 registers share a multiprocessor, in several CTAs where four
+    queries make their joining cheap, and there is room for two pages at a time. A chunk holds `rounds` groups of pages
+    for every warp. Larger ones take 255 registers.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
     blocks = -(-queries // held)
-    light = d <= 128 and held <= 8
-    warps = warps or 8
-    ctas = ctas or (2 if light else 1)
-    pages = pages or (2 if light and held == 4 else 1)
+    light, few = d <= 128 and held <= 8, d <= 128 and held == 4
+    warps = warps or ((4 if d == 64 else 8) if few else 16 if light else 8)
+    ctas = ctas or ((16 // warps) if few else 1)
+    pages = pages or (2 if few else 1)
+    rounds = rounds or (2 if few else 1)
     fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
     per_group = warps * (pages * fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    groups = min(most_groups, room // per_group)
     # A warp's part of the ring holds its state at the end.
     needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
-    if groups < needed:
+    if room < needed * per_group:
         if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, rounds, waves)
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, groups, rounds)
         if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, groups, rounds)
         if pages > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, None, None, 1, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, pages=1)
         expected, got = fixed + needed * per_group, room + fixed
         raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
+    groups = max(needed, min(groups, room // per_group))
     return DecodePlan(
         queries=held,
         blocks=blocks,
@@ -319,7 +320,7 @@ def decode_plan(
         pages=pages,
         groups=groups,
         ctas=ctas,
-        chunks=max(1, waves * limits.processors * ctas // (kv_heads * blocks)),
+        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
         min_pages=rounds * warps * pages,
         shared_bytes=fixed + groups * per_group,
     )
