@@ -53,8 +53,8 @@ def decode(records: list[dict[str, Any]]) -> str:
     measured = [record for record in records if record.get("op") == "decode_attention"]
 
     def codec(record: dict[str, Any]) -> str:
-        names = {record[side] for side in ("k_code", "v_code") if side in record}
-        return "default" if not names else "scalar" if names == {"scalar"} else "trellis"
+        k, v = record.get("k_code"), record.get("v_code")
+        return "default" if k is None else k if k == v == "scalar" else "trellis keys" if v == "scalar" else "trellis"
 
     codecs = list(dict.fromkeys(codec(record) for record in measured))
     head = ["batch x context, heads, head_dim", "fastest peer", "peer us"]

@@ -282,22 +282,21 @@ def decode_plan(
     ctas: int | None = None,
     pages: int | None = None,
     groups: int = 4,
-    rounds: int | None = None,
+    rounds: int = 2,
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
 
-    Up to head_dim 128 and eight queries 16 warps of 128 registers share a multiprocessor, in several CTAs where four
-    queries make their joining cheap, and there is room for two pages at a time. A chunk holds `rounds` groups of pages
-    for every warp. Larger ones take 255 registers.
+    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: to head_dim 128 and eight queries. With
+    four queries or fewer there is room for two pages at a time. Larger ones take 255 registers. A chunk holds `rounds`
+    groups of pages for every warp.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
     blocks = -(-queries // held)
-    light, few = d <= 128 and held <= 8, d <= 128 and held == 4
-    warps = warps or ((4 if d == 64 else 8) if few else 16 if light else 8)
-    ctas = ctas or ((16 // warps) if few else 1)
-    pages = pages or (2 if few else 1)
-    rounds = rounds or (2 if few else 1)
+    light = d <= 128 and held <= 8
+    warps = warps or 8
+    ctas = ctas or (2 if light else 1)
+    pages = pages or (2 if light and held == 4 else 1)
     fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
     per_group = warps * (pages * fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed

@@ -173,7 +173,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[E]) {
 // Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it needs one.
 __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot, int warp, int lane) {
   constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E > 4 ? 64 / E : PARTS > 2 ? 32 / PARTS : 16;
-  constexpr int FACTORS = (AHEAD * PARTS + 31) / 32;  // that a lane holds, of slots 32 apart
+  static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
   const Signs<DIM, FA_ROTATION> signs(p.v_transform, lane);
   for (int i = warp / PARTS; i < QUERIES; i += WARPS / PARTS) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     const float* rows = p.part + (slot * QUERIES + i) * DIM + lane * E;  // lane E + k is the lane's channel k here
     const float2* sums = p.part_ml + slot * QUERIES + i;
     float v[AHEAD][E];
-    float2 ml[FACTORS];
+    float2 ml;  // of slot first + lane, of those that the warps hold now
     const auto load = [&](int first) {
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
@@ -191,20 +191,13 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
         for (int k = 0; k < E; ++k) v[a][k] = 0.f;
         if (r < slots) load_floats(rows + (i64)r * QUERIES * DIM, v[a]);
       }
-#pragma unroll
-      for (int k = 0; k < FACTORS; ++k) {
-        const int r = 32 * k + lane;
-        ml[k] = make_float2(NO_MAX, 0.f);
-        if (r < AHEAD * PARTS && first + r < slots) ml[k] = __ldcg(sums + (i64)(first + r) * QUERIES);
-      }
+      ml = make_float2(NO_MAX, 0.f);
+      if (lane < AHEAD * PARTS && first + lane < slots) ml = __ldcg(sums + (i64)(first + lane) * QUERIES);
     };
     load(0);
     float top = NO_MAX, sink = 0.f;
-#pragma unroll
-    for (int k = 0; k < FACTORS; ++k)
-      if (ml[k].y > 0.f) top = fmaxf(top, ml[k].x);
 #pragma unroll 1
-    for (int r = AHEAD * PARTS + lane; r < slots; r += 32) {
+    for (int r = lane; r < slots; r += 32) {
       const float2 x = __ldcg(sums + (i64)r * QUERIES);
       if (x.y > 0.f) top = fmaxf(top, x.x);
     }
@@ -219,15 +212,11 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     for (int k = 0; k < E; ++k) y[k] = exact[k] = 0.f;
 #pragma unroll 1
     for (int first = 0;;) {
-      float factor[FACTORS];
-#pragma unroll
-      for (int k = 0; k < FACTORS; ++k) {
-        factor[k] = ml[k].y > 0.f ? ex2(ml[k].x - top) : 0.f;
-        (first + 32 * k + lane < cut.chunks ? packed : recent) += ml[k].y * factor[k];
-      }
+      const float factor = ml.y > 0.f ? ex2(ml.x - top) : 0.f;
+      (first + lane < cut.chunks ? packed : recent) += ml.y * factor;
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
-        const float f = __shfl_sync(~0u, factor[a * PARTS / 32], (a * PARTS + part) & 31);
+        const float f = __shfl_sync(~0u, factor, a * PARTS + part);
         const bool pages = first + a * PARTS + part < cut.chunks;
 #pragma unroll
         for (int k = 0; k < E; ++k) {  // exact tokens have no padded channels: what is there must not reach y
