@@ -6,6 +6,8 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
