@@ -278,9 +278,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
   it.row = blockIdx.z, it.head = blockIdx.y / p.blocks, it.block = blockIdx.y % p.blocks, it.chunk = blockIdx.x;
-  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its query, the
-  // rest of the parameters (constant memory is cached by lines) and, supposing that the row is as long as the longest may be,
-  // where its first pages are.
+  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries and,
+  // supposing that the row is as long as the longest may be, where its first pages are.
   constexpr int OF_WARP = QUERIES > WARPS / 2 ? QUERIES / (WARPS / 2) : 1, QUERY_WARPS = QUERIES / OF_WARP;
   float x[OF_WARP][E];
   if (warp < QUERY_WARPS)
@@ -290,7 +289,6 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
-  const float scale = p.scale_log2, k_unit = p.k_unit;
   const i64* offsets = p.offsets + it.row * p.max_pages;
   constexpr int STRIDE = WARPS * PAGES;
   i64 found[GROUPS][PAGES];
@@ -346,8 +344,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
     q[b].load(sh.terms + 4 * b * QUERY_BYTES, sh.totals + 8 * b, lane);
-    qs[b] = sh.step[4 * b + t] * scale;
-    fixed_shift[b] = sh.shift[4 * b + t] * scale;
+    qs[b] = sh.step[4 * b + t] * p.scale_log2;
+    fixed_shift[b] = sh.shift[4 * b + t] * p.scale_log2;
     st.m[b] = NO_MAX;
     st.l[b] = 0.f;
   }
@@ -421,7 +419,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     u32 w[PAGES][BLOCKS][4];
     float step[BLOCKS];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) weigh(scales, lane, b, s[b], qs[b] * k_unit, shift[b], st, w, step[b]);
+    for (int b = 0; b < BLOCKS; ++b) weigh(scales, lane, b, s[b], qs[b] * p.k_unit, shift[b], st, w, step[b]);
     const u8* values[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) values[i] = here[i] + K_BYTES;
