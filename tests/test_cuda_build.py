@@ -47,6 +47,7 @@ def stack_bytes(kernel: tuple[str, args.Macros, str]) -> int:
     return local_bytes(nvrtc.cubin(*kernel))
 
 
+@pytest.mark.timeout(1800)
 def test_every_kernel_compiles_with_a_small_stack() -> None:
     """All of them for both architectures: a few minutes the first time, then from the cache on disk."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
