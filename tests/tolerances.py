@@ -34,6 +34,9 @@ CUDA_PREFILL = 2e-3
 # The same in MLX, whose products of float32 keep 11 bits of each factor on tensor cores.
 MLX_CUDA_PREFILL = 6e-3
 CUDA_PREFILL_LSE = 1e-2
+# Two parts joined with weights in float32, rounded to the dtype.
+CUDA_MERGE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
+CUDA_MERGE_LSE = 1e-5
 # decode_pages in float32: scales and rotation in float32.
 CUDA_DECODE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 # encode in float32 against the oracle in float64: near-ties of a level choice go the other way. Share of differing

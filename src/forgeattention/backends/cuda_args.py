@@ -111,6 +111,14 @@ class MergePartsParams(ctypes.Structure):
     ]
 
 
+class MergeParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("a", "a_lse", "b", "b_lse", "out", "lse")),
+        ("a_stride", I64 * 3),
+        *((name, I32) for name in ("rows", "heads", "n")),
+    ]
+
+
 class AppendTokensParams(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("k", "v", "to_k", "to_v", "lengths")),
@@ -178,6 +186,11 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
         "FA_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
+def merge_macros(dim: int, dtype: str) -> Macros:
+    named = {"FA_DIM": dim, "FA_TYPE": TYPES[dtype], "FA_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
+    return tuple((name, str(value)) for name, value in named.items())
 
 
 def append_tokens_macros() -> Macros:
