@@ -1,6 +1,6 @@
 """Encode, decode_pages and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, 2048 queries over 32768.
 
-    python benchmarks/cuda_prefill.py --json OUT
+    python benchmarks/cuda_prefill.py --json OUT --encode-json OUT
 
 Encoders are timed as they are asked for by a spec: plain, and refined (the default). Prefill is timed over a full and
 over a ragged past; the peers, over FP16 keys and values, are torch's flash attention and cuDNN.
@@ -71,7 +71,8 @@ def records(name: str, k: Any, v: Any, q: Any, copy: float) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="prefill_attention and decode_pages")
+    parser.add_argument("--encode-json", type=Path, help="encode")
     options = parser.parse_args()
     copy = copy_bandwidth()
     out: list[dict[str, Any]] = [{"env": environment(copy)}]
@@ -82,8 +83,9 @@ def main() -> None:
         out += new
         for r in new:
             print(name, {key: x for key, x in r.items() if key not in ("spec", "device", "shape")}, flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(out, indent=1))
+    for path, encode in ((options.json, False), (options.encode_json, True)):
+        if path:
+            path.write_text(json.dumps([r for r in out if "env" in r or (r["op"] == "encode") == encode], indent=1))
 
 
 if __name__ == "__main__":
