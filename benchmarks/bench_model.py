@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,9 +75,8 @@ def main() -> None:
         import cuda_model
 
         contexts = args.contexts or [8192, 32768, 131072, 300000]
-        found = cuda_model.records(args.models, contexts, args.steps or 160, args.memory)
-        if args.json:
-            report.write_json(args.json, found)
+        save = partial(report.write_json, args.json) if args.json else lambda found: None
+        cuda_model.records(args.models, contexts, args.steps or 160, args.memory, save)
         return
     args.contexts, args.steps = args.contexts or [512, 2048, 7168], args.steps or 32
     model, tokenizer = models.load(args.model)

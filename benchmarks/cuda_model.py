@@ -267,7 +267,8 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def records(names: list[str], contexts: list[int], steps: int, memory: int) -> list[dict[str, Any]]:
+def records(names: list[str], contexts: list[int], steps: int, memory: int, save: Any) -> None:
+    """Measures, and hands all records so far to `save` after each."""
     out: list[dict[str, Any]] = [{"op": "env", "env": environment(0.0)}]
     for name in names:
         model = build(name)
@@ -289,11 +290,12 @@ def records(names: list[str], contexts: list[int], steps: int, memory: int) -> l
                 row["encode_share_of_prefill"] = encode / both[0]["prefill_chunk_ms"]
             print(name, context, {k: v for k, v in row.items() if k not in ("op", "model", "context")}, flush=True)
             out.append(row)
+            save(out)
         if memory and name == names[0]:
             curve = memory_curve(model, memory, 4 * CHUNK, 512)
             curve["model"] = name
             out.append(curve)
+            save(out)
             print(name, "memory curve", curve["points"][-1], flush=True)
         del model
         free()
-    return out
