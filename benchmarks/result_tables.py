@@ -291,16 +291,14 @@ def mlx(records: list[dict[str, Any]]) -> str:
 
 
 def encode(records: list[dict[str, Any]]) -> str:
-    """`encode` records: plain and refined, for a whole context and per 2048 tokens."""
-    rows: dict[str, dict[bool, float]] = {}
+    """`encode` records: by codec and encoder, for a whole context and per 2048 tokens."""
+    rows = []
     for record in records:
         if record.get("op") == "encode":
-            rows.setdefault(record["spec"], {})[record["refine"]] = record["us"]
-            context = record["shape"]["context"]
-    head = ["codec", f"plain, {count(context)} tokens, us", "refined, us", "refined, per 2K tokens, us"]
-    return table(
-        head, [[n, f"{us[False]:.0f}", f"{us[True]:.0f}", f"{us[True] * 2048 / context:.0f}"] for n, us in rows.items()]
-    )
+            encoder = "refined" if record["refine"] else "plain"
+            us, context = record["us"], record["shape"]["context"]
+            rows.append([record["spec"], encoder, count(context), f"{us:.0f}", f"{us * 2048 / context:.0f}"])
+    return table(["codec", "encoder", "tokens", "us", "us per 2K tokens"], rows)
 
 
 def cuda_prefill(records: list[dict[str, Any]]) -> str:
