@@ -77,8 +77,8 @@ Results run(const Kernels& kernel, const Codec& c, const std::vector<uint8_t>* r
   for (const bool unpack : {false, true}) {
     std::vector<float>& o = unpack ? r.unpacked : r.packed;
     o.resize(size_t(ROWS) * (dim + 2));
-    kernel.attend(c, pages.data(), TOKENS, queries, ROWS, unpack, {o.data(), o.data() + ROWS * dim, o.data() + ROWS * (dim + 1)},
-                  scratch.p);
+    const Partial out{o.data(), o.data() + ROWS * dim, o.data() + ROWS * (dim + 1)};
+    kernel.attend(c, pages.data(), TOKENS, 1, &queries, ROWS, unpack, &out, scratch.p);
   }
   std::vector<uint16_t> half(exact.size());
   kernel.store(exact.data(), int64_t(exact.size()), FLOAT16, half.data());

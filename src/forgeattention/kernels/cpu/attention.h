@@ -1,4 +1,4 @@
-// Attention over the packed tokens of one KV head, a tile of four pages at a time: integer scores, online softmax in
+// Attention over packed tokens, a tile of four pages of one KV head at a time: integer scores, online softmax in
 // base 2, weights times value scales quantised once per tile, integer value sums.
 #pragma once
 
@@ -67,11 +67,11 @@ struct Attention {
 
   static void gather(int dim, const int32_t* raw, int32_t* out) {
     switch (dim) {
-      case 64: return gather_scores<64>(raw, out);
-      case 96: return gather_scores<96>(raw, out);
-      case 128: return gather_scores<128>(raw, out);
-      case 256: return gather_scores<256>(raw, out);
-      default: return gather_scores<512>(raw, out);
+      case 64: return gather_scores<Isa, 64>(raw, out);
+      case 96: return gather_scores<Isa, 96>(raw, out);
+      case 128: return gather_scores<Isa, 128>(raw, out);
+      case 256: return gather_scores<Isa, 256>(raw, out);
+      default: return gather_scores<Isa, 512>(raw, out);
     }
   }
   static int raw_words(int dim) { return 2 * dim * (dim == 64 ? 2 : dim == 96 ? 4 : 1); }
@@ -126,7 +126,6 @@ struct Attention {
     int32_t* raw;       // [MAX_ROWS][raw_words]
     float* scores;      // [MAX_ROWS][TILE]
     float *k_scales, *v_scales;  // [TILE]
-    uint16_t* weights;  // [TILE]
     Operand* operands;  // [MAX_ROWS][TILE_PAGES][weight_operands]
     uint8_t *keys, *values;  // unpacked, [TILE_PAGES][PAGE * dim]
     float* acc;         // [rows][4 * dim]
@@ -143,7 +142,6 @@ struct Attention {
       scores = reinterpret_cast<float*>(take(sizeof(float) * MAX_ROWS * TILE));
       k_scales = reinterpret_cast<float*>(take(sizeof(float) * TILE));
       v_scales = reinterpret_cast<float*>(take(sizeof(float) * TILE));
-      weights = reinterpret_cast<uint16_t*>(take(sizeof(uint16_t) * TILE));
       operands = reinterpret_cast<Operand*>(take(sizeof(Operand) * MAX_ROWS * TILE_PAGES * weight_operands(dim)));
       keys = take(TILE * dim);
       values = take(TILE * dim);
@@ -153,7 +151,7 @@ struct Attention {
   };
   static size_t scratch_bytes(int dim, int rows) { return size_t(Scratch(nullptr, dim, rows).end - static_cast<uint8_t*>(nullptr)); }
 
-  // A tile: up to four records, the tokens of them that count, and the records after them, fetched ahead.
+  // A tile: up to four records of one head, the tokens of them that count, and the records read after them, fetched ahead.
   struct Tile {
     int pages, tokens;
     const uint8_t *keys[TILE_PAGES], *values[TILE_PAGES], *keys_ahead[TILE_PAGES], *values_ahead[TILE_PAGES];
@@ -161,27 +159,29 @@ struct Attention {
     float mean_step[TILE_PAGES];
     int key_source, value_source;
   };
-  static Tile open_tile(const Codec& c, const uint8_t* const* records, int first_page, int tokens, bool with_keys,
-                        bool with_values, bool unpack, Scratch& s) {
+  static Tile open_tile(const Codec& c, const uint8_t* const* records, int head, int heads, int first_page, int tokens,
+                        bool with_keys, bool with_values, bool unpack, Scratch& s) {
     Tile t;
     const int all_pages = (tokens + PAGE - 1) / PAGE;
     t.pages = all_pages - first_page < TILE_PAGES ? all_pages - first_page : int(TILE_PAGES);
     t.tokens = tokens - first_page * PAGE < TILE ? tokens - first_page * PAGE : int(TILE);
-    const int dim = c.dim, values_at = v_offset(dim, c.k.bits, c.scales);
+    const int dim = c.dim, values_at = v_offset(dim, c.k.bits, c.scales), mean_at = mean_offset(dim, c.k.bits, c.scales);
+    const int k_scales_at = k_scale_offset(dim, c.k.bits), v_scales_at = v_scale_offset(dim, c.k.bits, c.v.bits, c.scales);
     for (int p = 0; p < t.pages; ++p) {
-      const uint8_t* record = records[first_page + p];
+      const uint8_t* record = records[first_page + p] + size_t(head) * c.record();
       const int next = first_page + p + TILE_PAGES;
-      const uint8_t* ahead = records[next < all_pages ? next : first_page + p];
+      const uint8_t* ahead = head + 1 < heads ? record + c.record() : records[next < all_pages ? next : first_page + p];
       t.keys[p] = record;
       t.values[p] = record + values_at;
       t.keys_ahead[p] = ahead;
       t.values_ahead[p] = ahead + values_at;
-      t.mean[p] = record + mean_offset(dim, c.k.bits, c.scales);
+      for (int i = k_scales_at; i < values_at; i += 64) Isa::prefetch(ahead + i);
+      for (int i = v_scales_at; i < c.record(); i += 64) Isa::prefetch(ahead + i);
+      t.mean[p] = record + mean_at;
       const Header h = read_header(t.mean[p]);
       t.mean_step[p] = h.mean_step;
-      if (with_keys) read_scales<Isa>(record + k_scale_offset(dim, c.k.bits), c.scales, h.k_base, s.k_scales + p * PAGE);
-      if (with_values)
-        read_scales<Isa>(record + v_scale_offset(dim, c.k.bits, c.v.bits, c.scales), c.scales, h.v_base, s.v_scales + p * PAGE);
+      if (with_keys) read_scales<Isa>(record + k_scales_at, c.scales, h.k_base, s.k_scales + p * PAGE);
+      if (with_values) read_scales<Isa>(record + v_scales_at, c.scales, h.v_base, s.v_scales + p * PAGE);
     }
     for (int i = t.tokens; i < t.pages * PAGE; ++i) s.k_scales[i] = s.v_scales[i] = 0;  // whatever is stored there
     t.key_source = source_index(c.k);
@@ -208,12 +208,13 @@ struct Attention {
     for (int p = 0; p < t.pages; ++p) {
       for (int i = 0; i < dim; ++i) mean[i] = float(reinterpret_cast<const int8_t*>(t.mean[p])[i]);
       qk(t.keys[p], t.keys_ahead[p], dim, c.k.levels, group_of(queries, dim, first), s.raw, words);
+      F32 product[MAX_ROWS] = {};
+      for (int i = 0; i < dim; i += W)
+        for (int r = 0; r < rows; ++r)
+          product[r] += load<F32>(reinterpret_cast<const float*>(head_of(queries, dim, first + r) + 1) + i) * load<F32>(mean + i);
       for (int r = 0; r < rows; ++r) {
         const QueryHead* head = head_of(queries, dim, first + r);
-        const float* q = reinterpret_cast<const float*>(head + 1);
-        F32 product = F32{};
-        for (int i = 0; i < dim; i += W) product += load<F32>(q + i) * load<F32>(mean + i);
-        const float base = head->offset + sum_of(product) * (head->scale * t.mean_step[p]), factor = head->factor;
+        const float base = head->offset + sum_of(product[r]) * (head->scale * t.mean_step[p]), factor = head->factor;
         alignas(64) int32_t integer[PAGE];
         gather(dim, s.raw + r * words, integer);
         float* out = s.scores + r * TILE + p * PAGE;
@@ -229,68 +230,76 @@ struct Attention {
         for (int i = t.tokens; i < t.pages * PAGE; ++i) s.scores[r * TILE + i] = -INF;
   }
 
-  // Weights [pages * 64], in place over `w`, to operands; returns what one unit of them is worth.
-  static float quantise_weights(const float* w, float top, int pages, int dim, Scratch& s, Operand* out) {
+  // Weights [pages * 64] to operands; returns what one unit of them is worth.
+  static float quantise_weights(const float* w, float top, int pages, int dim, Operand* out) {
     const float up = top > 0 ? Isa::WEIGHT_MAX / top : 0;
-    for (int i = 0; i < pages * PAGE; ++i) s.weights[i] = uint16_t(int32_t(w[i] * up + 0.5f));
     const int count = weight_operands(dim);
     for (int p = 0; p < pages; ++p) {
       if (chunk(dim) == 4)
-        prepare_weights<Isa, 4>(s.weights + p * PAGE, out + p * count);
+        prepare_weights<Isa, 4>(w + p * PAGE, up, out + p * count);
       else
-        prepare_weights<Isa, 2>(s.weights + p * PAGE, out + p * count);
+        prepare_weights<Isa, 2>(w + p * PAGE, up, out + p * count);
     }
     return top / Isa::WEIGHT_MAX;
   }
 
-  static void attend(const Codec& c, const uint8_t* const* records, int tokens, uint8_t* queries, int rows,
-                     bool unpack, Partial out, void* scratch) {
-    const int dim = c.dim, count = weight_operands(dim);
-    Scratch s(scratch, dim, rows);
-    for (int i = 0; i < rows * 4 * dim; ++i) s.acc[i] = 0;
-    for (int r = 0; r < rows; ++r) {
-      out.max[r] = -INF;
-      out.sum[r] = 0;
-    }
-    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
-      const Tile t = open_tile(c, records, first, tokens, true, true, unpack, s);
-      for (int row = 0; row < rows; row += MAX_ROWS) {
-        const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
-        score_tile(c, t, queries, row, n, s);
-        float keep[MAX_ROWS], back[MAX_ROWS];
-        for (int r = 0; r < n; ++r) {
-          float* w = s.scores + r * TILE;
-          F32 top = load<F32>(w);
-          for (int i = W; i < t.pages * PAGE; i += W) {
-            const F32 x = load<F32>(w + i);
-            top = x > top ? x : top;
-          }
-          const float before = out.max[row + r], here = max_of(top), now = here > before ? here : before;
-          F32 sum = F32{}, largest = F32{};
-          for (int i = 0; i < t.pages * PAGE; i += W) {
-            const F32 p = exp2<F32, I32>(load<F32>(w + i) - now);
-            const F32 weight = p * load<F32>(s.v_scales + i);
-            sum += p;
-            largest = weight > largest ? weight : largest;
-            put(w + i, weight);
-          }
-          keep[r] = before == -INF ? 0.0f : load_first(exp2<F32, I32>(F32{} + (before - now)));
-          out.max[row + r] = now;
-          out.sum[row + r] = out.sum[row + r] * keep[r] + sum_of(sum);
-          back[r] = quantise_weights(w, max_of(largest), t.pages, dim, s, s.operands + r * TILE_PAGES * count);
+  static void attend(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows,
+                     bool unpack, const Partial* out, void* scratch) {
+    const int dim = c.dim;
+    Scratch s(scratch, dim, heads * rows);
+    for (int i = 0; i < heads * rows * 4 * dim; ++i) s.acc[i] = 0;
+    for (int h = 0; h < heads; ++h)
+      for (int r = 0; r < rows; ++r) {
+        out[h].max[r] = -INF;
+        out[h].sum[r] = 0;
+      }
+    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES)
+      for (int h = 0; h < heads; ++h)
+        attend_tile(c, open_tile(c, records, h, heads, first, tokens, true, true, unpack, s), queries[h], rows, out[h],
+                    s.acc + h * rows * 4 * dim, s);
+    for (int h = 0; h < heads; ++h)
+      for (int r = 0; r < rows; ++r) {
+        float* o = out[h].o + r * dim;
+        gather_row(c, s.acc + (h * rows + r) * 4 * dim, o);
+        const float offset = head_of(queries[h], dim, r)->offset;
+        if (offset != offset) {
+          out[h].max[r] = 0;
+          out[h].sum[r] = offset;
+          for (int i = 0; i < dim; ++i) o[i] = offset;
         }
-        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
-                                                                   s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
       }
-    }
-    for (int r = 0; r < rows; ++r) {
-      gather_row(c, s.acc + r * 4 * dim, out.o + r * dim);
-      const float offset = head_of(queries, dim, r)->offset;
-      if (offset != offset) {
-        out.max[r] = 0;
-        out.sum[r] = offset;
-        for (int i = 0; i < dim; ++i) out.o[r * dim + i] = offset;
+  }
+
+  // Adds a tile of one head to its maxima, sums and accumulators acc [rows][4 * dim].
+  static void attend_tile(const Codec& c, const Tile& t, uint8_t* queries, int rows, const Partial& out, float* acc, Scratch& s) {
+    const int dim = c.dim, count = weight_operands(dim);
+    for (int row = 0; row < rows; row += MAX_ROWS) {
+      const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
+      score_tile(c, t, queries, row, n, s);
+      float keep[MAX_ROWS], back[MAX_ROWS];
+      for (int r = 0; r < n; ++r) {
+        float* w = s.scores + r * TILE;
+        F32 top = load<F32>(w);
+        for (int i = W; i < t.pages * PAGE; i += W) {
+          const F32 x = load<F32>(w + i);
+          top = x > top ? x : top;
+        }
+        const float before = out.max[row + r], here = max_of(top), now = here > before ? here : before;
+        F32 sum = F32{}, largest = F32{};
+        for (int i = 0; i < t.pages * PAGE; i += W) {
+          const F32 p = exp2<F32, I32>(load<F32>(w + i) - now);
+          const F32 weight = p * load<F32>(s.v_scales + i);
+          sum += p;
+          largest = weight > largest ? weight : largest;
+          put(w + i, weight);
+        }
+        keep[r] = before == -INF ? 0.0f : load_first(exp2<F32, I32>(F32{} + (before - now)));
+        out.max[row + r] = now;
+        out.sum[row + r] = out.sum[row + r] * keep[r] + sum_of(sum);
+        back[r] = quantise_weights(w, max_of(largest), t.pages, dim, s.operands + r * TILE_PAGES * count);
       }
+      by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels, s.operands, 4 * dim,
+                                                                 acc + row * 4 * dim, keep, back);
     }
   }
 
@@ -298,7 +307,7 @@ struct Attention {
                      int64_t stride, void* scratch) {
     Scratch s(scratch, c.dim, 0);
     for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
-      const Tile t = open_tile(c, records, first, tokens, true, false, false, s);
+      const Tile t = open_tile(c, records, 0, 1, first, tokens, true, false, false, s);
       for (int row = 0; row < rows; row += MAX_ROWS) {
         const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
         score_tile(c, t, queries, row, n, s);
@@ -314,7 +323,7 @@ struct Attention {
     Scratch s(scratch, dim, rows);
     for (int i = 0; i < rows * 4 * dim; ++i) s.acc[i] = 0;
     for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
-      const Tile t = open_tile(c, records, first, tokens, false, true, false, s);
+      const Tile t = open_tile(c, records, 0, 1, first, tokens, false, true, false, s);
       for (int row = 0; row < rows; row += MAX_ROWS) {
         const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
         float keep[MAX_ROWS], back[MAX_ROWS];
@@ -327,7 +336,7 @@ struct Attention {
             top = w[i] > top ? w[i] : top;
           }
           keep[r] = 1;
-          back[r] = quantise_weights(w, top, t.pages, dim, s, s.operands + r * TILE_PAGES * count);
+          back[r] = quantise_weights(w, top, t.pages, dim, s.operands + r * TILE_PAGES * count);
         }
         by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
                                                                    s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
@@ -347,7 +356,7 @@ struct Attention {
   static void decode(const Codec& c, const uint8_t* record, float* k, float* v, void* scratch) {
     const int dim = c.dim, chunks = units(dim) / chunk(dim);
     Scratch s(scratch, dim, 0);
-    const Tile t = open_tile(c, &record, 0, PAGE, true, true, true, s);
+    const Tile t = open_tile(c, &record, 0, 1, 0, PAGE, true, true, true, s);
     for (int uc = 0, at = 0; uc < chunks; ++uc)
       for (int lv = 0; lv < LANES * chunk(dim) / W; ++lv)
         for (int i = 0; i < 8; ++i)

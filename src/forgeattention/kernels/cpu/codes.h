@@ -36,80 +36,109 @@ struct Layout {
   }
 };
 
-// Sources of codes. `bytes` gives level indices looked up: out[2 n + parity] has the even or odd nibbles of word n.
+// Levels by index, and by the index with its two halves exchanged.
+template <class Isa>
+struct Tables {
+  typename Isa::Table plain, exchanged;
+};
+
+// Sources of codes: for keys `words`, of which `look_up` makes levels when they are needed, for values all levels at once.
 template <int BITS, int CODE>
 struct Packed {
-  static constexpr bool PACKED = true;
+  static constexpr int WORDS = 4;
+  template <class Isa>
+  static FA_INLINE Tables<Isa> tables(const int8_t* levels, int bias) {
+    constexpr int COUNT = CODE == SCALAR ? 1 << BITS : 2 << BITS;
+    int8_t plain[16], exchanged[16];
+    for (int i = 0; i < 16; ++i) plain[i] = int8_t(levels[i % COUNT] + bias);
+    for (int i = 0; i < 16; ++i) exchanged[i] = plain[i >> 2 | (i & 3) << 2];
+    return {Isa::table(plain), Isa::table(exchanged)};
+  }
+  // Nibble words of level indices; those of EXCHANGED words have their halves exchanged, which saves shifts.
+  static constexpr bool EXCHANGED = BITS == 3 && CODE != SCALAR;
   template <class Isa, int CHUNK>
-  static FA_INLINE void bytes(const uint8_t* codes, const uint8_t* ahead, int uc, int lv,
-                                                          typename Isa::Table table, typename Isa::U32 (&out)[8]) {
+  static FA_INLINE void words(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, typename Isa::U32 (&n)[4]) {
     using U32 = typename Isa::U32;
-    U32 w[BITS], n[4];
+    U32 w[BITS];
     for (int k = 0; k < BITS; ++k) {
       const int at = 4 * ((uc * BITS + k) * LANES * CHUNK + lv * Isa::WORDS);
       w[k] = load<U32>(codes + at);
       if (at % 64 == 0) Isa::prefetch(ahead + at);
     }
-    unit_nibbles<BITS, CODE>(w, n);
-    for (int k = 0; k < 4; ++k) {
-      out[2 * k] = Isa::lookup(table, n[k] & 0x0F0F0F0Fu);
-      out[2 * k + 1] = Isa::lookup(table, n[k] >> 4 & 0x0F0F0F0Fu);
+    if constexpr (EXCHANGED) {
+      U32 even, odd;
+      path_pairs<CODE>(w[0], even, odd);
+      n[0] = choose(0xCCCCCCCCu, w[1], even);
+      n[1] = choose(0xCCCCCCCCu, w[2], odd);
+      n[2] = choose(0xCCCCCCCCu, even, w[1]);
+      n[3] = choose(0xCCCCCCCCu, odd, w[2]);
+    } else if constexpr (BITS == 3) {  // eight levels stand twice in the table, so that bit 3 is free
+      for (int k = 0; k < 3; ++k) n[k] = w[k];
+      n[3] = choose(0x44444444u, U32(w[2] >> 1), choose(0x22222222u, U32(w[1] >> 2), U32(w[0] >> 3)));
+    } else {
+      unit_nibbles<BITS, CODE>(w, n);
     }
   }
-  template <class Isa, int CHUNK>
-  static FA_INLINE void keys(const uint8_t* codes, const uint8_t* ahead, int uc, int lv,
-                                                         typename Isa::Table table, typename Isa::U32 (&out)[8]) {
-    bytes<Isa, CHUNK>(codes, ahead, uc, lv, table, out);
+  // Levels of the even or odd nibbles of word k.
+  template <class Isa>
+  static FA_INLINE typename Isa::U32 look_up(const Tables<Isa>& tables, const typename Isa::U32 (&n)[4], int k, bool odd) {
+    const typename Isa::Table& table = EXCHANGED && k >= 2 ? tables.exchanged : tables.plain;
+    return odd ? Isa::look_up_odd(table, n[k]) : Isa::look_up_even(table, n[k]);
   }
+
   // out[2 n + half]: the bytes of a word are the tokens 0, 2, 1, 3 of four.
   template <class Isa, int CHUNK>
-  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv,
-                                                           typename Isa::Table table, typename Isa::U32 (&out)[8]) {
-    typename Isa::U32 b[8];
-    bytes<Isa, CHUNK>(codes, ahead, uc, lv, table, b);
-    for (int n = 0; n < 4; ++n) {
-      out[2 * n] = Isa::interleave_low(b[2 * n], b[2 * n + 1]);
-      out[2 * n + 1] = Isa::interleave_high(b[2 * n], b[2 * n + 1]);
+  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>& tables,
+                               typename Isa::U32 (&out)[8]) {
+    typename Isa::U32 n[4];
+    words<Isa, CHUNK>(codes, ahead, uc, lv, n);
+    for (int k = 0; k < 4; ++k) {
+      const typename Isa::U32 even = look_up<Isa>(tables, n, k, false), odd = look_up<Isa>(tables, n, k, true);
+      out[2 * k] = Isa::interleave_low(even, odd);
+      out[2 * k + 1] = Isa::interleave_high(even, odd);
     }
   }
 };
 
 // Levels that `unpack` stored: the eight vectors of (uc, lv) one after the other.
 struct Unpacked {
-  static constexpr bool PACKED = false;
+  static constexpr int WORDS = 8;
+  template <class Isa>
+  static FA_INLINE Tables<Isa> tables(const int8_t*, int) {
+    return Tables<Isa>();
+  }
+  // `words` are the stored vectors themselves.
   template <class Isa, int CHUNK>
-  static FA_INLINE void keys(const uint8_t* codes, const uint8_t*, int uc, int lv,
-                                                         typename Isa::Table, typename Isa::U32 (&out)[8]) {
+  static FA_INLINE void words(const uint8_t* codes, const uint8_t*, int uc, int lv, typename Isa::U32 (&out)[8]) {
     using U32 = typename Isa::U32;
     const uint8_t* p = codes + size_t(uc * Layout<Isa, CHUNK>::LANE_VECTORS + lv) * 8 * sizeof(U32);
     for (int i = 0; i < 8; ++i) out[i] = load<U32>(p + i * sizeof(U32));
   }
+  template <class Isa>
+  static FA_INLINE typename Isa::U32 look_up(const Tables<Isa>&, const typename Isa::U32 (&n)[8], int k, bool odd) {
+    return n[2 * k + odd];
+  }
   template <class Isa, int CHUNK>
-  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv,
-                                                           typename Isa::Table table, typename Isa::U32 (&out)[8]) {
-    keys<Isa, CHUNK>(codes, ahead, uc, lv, table, out);
+  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>&, typename Isa::U32 (&out)[8]) {
+    words<Isa, CHUNK>(codes, ahead, uc, lv, out);
   }
 };
-
-template <class Isa>
-inline typename Isa::Table key_table(const int8_t* levels) {
-  int8_t biased[16];
-  for (int i = 0; i < 16; ++i) biased[i] = int8_t(levels[i] + Isa::KEY_BIAS);
-  return Isa::table(biased);
-}
 
 // All codes of one side of a page to levels, [uc][lv][8] vectors (64 * dim bytes); keys keep their bias.
 template <class Isa, int CHUNK, class Source, bool KEYS>
 void unpack(const uint8_t* codes, int chunks, const int8_t* levels, uint8_t* out) {
   using U32 = typename Isa::U32;
-  const typename Isa::Table table = KEYS ? key_table<Isa>(levels) : Isa::table(levels);
+  const Tables<Isa> tables = Source::template tables<Isa>(levels, KEYS ? Isa::KEY_BIAS : 0);
   for (int uc = 0; uc < chunks; ++uc)
     for (int lv = 0; lv < Layout<Isa, CHUNK>::LANE_VECTORS; ++lv, out += 8 * sizeof(U32)) {
       U32 b[8];
-      if (KEYS)
-        Source::template keys<Isa, CHUNK>(codes, codes, uc, lv, table, b);
-      else
-        Source::template values<Isa, CHUNK>(codes, codes, uc, lv, table, b);
+      if (KEYS) {
+        U32 n[Source::WORDS];
+        Source::template words<Isa, CHUNK>(codes, codes, uc, lv, n);
+        for (int i = 0; i < 8; ++i) b[i] = Source::template look_up<Isa>(tables, n, i >> 1, i & 1);
+      } else {
+        Source::template values<Isa, CHUNK>(codes, codes, uc, lv, tables, b);
+      }
       for (int i = 0; i < 8; ++i) put(out + i * sizeof(U32), b[i]);
     }
 }

@@ -86,12 +86,14 @@ Partial partial_at(const Call& c, int rows, void* block) {
   return {p, p + rows * c.codec.dim, p + rows * (c.codec.dim + 1)};
 }
 
-void attend_packed(const Call& c, int b, int head, int first_page, int tokens, const Queries& q, int rows, Partial out) {
+// Queries and results of `heads` heads from `head` on.
+void attend_packed(const Call& c, int b, int head, int heads, int first_page, int tokens, uint8_t* const* queries, int rows,
+                   const Partial* out) {
   const int pages = (tokens + PAGE - 1) / PAGE;
   auto** records = static_cast<const uint8_t**>(thread_scratch(2, (size_t(pages) + 1) * sizeof(void*)));
   row_records(c.codec, *c.table, b, head, first_page, pages, records);
-  c.kernel.attend(c.codec, records, tokens, q.prepared, rows, rows >= UNPACK_ROWS, out,
-                  thread_scratch(1, c.kernel.scratch_bytes(c.codec.dim, rows)));
+  c.kernel.attend(c.codec, records, tokens, heads, queries, rows, rows >= UNPACK_ROWS, out,
+                  thread_scratch(1, c.kernel.scratch_bytes(c.codec.dim, heads * rows)));
 }
 
 void attend_exact(const Call& c, int b, int head, int first_row, int first, int tokens, const Queries& q, int rows, Partial out) {
@@ -151,13 +153,13 @@ void attend_blocks(const Call& c, const std::vector<int>& lengths, int threads) 
     const int block = int(item % blocks), head = int(item / blocks % c.codec.kv_heads), b = int(item / blocks / c.codec.kv_heads);
     const int first = block * per_block, n = rows - first < per_block ? rows - first : per_block;
     auto* memory = static_cast<uint8_t*>(thread_scratch(3, Queries::bytes(c, n) + 2 * partial_bytes(c, n)));
-    const Queries q(c, n, memory);
+    Queries q(c, n, memory);
     q.fill(c, b, head, first, n);
     std::vector<Partial> parts;
     uint8_t* at = memory + Queries::bytes(c, n);
     if (lengths[b]) {
       parts.push_back(partial_at(c, n, at));
-      attend_packed(c, b, head, 0, lengths[b], q, n, parts.back());
+      attend_packed(c, b, head, 1, 0, lengths[b], &q.prepared, n, &parts.back());
     }
     const size_t packed = parts.size();
     if (c.exact_tokens(b)) {
@@ -168,60 +170,74 @@ void attend_blocks(const Call& c, const std::vector<int>& lengths, int threads) 
   });
 }
 
-// Few rows: a piece of work is a run of tokens; the thread that ends the last piece of a KV head joins them.
+// Few rows: a piece of work is a run of tokens, of exact ones for one KV head, of packed ones for several, whose records of a
+// page lie side by side. The thread that ends the last piece of a head joins them.
 void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) {
   struct Piece {
-    int job, first, tokens;  // first page or first exact token
+    int b, head, heads, first, tokens;  // first page or first exact token
+    size_t part;                        // of `head`; the next heads' follow at a distance of the row's parts
     bool packed;
   };
-  struct Job {
-    int b, head;
-    size_t begin, packed, end;
+  struct Row {
+    size_t parts, packed, all;  // first part of the row; parts of a head, the packed ones before the others
   };
-  const int rows = c.rows();
-  std::vector<Piece> pieces;
-  std::vector<Job> jobs;
+  const int rows = c.rows(), kv_heads = c.codec.kv_heads;
+  size_t runs = 0, parts = 0;
+  std::vector<Row> table;
   for (int b = 0; b < c.shape.batch; ++b) {
     const int pages = (lengths[b] + PAGE - 1) / PAGE, run = pages_per_split(pages);
-    for (int head = 0; head < c.codec.kv_heads; ++head) {
-      Job job{b, head, pieces.size(), 0, 0};
-      for (int p = 0; p < pages; p += run) {
-        const int left = lengths[b] - p * PAGE;
-        pieces.push_back({int(jobs.size()), p, left < run * PAGE ? left : run * PAGE, true});
-      }
-      job.packed = pieces.size() - job.begin;
-      for (int t = 0; t < c.exact_tokens(b); t += EXACT_SPLIT) {
-        const int left = c.exact_tokens(b) - t;
-        pieces.push_back({int(jobs.size()), t, left < EXACT_SPLIT ? left : EXACT_SPLIT, false});
-      }
-      job.end = pieces.size();
-      jobs.push_back(job);
-    }
+    const size_t packed = size_t(pages + run - 1) / run, exact = size_t(c.exact_tokens(b) + EXACT_SPLIT - 1) / EXACT_SPLIT;
+    table.push_back({parts, packed, packed + exact});
+    runs += packed;
+    parts += kv_heads * (packed + exact);
   }
-  const size_t query_bytes = Queries::bytes(c, rows), part_bytes = partial_bytes(c, rows);
-  auto* memory = static_cast<uint8_t*>(thread_scratch(3, jobs.size() * query_bytes + pieces.size() * part_bytes));
-  uint8_t* part_memory = memory + jobs.size() * query_bytes;
-  const std::unique_ptr<std::atomic<size_t>[]> left(new std::atomic<size_t>[jobs.size()]);
-  const auto join = [&](const Job& job) {
-    std::vector<Partial> parts;
-    for (size_t i = job.begin; i < job.end; ++i) parts.push_back(partial_at(c, rows, part_memory + i * part_bytes));
-    finish(c, job.b, job.head, 0, rows, parts, job.packed);
+  // Heads are shared out only as far as there are threads to feed: each head is computed by itself, whoever does it.
+  int heads = kv_heads;
+  while (heads > 1 && runs * ((kv_heads + heads - 1) / heads) < 4 * size_t(threads)) heads = (heads + 1) / 2;
+  std::vector<Piece> pieces;
+  for (int b = 0; b < c.shape.batch; ++b) {
+    const int run = pages_per_split((lengths[b] + PAGE - 1) / PAGE) * PAGE;
+    size_t part = table[b].parts;
+    for (int t = 0; t < lengths[b]; t += run, ++part)
+      for (int head = 0; head < kv_heads; head += heads)
+        pieces.push_back({b, head, kv_heads - head < heads ? kv_heads - head : heads, t / PAGE,
+                          lengths[b] - t < run ? lengths[b] - t : run, part + head * table[b].all, true});
+    for (int t = 0; t < c.exact_tokens(b); t += EXACT_SPLIT, ++part)
+      for (int head = 0; head < kv_heads; ++head)
+        pieces.push_back({b, head, 1, t, c.exact_tokens(b) - t < EXACT_SPLIT ? c.exact_tokens(b) - t : EXACT_SPLIT,
+                          part + head * table[b].all, false});
+  }
+  const size_t jobs = size_t(c.shape.batch) * kv_heads, query_bytes = Queries::bytes(c, rows), part_bytes = partial_bytes(c, rows);
+  auto* memory = static_cast<uint8_t*>(thread_scratch(3, jobs * query_bytes + parts * part_bytes));
+  uint8_t* part_memory = memory + jobs * query_bytes;
+  const auto queries = [&](int b, int head) { return Queries(c, rows, memory + (size_t(b) * kv_heads + head) * query_bytes); };
+  const auto part = [&](size_t i) { return partial_at(c, rows, part_memory + i * part_bytes); };
+  const std::unique_ptr<std::atomic<size_t>[]> left(new std::atomic<size_t>[jobs]);
+  const auto join = [&](int b, int head) {
+    std::vector<Partial> of_head;
+    for (size_t i = 0; i < table[b].all; ++i) of_head.push_back(part(table[b].parts + head * table[b].all + i));
+    finish(c, b, head, 0, rows, of_head, table[b].packed);
   };
-  parallel_for(int64_t(jobs.size()), threads, [&](int64_t i, int) {
-    left[i].store(jobs[i].end - jobs[i].begin, std::memory_order_relaxed);
-    Queries(c, rows, memory + i * query_bytes).fill(c, jobs[i].b, jobs[i].head, 0, rows);
-    if (jobs[i].begin == jobs[i].end) join(jobs[i]);
+  parallel_for(int64_t(jobs), threads, [&](int64_t i, int) {
+    const int b = int(i / kv_heads), head = int(i % kv_heads);
+    left[i].store(table[b].all, std::memory_order_relaxed);
+    queries(b, head).fill(c, b, head, 0, rows);
+    if (!table[b].all) join(b, head);
   });
   parallel_for(int64_t(pieces.size()), threads, [&](int64_t i, int) {
-    const Piece& piece = pieces[i];
-    const Job& job = jobs[piece.job];
-    const Queries q(c, rows, memory + piece.job * query_bytes);
-    const Partial out = partial_at(c, rows, part_memory + i * part_bytes);
-    if (piece.packed)
-      attend_packed(c, job.b, job.head, piece.first, piece.tokens, q, rows, out);
+    const Piece& p = pieces[i];
+    std::vector<uint8_t*> prepared;
+    std::vector<Partial> out;
+    for (int h = 0; h < p.heads; ++h) {
+      prepared.push_back(queries(p.b, p.head + h).prepared);
+      out.push_back(part(p.part + h * table[p.b].all));
+    }
+    if (p.packed)
+      attend_packed(c, p.b, p.head, p.heads, p.first, p.tokens, prepared.data(), rows, out.data());
     else
-      attend_exact(c, job.b, job.head, 0, piece.first, piece.tokens, q, rows, out);
-    if (left[piece.job].fetch_sub(1, std::memory_order_acq_rel) == 1) join(job);
+      attend_exact(c, p.b, p.head, 0, p.first, p.tokens, queries(p.b, p.head), rows, out[0]);
+    for (int h = 0; h < p.heads; ++h)
+      if (left[size_t(p.b) * kv_heads + p.head + h].fetch_sub(1, std::memory_order_acq_rel) == 1) join(p.b, p.head + h);
   });
 }
 

@@ -80,10 +80,12 @@ struct Kernels {
 
   // Bytes of scratch for `rows` rows of the three functions below.
   size_t (*scratch_bytes)(int dim, int rows);
-  // Attention of prepared queries over `tokens` tokens in the pages whose records of one head are given. With `unpack`, each
-  // tile is unpacked once for all rows (worth it from about 16 rows).
-  void (*attend)(const Codec&, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, bool unpack,
-                 Partial out, void* scratch);
+  // Attention over `tokens` tokens of `heads` neighbouring heads, each with prepared queries and a result of its own; records
+  // are those of the first head, the others follow it. Pages are walked once, all heads of a few pages at a time, so that
+  // memory is read as it lies. Scratch is for heads * rows. With `unpack`, each tile is unpacked once for all rows of a head
+  // (worth it from about 16 rows).
+  void (*attend)(const Codec&, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows, bool unpack,
+                 const Partial* out, void* scratch);
   // Scores in base-2 units, row r to out + r * stride.
   void (*scores)(const Codec&, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, float* out,
                  int64_t stride, void* scratch);

@@ -1,19 +1,29 @@
 // 2^x, reductions, and the numbers stored in a record.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
+#include <utility>
 
 #include "codes.h"
 #include "half.h"
 
 namespace fa {
 
-// 2^x to float precision for x <= 0; 0 below -126. NaN gives NaN.
+// 2^x to float precision for x < 127; 0 below -126. NaN gives NaN.
 template <class F32, class I32>
 FA_INLINE F32 exp2(F32 x) {
   const F32 shift = F32{} + 12582912.0f, low = F32{} - 126.0f;
   const F32 y = x < low ? low : x;
-  const F32 n = (y + shift) - shift, f = y - n;
+#if defined(__AVX512F__)
+  const F32 n = (F32)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const F32 n = (y + shift) - shift;
+#endif
+  const F32 f = y - n;
   F32 p = F32{} + 1.5403530393e-4f;  // ln(2)^k / k!
   p = p * f + 1.3333558146e-3f;
   p = p * f + 9.6181291076e-3f;
@@ -21,27 +31,57 @@ FA_INLINE F32 exp2(F32 x) {
   p = p * f + 2.4022650696e-1f;
   p = p * f + 6.9314718056e-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F32) == 64) return (F32)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#endif
   const I32 power = (__builtin_convertvector(n, I32) + 127) << 23;
   F32 scale;
   __builtin_memcpy(&scale, &power, sizeof(scale));
   return x < low ? F32{} : p * scale;
 }
 
+// v[PLACE::of(0)], v[PLACE::of(1)], ...
+template <class PLACE, class V, std::size_t... I>
+FA_INLINE V permuted(V v, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, PLACE::of(int(I))...);
+#else
+  using Index = decltype(v < v);
+  return __builtin_shuffle(v, Index{PLACE::of(int(I))...});
+#endif
+}
+template <class PLACE, class V>
+FA_INLINE V permuted(V v) {
+  return permuted<PLACE>(v, std::make_index_sequence<sizeof(V) / 4>());
+}
+template <int WIDTH>
+struct Exchanged {
+  static constexpr int of(int i) { return i ^ WIDTH; }
+};
+
+template <int WIDTH, class F32>
+FA_INLINE float sum_of(F32 v) {
+  if constexpr (WIDTH == 0)
+    return v[0];
+  else
+    return sum_of<WIDTH / 2>(v + permuted<Exchanged<WIDTH>>(v));
+}
+template <int WIDTH, class F32>
+FA_INLINE float max_of(F32 v) {
+  if constexpr (WIDTH == 0) {
+    return v[0];
+  } else {
+    const F32 other = permuted<Exchanged<WIDTH>>(v);
+    return max_of<WIDTH / 2>(v > other ? v : other);
+  }
+}
 template <class F32>
 FA_INLINE float sum_of(F32 v) {
-  float s[sizeof(F32) / 4];
-  __builtin_memcpy(s, &v, sizeof(v));
-  for (unsigned width = sizeof(F32) / 8; width; width /= 2)
-    for (unsigned i = 0; i < width; ++i) s[i] += s[i + width];
-  return s[0];
+  return sum_of<sizeof(F32) / 8>(v);
 }
 template <class F32>
 FA_INLINE float max_of(F32 v) {
-  float s[sizeof(F32) / 4];
-  __builtin_memcpy(s, &v, sizeof(v));
-  for (unsigned width = sizeof(F32) / 8; width; width /= 2)
-    for (unsigned i = 0; i < width; ++i) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
-  return s[0];
+  return max_of<sizeof(F32) / 8>(v);
 }
 
 // The header in the low bits of a mean row (docs/format.md).
@@ -81,6 +121,26 @@ template <class Isa>
 FA_INLINE void read_scales(const uint8_t* p, int format, int base, float* out) {
   if (format == FP16) {
     Isa::load_half(reinterpret_cast<const uint16_t*>(p), PAGE, out);
+    return;
+  }
+  if (base >= -126 && base < 119) {  // all scales are normal numbers
+    using F32 = typename Isa::F32;
+    using I32 = typename Isa::I32;
+    using U32 = typename Isa::U32;
+    typedef uint8_t Bytes __attribute__((vector_size(Isa::WORDS)));
+    for (int i = 0; i < PAGE; i += Isa::WORDS) {
+      Bytes stored;
+      __builtin_memcpy(&stored, p + i, Isa::WORDS);
+      const I32 b = __builtin_convertvector(stored, I32);
+#if defined(__AVX512F__)
+      const I32 exponent = I32(U32(b - 1) >> 5) + base;
+      const F32 step = (F32)_mm512_permutex2var_ps(_mm512_loadu_ps(OCTAVE.steps), (__m512i)(b - 1), _mm512_loadu_ps(OCTAVE.steps + 16));
+      const F32 x = (F32)((I32)step + (exponent << 23));
+#else
+      const F32 x = exp2<F32, I32>(__builtin_convertvector(b - 1, F32) * (1.0f / LOG8_STEPS) + float(base));
+#endif
+      put(out + i, b == 0 ? F32{} : x);
+    }
     return;
   }
   float octaves[8];

@@ -82,28 +82,36 @@ void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* 
   using L = typename Q::L;
   using U32 = typename Isa::U32;
   const int chunks = units(dim) / C::CHUNK;
-  const typename Isa::Table table = key_table<Isa>(levels);
+  const Tables<Isa> tables = Source::template tables<Isa>(levels, Isa::KEY_BIAS);
   const typename Q::Part* parts = Q::parts(group, dim);
+  // With 32 registers, an operand that is loaded serves two vectors of codes.
+  constexpr int TOGETHER = Isa::WORDS == 16 && L::VARIANTS == 1 && L::LANE_VECTORS % 2 == 0 ? 2 : 1;
   for (int uc = 0; uc < chunks; ++uc)
-    for (int lv = 0; lv < L::LANE_VECTORS; ++lv) {
-      U32 b[8];
-      Source::template keys<Isa, C::CHUNK>(codes, ahead, uc, lv, table, b);
+    for (int lv = 0; lv < L::LANE_VECTORS; lv += TOGETHER) {
+      U32 words[TOGETHER][Source::WORDS];
+      typename Isa::Acc acc[TOGETHER][ROWS];
+      for (int v = 0; v < TOGETHER; ++v) Source::template words<Isa, C::CHUNK>(codes, ahead, uc, lv + v, words[v]);
       const typename Q::Part& part = parts[uc % C::PERIOD * L::VARIANTS + lv % L::VARIANTS];
-      typename Isa::Acc acc[ROWS];
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         const int segment = C::segment(n);
         if (n == 0 || segment != C::segment(n - 1))
-          for (int r = 0; r < ROWS; ++r) acc[r] = Isa::start(part.initial[segment][r]);
+          for (int v = 0; v < TOGETHER; ++v)
+            for (int r = 0; r < ROWS; ++r) acc[v][r] = Isa::start(part.initial[segment][r]);
 #pragma GCC unroll 2
         for (int parity = 0; parity < 2; ++parity) {
-          const typename Isa::Codes c = Isa::widen(b[2 * n + parity]);
+          typename Isa::Codes c[TOGETHER];
+          for (int v = 0; v < TOGETHER; ++v) c[v] = Isa::widen(Source::template look_up<Isa>(tables, words[v], n, parity));
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) Isa::dot_key(acc[r], c, part.operands[2 * n + parity][r]);
+          for (int r = 0; r < ROWS; ++r) {
+            const typename Isa::Operand q = part.operands[2 * n + parity][r];
+            for (int v = 0; v < TOGETHER; ++v) Isa::dot_key(acc[v][r], c[v], q);
+          }
         }
         if (n == 3 || segment != C::segment(n + 1))
-          for (int r = 0; r < ROWS; ++r)
-            put(raw + r * raw_stride + ((segment * chunks + uc) * L::LANE_VECTORS + lv) * Isa::WORDS, Isa::join(acc[r]));
+          for (int v = 0; v < TOGETHER; ++v)
+            for (int r = 0; r < ROWS; ++r)
+              put(raw + r * raw_stride + ((segment * chunks + uc) * L::LANE_VECTORS + lv + v) * Isa::WORDS, Isa::join(acc[v][r]));
       }
     }
 }
@@ -125,8 +133,28 @@ FA_INLINE Four interleave_high(Four a, Four b) {
 }
 
 // Sums raw over the four lanes of a group and the words of a token: out [64] in token order.
-template <int DIM>
+template <class Isa, int DIM>
 void gather_scores(const int32_t* raw, int32_t* out) {
+#if defined(__AVX512F__)
+  if constexpr (DIM == 128) {
+    // Three times: sums of pairs of quarters, then the words of two groups in turns.
+    const __m512i places = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 16, 20, 17, 21, 18, 22, 19, 23);
+    const __m512i later = _mm512_add_epi32(places, _mm512_set1_epi32(8));
+    for (int half = 0; half < 2; ++half) {
+      __m512i sum[2];
+      for (int uc = 0; uc < 2; ++uc) {
+        __m512i x[4];
+        for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(raw + (uc * 8 + half * 4 + i) * 16);
+        const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x44), _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
+        const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
+        sum[uc] = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+      }
+      _mm512_storeu_si512(out + 32 * half, _mm512_permutex2var_epi32(sum[0], places, sum[1]));
+      _mm512_storeu_si512(out + 32 * half + 16, _mm512_permutex2var_epi32(sum[0], later, sum[1]));
+    }
+    return;
+  }
+#endif
   using C = KeyClass<key_class(DIM)>;
   constexpr int CHUNKS = DIM / 16 / C::CHUNK, GROUP = 4 * C::CHUNK;
   const auto group = [&](int segment, int uc, int g) {

@@ -1,7 +1,7 @@
 // Weighted sums of the values of a tile of pages.
 #pragma once
 
-#include "codes.h"
+#include "numbers.h"
 
 namespace fa {
 
@@ -12,24 +12,33 @@ struct WeightLayout {
   static constexpr int COUNT = 4 * L::VARIANTS * L::HALVES;
 };
 
+// Word N of each 128 bits, four times.
+template <int N>
+struct Spread {
+  static constexpr int of(int i) { return (i & ~3) | N; }
+};
+// weights [64] times `up` are rounded.
 template <class Isa, int CHUNK>
-void prepare_weights(const uint16_t* weights, typename Isa::Operand* out) {
+void prepare_weights(const float* weights, float up, typename Isa::Operand* out) {
   using L = Layout<Isa, CHUNK>;
-  uint32_t first[16], second[16];  // of tokens 4 i .. 4 i + 3
-  for (int i = 0; i < 16; ++i) Isa::split_weights(load<uint64_t>(weights + 4 * i), first[i], second[i]);
-  for (int n = 0; n < 4; ++n)
+  using U32 = typename Isa::U32;
+  alignas(64) uint32_t split[2][16];  // [n / 2][t][n % 2][first, second] of the tokens 16 t + 4 n .. + 3
+  Isa::split_weights(weights, up, split[0], split[1]);
+  const auto spread = [&](const uint32_t* from, int variant, int half) {
+    if (CHUNK == 4) return load<U32>(from + 4 * L::BLOCKS * variant);
+    uint32_t w[Isa::WORDS];
+    for (int block = 0; block < L::BLOCKS; ++block)
+      __builtin_memcpy(w + 4 * block, from + 4 * (L::value_lane(variant, half, 4 * block) & 3), 16);
+    return load<U32>(w);
+  };
+  constexpr int STEP = L::VARIANTS * L::HALVES;  // from n to n + 1
+  for (int pair = 0; pair < 2; ++pair)
     for (int variant = 0; variant < L::VARIANTS; ++variant)
-      for (int half = 0; half < L::HALVES; ++half, ++out) {
-        uint32_t w[2][Isa::WORDS];
-        for (int block = 0; block < L::BLOCKS; ++block) {
-          const int t = L::value_lane(variant, half, 4 * block) & 3;
-          for (int i = 0; i < 4; ++i) {
-            w[0][4 * block + i] = first[4 * t + n];
-            w[1][4 * block + i] = second[4 * t + n];
-          }
-        }
-        __builtin_memcpy(&out->first, w[0], sizeof(w[0]));
-        __builtin_memcpy(&out->second, w[1], sizeof(w[1]));
+      for (int half = 0; half < L::HALVES; ++half) {
+        const U32 w = spread(split[pair], variant, half);
+        typename Isa::Operand* to = out + 2 * pair * STEP + variant * L::HALVES + half;
+        to[0] = {permuted<Spread<0>>(w), permuted<Spread<1>>(w)};
+        to[STEP] = {permuted<Spread<2>>(w), permuted<Spread<3>>(w)};
       }
 }
 
@@ -41,7 +50,7 @@ void value_tile(const uint8_t* const* codes, const uint8_t* const* ahead, int pa
   using U32 = typename Isa::U32;
   using F32 = typename Isa::F32;
   constexpr int COUNT = WeightLayout<Isa, CHUNK>::COUNT;
-  const typename Isa::Table table = Isa::table(levels);
+  const Tables<Isa> tables = Source::template tables<Isa>(levels, 0);
   const int chunks = units(dim) / CHUNK;
   for (int uc = 0; uc < chunks; ++uc)
     for (int lv = 0; lv < L::LANE_VECTORS; ++lv) {
@@ -50,7 +59,7 @@ void value_tile(const uint8_t* const* codes, const uint8_t* const* ahead, int pa
         for (int r = 0; r < ROWS; ++r) sum[half][r] = Isa::start(U32{});
       for (int page = 0; page < pages; ++page) {
         U32 b[8];
-        Source::template values<Isa, CHUNK>(codes[page], ahead[page], uc, lv, table, b);
+        Source::template values<Isa, CHUNK>(codes[page], ahead[page], uc, lv, tables, b);
         const typename Isa::Operand* w = weights + page * COUNT + lv % L::VARIANTS * L::HALVES;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half)

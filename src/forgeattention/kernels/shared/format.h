@@ -67,7 +67,7 @@ FA_FN W choose(fa_u32 mask, W a, W b) {
   asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(out) : "r"(a), "r"(b), "r"(mask));
   return out;
 #else
-  return (a & mask) | (b & ~mask);
+  return ((a ^ b) & mask) ^ b;
 #endif
 }
 template <class W>
