@@ -18,7 +18,7 @@ demo: .venv/installed-demo
 # RULER and the constructed model first: the report shows their rows.
 eval: .venv/installed-demo
 	mkdir -p eval
-	$(BIN)/forgeattn eval ruler --tasks niah_single_1 niah_multikey_1 vt qa_1 --lengths 1024 --samples 1 --json eval/ruler.json
+	$(BIN)/forgeattn eval ruler --lengths 1024 --samples 1 --json eval/ruler.json
 	$(BIN)/forgeattn eval induction --lengths 4096 16384 --json eval/induction.json
 	$(BIN)/forgeattn eval kl --length 1536 --windows 1 --layers --json eval/kl.json
 	$(BIN)/forgeattn plan --json eval/plan.json

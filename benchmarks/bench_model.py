@@ -1,6 +1,7 @@
 """A whole model with the exact and with the packed cache: prefill time, decode tokens/s, cache bytes, peak memory.
 
     python benchmarks/bench_model.py --contexts 512 2048 7168 --json OUT
+    python benchmarks/bench_model.py --device cuda --json OUT     # 8192 to 300000 tokens, see cuda_model.py
 
 Steps of both caches alternate, so that a noisy machine is equally unkind to them; medians. Peak memory is of the
 process during the prefill, above what it held before.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,12 +60,25 @@ def measure(model, ids: torch.Tensor, context: int, chunk: int, steps: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 7168])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m"], help="on CUDA")
+    parser.add_argument("--memory", type=int, default=0, help="on CUDA: tokens of the first model's memory curve")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="default: 512 2048 7168, on CUDA 8192 32768 131072 300000"
+    )
     parser.add_argument("--chunk", type=int, default=1024, help="tokens read at once (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, help="default: 32, on CUDA 160")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    if args.device == "cuda":
+        import cuda_model
+
+        contexts = args.contexts or [8192, 32768, 131072, 300000]
+        save = partial(report.write_json, args.json) if args.json else lambda found: None
+        cuda_model.records(args.models, contexts, args.steps or 160, args.memory, save)
+        return
+    args.contexts, args.steps = args.contexts or [512, 2048, 7168], args.steps or 32
     model, tokenizer = models.load(args.model)
     ids = tokenizer(texts.read("licences"), add_special_tokens=False, return_tensors="pt")["input_ids"]
     measure(model, ids, 256, args.chunk, 4)

@@ -1,9 +1,16 @@
-"""Encode and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, 2048 queries over 32768."""
+"""Encode, decode_pages and prefill attention on CUDA: 32 query and 8 KV heads of 128 channels, 2048 queries over 32768.
+
+    python benchmarks/cuda_prefill.py --json OUT --encode-json OUT
+
+Prefill is timed over a full and over a ragged past; the peers, over FP16 keys and values, are torch's flash attention
+and cuDNN.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +23,67 @@ from forgeattention.codec import Codec
 from forgeattention.ops.table import PageTable
 
 KV_HEADS, Q_HEADS, DIM, CHUNK, PAST = 8, 32, 128, 2048, 32768
+RAGGED = PAST - 5 * 64 - 17
+SHAPE = {"batch": 1, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
 
 
-def records(name: str, peer: float | None) -> list[dict[str, Any]]:
-    codec = Codec(SPECS[name], DIM, KV_HEADS)
-    k, v = (torch.randn(KV_HEADS, PAST, DIM, device="cuda", dtype=torch.float16) for _ in range(2))
+def peers(q: Any, k: Any, v: Any) -> dict[str, float]:
+    out = {}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            attend = torch.nn.functional.scaled_dot_product_attention
+            out[name] = median_us(partial(attend, q, k[None], v[None], enable_gqa=True), 1, 20)
+    return out
+
+
+def records(name: str, k: Any, v: Any, q: Any, copy: float) -> list[dict[str, Any]]:
     pages = PAST // 64
+    offsets, out = torch.arange(pages, device="cuda"), []
+
+    def add(op: str, us: float, context: int, q_len: int = 0, **more: Any) -> None:
+        shape = {**SHAPE, "context": context, "q_len": q_len}
+        out.append({"op": op, "spec": name, "shape": shape, "us": us, "device": torch.cuda.get_device_name(), **more})
+
+    codec = Codec(SPECS[name], DIM, KV_HEADS)
     buffer = torch.empty(pages * codec.page_bytes, dtype=torch.uint8, device="cuda")
-    offsets = torch.arange(pages, device="cuda") * codec.page_bytes
-    encode = median_us(lambda: ops.encode(k, v, codec, buffer, offsets), 1, 10)
-    length = torch.tensor([PAST], dtype=torch.int32, device="cuda")
-    table = PageTable(buffer, offsets[None], length, PAST)
-    q = torch.randn(1, Q_HEADS, CHUNK, DIM, device="cuda", dtype=torch.float16)
-    ours = median_us(lambda: ops.prefill_attention(q, codec, table, DIM**-0.5), 1, 10)
-    decode = median_us(lambda: ops.decode_pages(codec, table, dtype="float16", rotated=True), 1, 10)
-    if peer is None:
-        times = []
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            with sdpa_kernel(backend):
-                times.append(
-                    median_us(
-                        lambda: torch.nn.functional.scaled_dot_product_attention(q, k[None], v[None], enable_gqa=True),
-                        1,
-                        10,
-                    )
-                )
-        peer = min(times)
-        print("FP16 flash, cuDNN us:", times)
-    shape = {"batch": 1, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "context": PAST}
-    common = {"device": torch.cuda.get_device_name(), "spec": name}
-    return [
-        {
-            "op": "encode",
-            "shape": {**shape, "q_len": 0},
-            "us": encode,
-            "us_per_page_of_all_heads": encode / pages,
-            **common,
-        },
-        {"op": "decode_pages", "shape": {**shape, "q_len": 0}, "us": decode, **common},
-        {
-            "op": "prefill_attention",
-            "shape": {**shape, "q_len": CHUNK},
-            "us": ours,
-            "peers_us": {"fp16": peer},
-            "ratio": peer / ours,
-            **common,
-        },
-    ]
+    at = offsets * codec.page_bytes
+    us = median_us(partial(ops.encode, k, v, codec, buffer, at), 1, 20)
+    add("encode", us, PAST, refine=False)  # whatever the spec asks for
+    for context in (PAST, RAGGED):
+        length = torch.tensor([context], dtype=torch.int32, device="cuda")
+        table = PageTable(buffer, at[None], length, context, True)
+        if context == PAST:
+            us = median_us(partial(ops.decode_pages, codec, table, dtype="float16", rotated=True), 1, 20)
+            moved = pages * codec.page_bytes + 4 * PAST * KV_HEADS * DIM
+            add("decode_pages", us, context, gb_s=moved / us / 1e3, share_of_copy=moved / us / 1e3 / copy)
+        same = peers(q, k[:, :context], v[:, :context])
+        us = median_us(partial(ops.prefill_attention, q, codec, table, DIM**-0.5), 1, 20)
+        ratios = {f"ratio_{peer}": other / us for peer, other in same.items()}
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ops.prefill_attention(q, codec, table, DIM**-0.5)
+        scratch = torch.cuda.max_memory_allocated() - before
+        add("prefill_attention", us, context, CHUNK, peers_us=same, **ratios, scratch_bytes=scratch)
+    return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="prefill_attention and decode_pages")
+    parser.add_argument("--encode-json", type=Path, help="encode")
     options = parser.parse_args()
-    out: list[dict[str, Any]] = [{"env": environment(copy_bandwidth())}]
-    peer = None
+    copy = copy_bandwidth()
+    out: list[dict[str, Any]] = [{"env": environment(copy)}]
+    k, v = (torch.randn(KV_HEADS, PAST, DIM, device="cuda", dtype=torch.float16) for _ in range(2))
+    q = torch.randn(1, Q_HEADS, CHUNK, DIM, device="cuda", dtype=torch.float16)
     for name in SPECS:
-        new = records(name, peer)
-        peer = new[-1]["peers_us"]["fp16"]
+        new = records(name, k, v, q, copy)
         out += new
-        print(name, [(r["op"], round(r["us"], 1), round(r.get("ratio", 0), 2)) for r in new], flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(out, indent=1))
+        for r in new:
+            print(name, {key: x for key, x in r.items() if key not in ("spec", "device", "shape")}, flush=True)
+    for path, encode in ((options.json, False), (options.encode_json, True)):
+        if path:
+            path.write_text(json.dumps([r for r in out if "env" in r or (r["op"] == "encode") == encode], indent=1))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import canaries
 import candidates as caches
 import torch
 from candidates import EXACT, Candidate
+from fidelity_summary import describe, plot, summary
 
 from forgeattention import models
 from forgeattention.evaluation import niah, report, texts
@@ -102,7 +103,7 @@ class Bench:
         for candidate in self.candidates:
             if candidate.kind == "variant":
                 continue
-            cells = out.setdefault(candidate.name, {"cells": {}})["cells"]
+            out[candidate.name] = {"needle": needle.answer, "cells": (cells := {})}
             for batch in same_length(prompts, self.args.batch):
                 ids = torch.cat([prompts[depth] for depth in batch]).to(self.model.device)
                 said = self.tokenizer.batch_decode(greedy(self.model, ids, candidate, 24), skip_special_tokens=True)
@@ -122,7 +123,8 @@ class Bench:
         for candidate in self.candidates:
             if candidate.kind != "variant":
                 other = greedy(self.model, ids, candidate, NEW_TOKENS) != wanted
-                out[candidate.name] = {"first_divergence": [(*row.tolist(), True).index(True) for row in other]}
+                first = [(*row.tolist(), True).index(True) for row in other]
+                out[candidate.name] = {"first_divergence": first, "of": NEW_TOKENS}
         return out
 
     def _canary(self, name: str, text: str) -> dict[str, Row]:
@@ -257,132 +259,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for row in result["canaries"]:
         print(f"{row['canary']:32s} {row['name']:44s} KL {row['kl']:.5f}")
     return result
-
-
-def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
-    """Rows by cache, sorted by effective bits, and by canary and cache."""
-    rows, exact = [], _cells(measured, "exact")
-    for name in dict.fromkeys(row["name"] for row in measured):
-        own = [row for row in measured if row["name"] == name]
-        by_text: dict[str, list[Row]] = {}
-        for row in own:
-            if row["item"][0] == "text":
-                by_text.setdefault(row["item"][1], []).append(row)
-        means = {
-            text: {
-                "positions": (positions := sum(row["positions"] for row in pieces)),
-                **{
-                    key: sum(row[key] * row["positions"] for row in pieces) / positions
-                    for key in ("kl", "same_top", "loss")
-                },
-            }
-            for text, pieces in by_text.items()
-        }
-        out: Row = {"name": name, "kind": own[0]["kind"], "effective_bits": own[0]["bits"]}
-        if means:
-            out |= {key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")}
-            out |= {"perplexity": math.exp(_mean(row["loss"] for row in means.values()))}
-            out |= {"positions": sum(row["positions"] for row in means.values()), "texts": means}
-        if cells := _cells(measured, name):
-            found = {where for where, outcome in cells.items() if outcome == "PASS"}
-            exact_found = {where for where, outcome in exact.items() if outcome == "PASS"}
-            lengths = sorted({int(where.split()[0]) for where in cells})
-            out["needles"] = {
-                "of": len(cells),
-                "pass": len(found),
-                "exact_pass": len(exact_found),
-                "kept": len(found & exact_found),
-                "by_length": {
-                    length: {
-                        "of": sum(where.startswith(f"{length} ") for where in cells),
-                        "pass": sum(where.startswith(f"{length} ") for where in found),
-                        "exact_pass": sum(where.startswith(f"{length} ") for where in exact_found),
-                    }
-                    for length in lengths
-                },
-                "cells": cells,
-            }
-        if first := [n for row in own if row["item"][0] == "greedy" for n in row["first_divergence"]]:
-            out |= {"first_divergence": first, "mean_first_divergence": _mean(first), "of": NEW_TOKENS}
-        rows.append(out)
-    broken: dict[tuple[str, str], list[Row]] = {}
-    for row in measured:
-        if row["item"][0] == "canary" and row["name"] != "exact":
-            broken.setdefault((row["item"][1], row["name"]), []).append(row)
-    return {
-        "model": Path(args.model).name.partition(".")[0],
-        "device": f"{args.device}{' (pages decoded)' if args.decoded else ''}",
-        "setting": json.loads(json.dumps(vars(args), default=str)),
-        "rows": sorted(rows, key=lambda row: row["effective_bits"]),
-        "canaries": [
-            {
-                "canary": canary,
-                "name": name,
-                "effective_bits": own[0]["bits"],
-                **{key: _mean(row[key] for row in own) for key in ("kl", "same_top")},
-                "texts": {row["item"][2]: row["kl"] for row in own},
-            }
-            for (canary, name), own in broken.items()
-        ],
-        "env": report.environment() | ({"device": _gpu()} if args.device == "cuda" else {}),
-    }
-
-
-def _cells(measured: list[Row], name: str) -> dict[str, str]:
-    """Outcomes of needles by "length depth answer"."""
-    return {
-        f"{row['item'][1]} {depth} {NEEDLES[row['item'][2]].answer}": outcome
-        for row in measured
-        if row["item"][0] == "needles" and row["name"] == name
-        for depth, outcome in row["cells"].items()
-    }
-
-
-def _mean(values: Any) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
-def _gpu() -> str:
-    return torch.cuda.get_device_name()
-
-
-def describe(row: Row) -> str:
-    """A row for the terminal."""
-    said = f"{row['name']:44s} {row['effective_bits']:7.4f} bits"
-    if "kl" in row:
-        said += f"  KL {row['kl']:.5f}  top {row['same_top']:.1%}  ppl {row['perplexity']:.3f}"
-    if "needles" in row:
-        needles = row["needles"]
-        by = " ".join(f"{n['pass']}/{n['exact_pass']}" for n in needles["by_length"].values())
-        said += f"  needles {needles['pass']}/{needles['of']} (by length, of the exact cache's: {by})"
-    if "mean_first_divergence" in row:
-        said += f"  first other token {row['mean_first_divergence']:.1f}"
-    return said
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """KL against effective bits, logarithmic, ours and the field's."""
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    for row in result["rows"]:
-        if row["kind"] not in ("preset", "calibrated", "peer") or "kl" not in row:
-            continue
-        own = row["kind"] != "peer"
-        at = row["effective_bits"], row["kl"]
-        axis.scatter(*at, color="#d9480f" if own else "#8a8f98", s=60 if own else 25, zorder=3 if own else 2)
-        text = row["name"].removeprefix("preset ")
-        axis.annotate(text, at, xytext=(6, 3), textcoords="offset points", fontsize=9 if own else 7)
-    axis.set(
-        yscale="log",
-        xlabel="effective bits per element, scales and means included",
-        ylabel="KL to the exact cache, nats",
-        title=f"{result['model']}: fidelity against size",
-    )
-    axis.margins(x=0.12)
-    axis.grid(True, which="both", alpha=0.3)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:

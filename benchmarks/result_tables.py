@@ -53,8 +53,8 @@ def decode(records: list[dict[str, Any]]) -> str:
     measured = [record for record in records if record.get("op") == "decode_attention"]
 
     def codec(record: dict[str, Any]) -> str:
-        names = {record[side] for side in ("k_code", "v_code") if side in record}
-        return "default" if not names else "scalar" if names == {"scalar"} else "trellis"
+        k, v = record.get("k_code"), record.get("v_code")
+        return "default" if k is None else k if k == v == "scalar" else "trellis keys" if v == "scalar" else "trellis"
 
     codecs = list(dict.fromkeys(codec(record) for record in measured))
     head = ["batch x context, heads, head_dim", "fastest peer", "peer us"]
@@ -290,9 +290,69 @@ def mlx(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def encode(records: list[dict[str, Any]]) -> str:
+    """`encode` records: by codec and encoder, for a whole context and per 2048 tokens."""
+    rows = []
+    for record in records:
+        if record.get("op") == "encode":
+            encoder = "refined" if record["refine"] else "plain"
+            us, context = record["us"], record["shape"]["context"]
+            rows.append([record["spec"], encoder, count(context), f"{us:.0f}", f"{us * 2048 / context:.0f}"])
+    return table(["codec", "encoder", "tokens", "us", "us per 2K tokens"], rows)
+
+
+def cuda_prefill(records: list[dict[str, Any]]) -> str:
+    """`prefill_attention` and `decode_pages` on CUDA beside both peers."""
+    rows = []
+    for record in records:
+        if record.get("op") not in ("prefill_attention", "decode_pages"):
+            continue
+        peers = record.get("peers_us", {})
+        cells = [f"{peers[p]:.0f} ({record[f'ratio_{p}']:.2f}x)" if p in peers else None for p in ("flash", "cudnn")]
+        scratch = f"{record['scratch_bytes'] / 1e6:.0f}" if "scratch_bytes" in record else None
+        share = f"{record['share_of_copy']:.0%}" if "share_of_copy" in record else None
+        context = count(record["shape"]["context"])
+        rows.append([record["op"], record["spec"], context, f"{record['us']:.0f}", *cells, share, scratch])
+    head = ["op", "codec", "past", "us", "FP16 flash us", "FP16 cuDNN us", "share of copy", "memory taken, MB"]
+    return table(head, rows)
+
+
+def cuda_model(records: list[dict[str, Any]]) -> str:
+    """`model` on CUDA: packed against exact by model and context."""
+    rows = []
+    for record in records:
+        if record.get("op") != "model":
+            continue
+        packed, exact = record["packed"], record["exact"]
+
+        def both(name: str, scale: float, form: str, packed: Any = packed, exact: Any = exact) -> str:
+            cells = [format(x[name] * scale, form) if name in x else "does not fit" for x in (packed, exact)]
+            return " / ".join(cells)
+
+        def with_ratio(cell: str, name: str, record: Any = record) -> str:
+            return f"{cell} ({record[name]:.2f}x)" if name in record else cell
+
+        rows.append(
+            [
+                record["model"],
+                count(record["context"]),
+                with_ratio(both("tokens_per_s", 1, ".1f"), "decode_ratio"),
+                with_ratio(both("prefill_chunk_ms", 1, ".0f"), "prefill_ratio"),
+                f"{record['encode_share_of_prefill']:.1%}" if "encode_share_of_prefill" in record else None,
+                both("cache_bytes", 1e-9, ".2f"),
+                both("peak_bytes", 1e-9, ".1f"),
+            ]
+        )
+    head = ["model", "context", "decode tokens/s", "prefill of 2K tokens, ms", "of it encoding", "cache GB", "peak GB"]
+    return table(head, rows)
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "canaries": canaries,
+    "cuda_model": cuda_model,
+    "cuda_prefill": cuda_prefill,
     "decode": decode,
+    "encode": encode,
     "fidelity": fidelity,
     "fidelity_texts": fidelity_texts,
     "induction": induction,

@@ -93,6 +93,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
             "decode_pages",
             args.macros(codec, args.DecodePagesParams, **scratch),
         ),
+        ("merge", args.merge_macros(case.head_dim, case.dtype)),
         ("append_tokens", args.append_tokens_macros()),
         ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FA_TYPE=args.TYPES[case.dtype])),
         ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),

@@ -10,7 +10,7 @@ import tolerances
 from cuda_cases import CASES, Case
 
 from forgeattention import ops, reference
-from forgeattention.backends import nvrtc
+from forgeattention.backends import cuda, nvrtc
 from forgeattention.codec import Codec, packing
 from forgeattention.ops.table import ExactTokens, PageTable
 
@@ -185,6 +185,36 @@ def test_scores_sums_and_prefill(case: Case) -> None:
     assert float((out.double() - expected).norm() / expected.norm()) < tolerances.CUDA_PREFILL
     assert torch.equal(torch.isinf(lse), torch.isinf(torch.logsumexp(masked, 3)))
     assert float((lse.double() - torch.logsumexp(masked, 3)).nan_to_num().abs().max()) < tolerances.CUDA_PREFILL_LSE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [64, 80, 512])
+def test_merge(dtype: str, dim: int) -> None:
+    o1 = torch.randn(2, 5, 3, dim, device="cuda").to(getattr(torch, dtype)).transpose(1, 2)
+    o2 = torch.randn(2, 3, 5, dim, device="cuda")
+    lse1, lse2 = 4 * torch.randn(2, 2, 3, 5, device="cuda")
+    lse1[0, 0] = lse2[0, 1] = lse1[1, 2, 3] = lse2[1, 2, 3] = -math.inf
+    got, lse = ops.merge(o1, lse1, o2, lse2)
+    want, want_lse = ops.merge(o1.double(), lse1.double(), o2.double(), lse2.double())
+    assert got.dtype == o1.dtype
+    assert torch.equal(torch.isinf(lse), torch.isinf(want_lse))
+    assert float((lse - want_lse).nan_to_num().abs().max()) < tolerances.CUDA_MERGE_LSE
+    assert float((got.double() - want).abs().max() / want.abs().max()) < tolerances.CUDA_MERGE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_append_tokens(dtype: torch.dtype) -> None:
+    """Rows of different lengths, keys with strides, a row without room."""
+    k = torch.randn(3, 2, 4, 64, device="cuda").to(dtype).transpose(1, 2)
+    v = torch.randn(3, 4, 2, 64, device="cuda").to(dtype)
+    buffers = [torch.zeros(3, 4, 10, 64, dtype=dtype, device="cuda") for _ in range(2)]
+    lengths = torch.tensor([0, 7, 9], dtype=torch.int32, device="cuda")
+    cuda.append_tokens(*buffers, lengths, k, v)
+    assert lengths.tolist() == [2, 9, 9]
+    for buffer, new in zip(buffers, (k, v), strict=True):
+        want = torch.zeros_like(buffer)
+        want[0, :, :2], want[1, :, 7:9] = new[0], new[1]
+        assert torch.equal(buffer, want)
 
 
 def test_no_exact_tokens_and_nothing_at_all() -> None:

@@ -34,6 +34,9 @@ CUDA_PREFILL = 2e-3
 # The same in MLX, whose products of float32 keep 11 bits of each factor on tensor cores.
 MLX_CUDA_PREFILL = 6e-3
 CUDA_PREFILL_LSE = 1e-2
+# Two parts joined with weights in float32, rounded to the dtype.
+CUDA_MERGE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
+CUDA_MERGE_LSE = 1e-5
 # decode_pages in float32: scales and rotation in float32.
 CUDA_DECODE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 # encode in float32 against the oracle in float64: near-ties of a level choice go the other way. Share of differing
@@ -114,10 +117,8 @@ START_SEARCH = 1.02
 ENCODE_LIKE_REFERENCE = 0.04
 # KL on a canary model over the plain model's: 1.2 over thousands of positions; here are a few hundred.
 CANARY = 1.6
-# Bytes of a CUDA kernel's stack. None is the aim. At head_dim 128 and up to 8 queries the page loop touches none of
-# it; the
-# largest is that of 16 queries.
-CUDA_STACK_BYTES = 352
+# Bytes of a CUDA kernel's stack. None is the aim; the largest is decode attention at head_dim 512, at 128 it is 56.
+CUDA_STACK_BYTES = 96
 # Energies read off weights through a norm, whose epsilon of 1e-5 shortens the probe.
 NORM_EPSILON = 3e-5
 # KL of 3 bits on models of random weights, whose attention is spread over hundreds of tokens.

@@ -151,6 +151,7 @@ def _warn_of_plain_codes() -> None:
 
 _encode_params = args.Packer(args.EncodeParams)
 _decode_pages_params = args.Packer(args.DecodePagesParams)
+_merge_params = args.Packer(args.MergeParams)
 _append_tokens_params = args.Packer(args.AppendTokensParams)
 _scores_params = args.Packer(args.ScoresParams)
 
@@ -189,6 +190,23 @@ def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
             *(k.shape[1], k.shape[2], k.shape[3] * size // 4, to_k.shape[2]),
         )
         kernel.launch((k.shape[0], 1, 1), 256, _stream(device), params)
+
+
+def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
+    """`ops.merge` of o1 [batch, heads, n, dim] and a float32 o2 of the same shape, in one launch."""
+    o1, lse1, o2, lse2 = o1 if o1.stride(-1) == 1 else o1.contiguous(), *(x.contiguous() for x in (lse1, o2, lse2))
+    out = torch.empty(o1.shape, dtype=o1.dtype, device=o1.device)
+    lse = torch.empty_like(lse1)
+    if out.numel() == 0:
+        return out, lse
+    with _on(o1.device):
+        kernel = nvrtc.kernel("merge", args.merge_macros(o1.shape[3], dtype_of(o1)), o1.device.index, 0)
+        rows = lse1.numel()
+        params = _merge_params(
+            *map(_address, (o1, lse1, o2, lse2, out, lse)), *o1.stride()[:3], rows, o1.shape[1], o1.shape[2]
+        )
+        kernel.launch((-(-rows // 8), 1, 1), 256, _stream(o1.device), params)
+    return out, lse
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:

@@ -111,6 +111,14 @@ class MergePartsParams(ctypes.Structure):
     ]
 
 
+class MergeParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("a", "a_lse", "b", "b_lse", "out", "lse")),
+        ("a_stride", I64 * 3),
+        *((name, I32) for name in ("rows", "heads", "n")),
+    ]
+
+
 class AppendTokensParams(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("k", "v", "to_k", "to_v", "lengths")),
@@ -178,6 +186,11 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
         "FA_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
+def merge_macros(dim: int, dtype: str) -> Macros:
+    named = {"FA_DIM": dim, "FA_TYPE": TYPES[dtype], "FA_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
+    return tuple((name, str(value)) for name, value in named.items())
 
 
 def append_tokens_macros() -> Macros:
@@ -266,7 +279,7 @@ class DecodePlan:
         return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
 
     def slots(self, max_length: int, max_exact: int) -> int:
-        """Partial results of one row and KV head: one per chunk, one per task of exact tokens (Cut in decode_args.cuh)."""
+        """Partial results of a row and KV head: one per chunk and per task of exact tokens (Cut in decode_args.cuh)."""
         return self.row_chunks(max_length) + -(-max_exact // 16)
 
     def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
@@ -281,12 +294,14 @@ def decode_plan(
     warps: int | None = None,
     ctas: int | None = None,
     pages: int | None = None,
+    groups: int = 4,
     rounds: int = 2,
 ) -> DecodePlan:
-    """The launch shape for `queries` query vectors per KV head (group times tokens).
+    """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
 
-    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: up to head_dim 128 and eight queries.
-    With four queries or fewer there is room for two pages at a time. Longer vectors and more queries take 255 registers.
+    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: to head_dim 128 and eight queries. With
+    four queries or fewer there is room for two pages at a time. Larger ones take 255 registers. A chunk holds `rounds`
+    groups of pages for every warp.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
@@ -295,21 +310,21 @@ def decode_plan(
     warps = warps or 8
     ctas = ctas or (2 if light else 1)
     pages = pages or (2 if light and held == 4 else 1)
-    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * 2 * pages * PAGE * 4 + 64
+    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
     per_group = warps * (pages * fmt.record_bytes + 16)
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    groups = min(4, room // per_group)
     # A warp's part of the ring holds its state at the end.
     needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
-    if groups < needed:
+    if room < needed * per_group:
         if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, groups, rounds)
         if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, groups, rounds)
         if pages > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, None, None, 1, rounds)
+            return decode_plan(fmt, kv_heads, queries, limits, pages=1)
         expected, got = fixed + needed * per_group, room + fixed
         raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
+    groups = max(needed, min(groups, room // per_group))
     return DecodePlan(
         queries=held,
         blocks=blocks,

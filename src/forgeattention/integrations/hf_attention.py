@@ -150,7 +150,8 @@ def attend(
     if past is not None and not flash(q):
         o, lse = ops.merge(o.float(), lse, *attention(q, past[0], past[1], scale))
     if packed is not None:
-        o, lse = ops.merge(*packed, o, lse)
+        # The result is in the first part's dtype; sinks want it before it is rounded.
+        o, lse = ops.merge(o if sinks is None else o.float(), lse, *packed)
     return with_sinks(o, lse, sinks).to(q.dtype)
 
 

@@ -63,7 +63,7 @@ struct Shared {
   u8* ring;      // [WARPS][GROUPS][PAGES][RECORD]; when pages are done, what the merges need
   u8* terms;     // [QUERIES][QUERY_BYTES]
   u8* plain;     // queries as 16-bit fragments, see exact.cuh
-  float* scales;  // [WARPS][K, V][PAGES][PAGE] of the pages at work
+  float* scales;  // [WARPS][PAGES][PAGE] of the pages at work, of keys, then of values
   u64* barriers;  // [WARPS][GROUPS][2]
   u32* constants;  // [CONSTANT_WORDS]
   float* step;   // [QUERIES] 256 step of a query
@@ -76,7 +76,7 @@ struct Shared {
     terms = ring + WARPS * GROUPS * PAGES * RECORD;
     plain = terms + QUERIES * QUERY_BYTES;
     scales = (float*)(plain + QUERIES * ROW_BYTES);
-    barriers = (u64*)(scales + WARPS * 2 * PAGES * fa::PAGE);
+    barriers = (u64*)(scales + WARPS * PAGES * fa::PAGE);
     constants = (u32*)(barriers + WARPS * GROUPS * 2);
     step = (float*)(constants + CONSTANT_WORDS);
     shift = step + QUERIES;

@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[E]) {
 
 // Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it needs one.
 __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot, int warp, int lane) {
-  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E <= 4 ? 16 : 64 / E;
+  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E > 4 ? 64 / E : PARTS > 2 ? 32 / PARTS : 16;
   static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
   const Signs<DIM, FA_ROTATION> signs(p.v_transform, lane);
@@ -219,9 +219,12 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
         const float f = __shfl_sync(~0u, factor, a * PARTS + part);
         const bool pages = first + a * PARTS + part < cut.chunks;
 #pragma unroll
-        for (int k = 0; k < E; ++k) {
-          y[k] = fmaf(pages ? f : 0.f, v[a][k], y[k]);
-          exact[k] = fmaf(pages ? 0.f : f, v[a][k], exact[k]);
+        for (int k = 0; k < E; ++k) {  // exact tokens have no padded channels: what is there must not reach y
+          if (pages) {
+            y[k] = fmaf(f, v[a][k], y[k]);
+          } else {
+            exact[k] = fmaf(f, v[a][k], exact[k]);
+          }
         }
       }
       first += AHEAD * PARTS;
@@ -263,8 +266,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
       if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
-      if (cut.tasks) y[k] += exact[k];  // which has no padded channels
-      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, y[k] * inverse);
+      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
   }
@@ -276,16 +278,17 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
   it.row = blockIdx.z, it.head = blockIdx.y / p.blocks, it.block = blockIdx.y % p.blocks, it.chunk = blockIdx.x;
-  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its query, the
-  // rest of the parameters (constant memory is cached by lines) and, supposing that the row is as long as the longest may be,
-  // where its first pages are.
-  float x[E];
-  if (warp < QUERIES) load_query(p, it, warp, lane, x);
+  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries and,
+  // supposing that the row is as long as the longest may be, where its first pages are.
+  constexpr int OF_WARP = QUERIES > WARPS / 2 ? QUERIES / (WARPS / 2) : 1, QUERY_WARPS = QUERIES / OF_WARP;
+  float x[OF_WARP][E];
+  if (warp < QUERY_WARPS)
+#pragma unroll
+    for (int i = 0; i < OF_WARP; ++i) load_query(p, it, warp * OF_WARP + i, lane, x[i]);
   const Signs<DIM, FA_ROTATION> signs(p.k_transform, lane);
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
-  const float scale = p.scale_log2, k_unit = p.k_unit;
   const i64* offsets = p.offsets + it.row * p.max_pages;
   constexpr int STRIDE = WARPS * PAGES;
   i64 found[GROUPS][PAGES];
@@ -311,25 +314,24 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   const int end = cut.begin(it.chunk + 1);
   int first = cut.begin(it.chunk) + warp * PAGES;  // page of the group at work
   const u8* records = p.base + (i64)it.head * RECORD;
-  const auto fill_first = [&](int half) {
+  const auto fill_first = [&]() {
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) {
       const u8* at[PAGES];
 #pragma unroll
       for (int j = 0; j < PAGES; ++j) at[j] = records + found[i][j];
-      ring.fill(i, half, end - first - i * STRIDE, at, lane);
+      ring.fill(i, 0, end - first - i * STRIDE, at, lane);
+      ring.fill(i, 1, end - first - i * STRIDE, at, lane);
     }
   };
-  fill_first(0);
+  // Warps with a query to prepare ask for their pages when it is done: the copies' queue may be full.
+  if (warp >= QUERY_WARPS) fill_first();
   if (thread == 0) Constants::store(sh.constants);
-  if (warp < QUERIES) keep_query(p, it, sh, warp, lane, x, signs);
-  if constexpr (QUERIES > WARPS)
-    for (int i = warp + WARPS; i < QUERIES; i += WARPS) {
-      load_query(p, it, i, lane, x);
-      keep_query(p, it, sh, i, lane, x, signs);
-    }
+  if (warp < QUERY_WARPS)
+#pragma unroll
+    for (int i = 0; i < OF_WARP; ++i) keep_query(p, it, sh, warp * OF_WARP + i, lane, x[i], signs);
   __syncthreads();
-  fill_first(1);
+  if (warp < QUERY_WARPS) fill_first();
   const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block) * p.slots;
   while (task < cut.tasks) {
     tokens.attend(p, it, sh, slot + cut.chunks + task, lane);
@@ -342,15 +344,15 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
     q[b].load(sh.terms + 4 * b * QUERY_BYTES, sh.totals + 8 * b, lane);
-    qs[b] = sh.step[4 * b + t] * scale;
-    fixed_shift[b] = sh.shift[4 * b + t] * scale;
+    qs[b] = sh.step[4 * b + t] * p.scale_log2;
+    fixed_shift[b] = sh.shift[4 * b + t] * p.scale_log2;
     st.m[b] = NO_MAX;
     st.l[b] = 0.f;
   }
 #pragma unroll
   for (int i = 0; i < BLOCKS * DIM / 8; ++i) st.acc[i] = 0.f;
   const Constants constants(sh.constants);
-  float *k_scales = sh.scales + warp * 2 * PAGES * fa::PAGE, *v_scales = k_scales + PAGES * fa::PAGE;
+  float* scales = sh.scales + warp * PAGES * fa::PAGE;
   int group = 0;
   u32 phase = 0;
   for (; first < end; first += STRIDE) {
@@ -374,7 +376,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
       const Header header(means[i], lane);
       mean_scale[i] = i == 0 || valid > i * fa::PAGE ? header.mean_scale() : 0.f;
       v_base[i] = header.v_base();
-      store_scales(k_scales + i * fa::PAGE, decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
+      store_scales(scales + i * fa::PAGE, decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
@@ -387,7 +389,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     for (int i = 0; i < PAGES; ++i) {
       float sums[BLOCKS][SPAN], n[SPAN];
       key_sums(here[i], lane, q, constants, sums);
-      load_scales_of(k_scales + i * fa::PAGE, lane, n);
+      load_scales_of(scales + i * fa::PAGE, lane, n);
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -396,7 +398,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     __syncwarp();
     ring.fill(group, 0, end - ahead, next, lane);
     const int beyond = valid - key_token(lane, 0);
-    if (valid < PAGES * fa::PAGE)
+    if (valid < PAGES * fa::PAGE) {
+      __syncwarp();  // keeps this a branch
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -404,18 +407,19 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
           for (int j = 0; j < SPAN; ++j)
             if (i * fa::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
+    }
     ring.wait(group, 1, phase);
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
       float2 two = make_float2(0.f, 0.f);
       if (i == 0 || valid > i * fa::PAGE) two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
-      store_scales(v_scales + i * fa::PAGE, two, lane);
+      store_scales(scales + i * fa::PAGE, two, lane);
     }
     __syncwarp();
     u32 w[PAGES][BLOCKS][4];
     float step[BLOCKS];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) weigh(v_scales, lane, b, s[b], qs[b] * k_unit, shift[b], st, w, step[b]);
+    for (int b = 0; b < BLOCKS; ++b) weigh(scales, lane, b, s[b], qs[b] * p.k_unit, shift[b], st, w, step[b]);
     const u8* values[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) values[i] = here[i] + K_BYTES;

@@ -126,7 +126,7 @@ constexpr bool QUERIES_IN_REGISTERS = DIM <= 256;
 struct Queries {
   uint2 b[QUERIES_IN_REGISTERS ? STEPS : 1];
   const uint2* at;
-  u32 start[2];  // of the chains of key sums: MAGIC_BITS, and what the two tables of levels lack
+  float total;  // sum of the query's terms, as joined: what the two tables of levels lack, if there are two
 
   __device__ __forceinline__ void load(const u8* terms, const int* totals, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -134,8 +134,7 @@ struct Queries {
     if constexpr (QUERIES_IN_REGISTERS)
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) b[s] = at[s];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) start[i] = MAGIC_BITS + (K_PAIR ? (u32)totals[2 * t + i] : 0u);
+    if constexpr (K_PAIR) total = fmaf((float)totals[2 * t + 1], 1.f / 256.f, (float)totals[2 * t]);
   }
   __device__ __forceinline__ uint2 get(int s) const { return QUERIES_IN_REGISTERS ? b[QUERIES_IN_REGISTERS ? s : 0] : at[s]; }
 };
@@ -188,17 +187,13 @@ __device__ __forceinline__ void key_sums(const u8* codes, int lane, const Querie
           for (int b = 0; b < BLOCKS; ++b) {
             Sums& d = sums[m][b];
             const uint2 terms = q[b].get(step);
-            if (K_PAIR && step == 0) {
-              const Sums start = {{q[b].start[0], q[b].start[1], q[b].start[0], q[b].start[1]}};
-              mma_ss(d, low, terms.x, terms.y, start);
-            } else {
-              mma_ss(d, low, terms.x, terms.y, step % CHAIN ? d : c.start);
-            }
+            mma_ss(d, low, terms.x, terms.y, step % CHAIN ? d : c.start);
             if constexpr (K_PAIR) mma_ss(d, high, terms.x, terms.y, d);
             if (step % CHAIN == CHAIN - 1 || step == STEPS - 1)
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
                 float sum = join_terms(d[2 * i], d[2 * i + 1]);
+                if (K_PAIR && step == STEPS - 1) sum += q[b].total;
                 if (step >= CHAIN) sum += before[m][b][i];
                 before[m][b][i] = sum;
                 s[b][2 * (((from + batch) * 4) / (2 * STEPS) + m) + i] = sum;

@@ -1,0 +1,74 @@
+"""The fidelity benchmark's sums: what items say of each cache, put together."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fidelity_summary
+
+ARGS = argparse.Namespace(model="folder/model.gguf", device="cpu", decoded=False, json=Path("out.json"))
+
+
+def row(name: str, item: list[Any], **found: Any) -> dict[str, Any]:
+    return {"item": item, "name": name, "kind": "preset", "bits": {"exact": 16.0, "a": 3.0, "b": 2.0}[name], **found}
+
+
+def text(name: str, kind: str, piece: int, kl: float, positions: int = 100) -> dict[str, Any]:
+    return row(name, ["text", kind, piece], kl=kl, same_top=1 - kl, loss=math.log(4), positions=positions)
+
+
+def test_texts_count_alike_and_pieces_by_their_positions() -> None:
+    measured = [text("a", "x", 0, 0.1), text("a", "x", 1, 0.4, 200), text("a", "y", 0, 0.5), text("b", "x", 0, 0.2)]
+    result = fidelity_summary.summary(ARGS, measured)
+    b, a = result["rows"]
+    assert (b["name"], a["name"]) == ("b", "a")
+    assert a["texts"]["x"]["kl"] == pytest.approx(0.3)
+    assert a["kl"] == pytest.approx(0.4)
+    assert a["perplexity"] == pytest.approx(4)
+    assert a["positions"] == 400
+    assert result["model"] == "model"
+    assert "KL 0.40000" in fidelity_summary.describe(a)
+
+
+def test_needles_are_counted_by_length_and_against_the_exact_cache() -> None:
+    def cells(name: str, length: int, *outcomes: str) -> dict[str, Any]:
+        depths = {str(i): outcome for i, outcome in enumerate(outcomes)}
+        return row(name, ["needles", length, 0], needle="N 1", cells=depths)
+
+    measured = [
+        cells("exact", 500, "PASS", "PASS", "FAIL"),
+        cells("exact", 2500, "PASS", "PASS", "PASS"),
+        cells("a", 500, "PASS", "PARTIAL_WORD", "PASS"),
+        cells("a", 2500, "PASS", "PASS", "ECHO"),
+    ]
+    a, _ = fidelity_summary.summary(ARGS, measured)["rows"]
+    assert {key: a["needles"][key] for key in ("of", "pass", "exact_pass", "kept")} == {
+        "of": 6, "pass": 4, "exact_pass": 5, "kept": 3,
+    }  # fmt: skip
+    assert a["needles"]["by_length"] == {
+        500: {"of": 3, "pass": 2, "exact_pass": 2},
+        2500: {"of": 3, "pass": 2, "exact_pass": 3},
+    }
+
+
+def test_agreement_and_canaries() -> None:
+    measured = [
+        row("a", ["greedy", "x", 0, 1], first_divergence=[3, 64], of=64),
+        row("a", ["greedy", "y", 0], first_divergence=[5], of=64),
+        row("exact", ["canary", "c", "x"], kl=0.0, same_top=1.0),
+        row("a", ["canary", "c", "x"], kl=0.2, same_top=0.9),
+        row("a", ["canary", "c", "y"], kl=0.4, same_top=0.7),
+    ]
+    result = fidelity_summary.summary(ARGS, measured)
+    a = next(found for found in result["rows"] if found["name"] == "a")
+    assert (a["mean_first_divergence"], a["of"]) == (24, 64)
+    (canary,) = result["canaries"]
+    assert (canary["canary"], canary["name"]) == ("c", "a")
+    assert canary["kl"] == pytest.approx(0.3)
