@@ -113,6 +113,28 @@ __device__ __forceinline__ void candidates(const float* scores, const float2* st
   }
 }
 
+// The listed tokens, or what would have been listed.
+struct List {
+  const Shared& sh;
+  const float* scores;
+  const float2* stats;
+  int used, length;
+  float top;
+  int limit, listed;
+
+  // Calls use(key, position), by single threads.
+  template <class Use>
+  __device__ __forceinline__ void operator()(Use use) const {
+    if (listed <= CAPACITY) {
+      for (int i = threadIdx.x; i < listed; i += THREADS) use(sh.keys[i], sh.positions[i]);
+    } else {
+      candidates(scores, stats, used, length, top, limit, [&](bool found, u32 key, int position) {
+        if (found) use(key, (u32)position);
+      });
+    }
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 memory[];
   Shared& sh = *(Shared*)memory;
@@ -191,15 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
   __syncthreads();
   const int listed = sh.listed;
   const u32 floor = 0xFFFFFFFFu - block_max(0xFFFFFFFFu - lowest, sh), range = block_max(highest, sh) - floor;
-  const auto each = [&](auto use) {  // use(key, position) by single threads
-    if (listed <= CAPACITY) {
-      for (int i = thread; i < listed; i += THREADS) use(sh.keys[i], sh.positions[i]);
-    } else {
-      candidates(scores, stats, used, length, top, bins, [&](bool found, u32 key, int position) {
-        if (found) use(key, (u32)position);
-      });
-    }
-  };
+  const List each{sh, scores, stats, used, length, top, bins, listed};
 
   u64 wanted = budget;
   if (by_mass) {

@@ -1,0 +1,137 @@
+"""Sparse attention on CUDA. Nothing waits for the device, and every launch can be captured in a graph."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from ..codec.codec import Codec
+from ..codec.spec import PAGE
+from ..ops.arrays import dtype_of
+from ..ops.sparse import Scores, Threshold
+from ..ops.table import PageTable
+from . import cuda, cuda_args, nvrtc
+from . import cuda_sparse_args as args
+
+
+def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> args.SparsePlan:
+    return args.sparse_plan(codec.format, codec.kv_heads, queries, cuda.limits(device.index), keys)
+
+
+_score_params = cuda_args.Packer(args.SparseScoresParams)
+_threshold_params = cuda_args.Packer(args.SparseThresholdParams)
+_attention_params = cuda_args.Packer(args.SparseAttentionParams)
+
+
+class _Launch:
+    """A kernel with what its launches have in common."""
+
+    def __init__(self, stem: str, codec: Codec, queries: int, dtype: str, device: Any, keys: bool) -> None:
+        params = args.SparseScoresParams if keys else args.SparseAttentionParams
+        self.plan = _plan(codec, queries, device, keys)
+        macros = self.plan.macros(codec, params, dtype)
+        self.kernel = nvrtc.kernel(stem, macros, device.index, self.plan.shared_bytes)
+        self.transform = bytes(cuda._constants_of(codec, device).attend[0 if keys else 1])
+
+
+def _launch(stem: str, codec: Codec, queries: int, dtype: str, device: Any, keys: bool) -> _Launch:
+    kernels = cuda._constants_of(codec, device).kernels
+    key = stem, queries, dtype
+    if key not in kernels:
+        kernels[key] = _Launch(stem, codec, queries, dtype, device, keys)
+    return kernels[key]
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
+    batch, q_heads, n, _ = q.shape
+    device, pages, group = q.device, -(-table.max_length // PAGE), q_heads // codec.kv_heads
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    scores = torch.empty((batch, q_heads, n, pages * PAGE), dtype=torch.float32, device=device)
+    stats = torch.empty((batch, q_heads, n, pages, 2), dtype=torch.float32, device=device)
+    if scores.numel():
+        with cuda._on(device):
+            launch = _launch("sparse_scores", codec, group * n, dtype_of(q), device, True)
+            params = _score_params(
+                *map(cuda._address, (q, table.base, table.offsets, table.lengths, scores, stats)),
+                launch.transform,
+                *q.stride()[:3],
+                table.offsets.stride(0),
+                *(codec.kv_heads, group, n, group * n, launch.plan.blocks, pages),
+                scale,
+                codec.k_codebook.unit,
+            )
+            splits = max(1, min(launch.plan.splits // batch, -(-pages // launch.plan.warps)))
+            grid = splits, codec.kv_heads * launch.plan.blocks, batch
+            launch.kernel.launch(grid, launch.plan.threads, cuda._stream(device), params)
+    return Scores(scores[..., : table.max_length], stats)
+
+
+def _whole_pages(scores: Scores) -> Any:
+    """The scores' memory [batch, q_heads, n, 64 pages]."""
+    s, pages = scores.scores, scores.pages.shape[3]
+    strides = tuple(pages * PAGE * x for x in (s.shape[1] * s.shape[2], s.shape[2], 1))
+    same = all(a == b or n == 1 for a, b, n in zip(s.stride(), (*strides, 1), s.shape))
+    if same and s.untyped_storage().nbytes() // 4 - s.storage_offset() >= s[..., 0].numel() * pages * PAGE:
+        return s
+    return torch.nn.functional.pad(s, (0, pages * PAGE - s.shape[3]), value=-torch.inf).contiguous()
+
+
+def sparse_threshold(
+    scores: Scores, table: PageTable, top_k: Any | None, top_p: float | None, exact_lse: Any | None
+) -> Threshold:
+    batch, q_heads, n, _ = scores.scores.shape
+    device, rows = scores.scores.device, batch * q_heads * n
+    top, limit, dropped = torch.empty((3, batch, q_heads, n), dtype=torch.float32, device=device)
+    last, kept = torch.empty((2, batch, q_heads, n), dtype=torch.int32, device=device)
+    if rows and table.max_length:
+        whole, pages = _whole_pages(scores), scores.pages.contiguous()
+        exact_lse = None if exact_lse is None else exact_lse.contiguous()
+        one = min(top_k, 2**31 - 1) if isinstance(top_k, int) else 0
+        with cuda._on(device):
+            kernel = nvrtc.kernel("sparse_threshold", args.threshold_macros(), device.index, args.THRESHOLD_BYTES)
+            budgets = None if isinstance(top_k, int) else top_k
+            params = _threshold_params(
+                *map(cuda._address, (whole, pages, table.lengths, budgets, exact_lse)),
+                *map(cuda._address, (limit, last, kept, dropped, top)),
+                *(q_heads, n, pages.shape[3], one),
+                top_p or 0.0,
+            )
+            kernel.launch((rows, 1, 1), 1024, cuda._stream(device), params)
+    else:
+        limit.fill_(torch.inf), last.fill_(-1), kept.zero_(), dropped.zero_()
+    return Threshold(limit, last, kept, dropped)
+
+
+def sparse_attention(
+    scores: Scores, threshold: Threshold, codec: Codec, table: PageTable, other: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    batch, q_heads, n, _ = scores.scores.shape
+    device, queries = scores.scores.device, q_heads // codec.kv_heads * n
+    dtype = torch.float32 if other is None else other[0].dtype
+    if batch * n * table.max_length == 0:
+        if other is not None:
+            return other
+        out = torch.zeros((batch, q_heads, n, codec.head_dim), dtype=dtype, device=device)
+        return out, torch.full((batch, q_heads, n), -torch.inf, dtype=torch.float32, device=device)
+    out = torch.empty((batch, q_heads, n, codec.head_dim), dtype=dtype, device=device)
+    lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
+    whole, stats = _whole_pages(scores), scores.pages.contiguous()
+    other_o, other_lse = (None, None) if other is None else (x.contiguous() for x in other)
+    with cuda._on(device):
+        launch = _launch("sparse_attention", codec, queries, dtype_of(out), device, False)
+        plan, stream = launch.plan, cuda._stream(device)
+        heads = batch * codec.kv_heads * plan.blocks
+        part = torch.empty(heads * plan.splits * 8 * (codec.format.padded_dim + 1), dtype=torch.float32, device=device)
+        params = _attention_params(
+            *map(cuda._address, (whole, stats, threshold.score, threshold.last)),
+            *map(cuda._address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse, part)),
+            cuda._counters_of(device, stream, heads).data_ptr(),
+            launch.transform,
+            table.offsets.stride(0),
+            *(codec.kv_heads, queries, plan.blocks, stats.shape[3]),
+            codec.v_codebook.unit,
+        )
+        launch.kernel.launch((plan.splits, codec.kv_heads * plan.blocks, batch), plan.threads, stream, params)
+    return out, lse
