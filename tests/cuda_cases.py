@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forgeattention.backends import cuda_args as args
+from forgeattention.backends import cuda_sparse_args as sparse
 from forgeattention.codec import Codec, CodecSpec
 
 
@@ -85,6 +86,8 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     plan = args.decode_plan(codec.format, kv_heads, case.group * case.n, args.Limits())
     pages = {"FA_WIDTH": case.head_dim, "FA_TYPE": args.TYPES["float32"]}
     scratch = {"FA_WIDTH": codec.format.padded_dim, "FA_TYPE": args.TYPES["float16"], "FA_ROTATION": 0}
+    queries = case.group * case.n
+    plans = [sparse.sparse_plan(codec.format, kv_heads, queries, args.Limits(), keys) for keys in (True, False)]
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
         ("encode", args.encode_macros(codec, case.dtype)),
@@ -99,6 +102,9 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),
         ("qk_scores", args.scores_macros(codec, case.dtype)),
         ("value_sum", args.scores_macros(codec, "float32")),
+        ("sparse_scores", plans[0].macros(codec, sparse.SparseScoresParams, case.dtype)),
+        ("sparse_threshold", sparse.threshold_macros()),
+        ("sparse_attention", plans[1].macros(codec, sparse.SparseAttentionParams, case.dtype)),
     ]
 
 

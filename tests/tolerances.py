@@ -136,3 +136,5 @@ MERGE_DOUBLE = 1e-12
 # vLLM, SmolLM2 in float32 over 1,024 tokens of Genesis: KL over the likeliest tokens against vLLM's own cache (and of a
 # prompt read anew against one whose prefix was cached), share of equal top tokens.
 VLLM = {"kl": 0.03, "same_top": 0.9}
+# The same on CUDA: exponentials to 2^-22, sums of fixed point.
+CUDA_SPARSE_MASS = 1e-5

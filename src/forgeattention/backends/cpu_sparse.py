@@ -38,7 +38,7 @@ def sparse_threshold(
 ) -> Threshold:
     op, like = "sparse_threshold", scores.scores
     shape = tuple(like.shape[:3])
-    out = [empty_like(like, shape, dtype) for dtype in ("float32", "int32", "int32", "float32")]
+    out = [empty_like(like, shape, dtype) for dtype in ("float32", "int32", "int32", "float32", "float32")]
     one = top_k if isinstance(top_k, int) else 0
     cpu._native.sparse_threshold(
         _scored(op, scores),
@@ -65,6 +65,7 @@ def sparse_attention(
         cpu._table(op, table),
         cpu._flat(op, "threshold.score", threshold.score),
         cpu._flat(op, "threshold.last", threshold.last),
+        cpu._flat(op, "threshold.top", threshold.top),
         cpu._address(out),
         cpu._address(lse),
         get_num_threads(),

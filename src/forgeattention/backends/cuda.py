@@ -374,3 +374,21 @@ def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> t
     from .cuda_prefill import prefill_attention
 
     return prefill_attention(q, codec, table, scale)
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    from .cuda_sparse import sparse_scores
+
+    return sparse_scores(q, codec, table, scale)
+
+
+def sparse_threshold(scores: Any, table: PageTable, top_k: Any, top_p: float | None, exact_lse: Any) -> Any:
+    from .cuda_sparse import sparse_threshold
+
+    return sparse_threshold(scores, table, top_k, top_p, exact_lse)
+
+
+def sparse_attention(scores: Any, threshold: Any, codec: Codec, table: PageTable, other: Any) -> tuple[Any, Any]:
+    from .cuda_sparse import sparse_attention
+
+    return sparse_attention(scores, threshold, codec, table, other)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -100,8 +99,8 @@ def sparse_threshold(
             )
             kernel.launch((rows, 1, 1), 1024, cuda._stream(device), params)
     else:
-        limit.fill_(torch.inf), last.fill_(-1), kept.zero_(), dropped.zero_()
-    return Threshold(limit, last, kept, dropped)
+        limit.fill_(torch.inf), last.fill_(-1), kept.zero_(), dropped.zero_(), top.fill_(-torch.inf)
+    return Threshold(limit, last, kept, dropped, top)
 
 
 def sparse_attention(
@@ -125,7 +124,7 @@ def sparse_attention(
         heads = batch * codec.kv_heads * plan.blocks
         part = torch.empty(heads * plan.splits * 8 * (codec.format.padded_dim + 1), dtype=torch.float32, device=device)
         params = _attention_params(
-            *map(cuda._address, (whole, stats, threshold.score, threshold.last)),
+            *map(cuda._address, (whole, stats, threshold.score, threshold.top, threshold.last)),
             *map(cuda._address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse, part)),
             cuda._counters_of(device, stream, heads).data_ptr(),
             launch.transform,

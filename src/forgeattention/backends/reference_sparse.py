@@ -22,11 +22,12 @@ def sparse_threshold(
     exact = np.full(s.shape[:3], -np.inf) if exact_lse is None else to_numpy(exact_lse).astype(np.float64)
     given = top_k if top_k is None or isinstance(top_k, int) else to_numpy(top_k)
     budgets = None if given is None else np.broadcast_to(given, s.shape[1])
-    out = np.zeros((4, *s.shape[:3]))
+    out = np.zeros((5, *s.shape[:3]))
     for b, h, i in np.ndindex(*s.shape[:3]):
         k = None if budgets is None else int(budgets[h])
-        out[:, b, h, i] = sparse.sparse_threshold(s[b, h, i, : lengths[b]], k, top_p, float(exact[b, h, i]))
-    dtypes = ("float32", "int32", "int32", "float32")
+        out[:4, b, h, i] = sparse.sparse_threshold(s[b, h, i, : lengths[b]], k, top_p, float(exact[b, h, i]))
+    out[4] = s.max(-1, initial=-np.inf)
+    dtypes = ("float32", "int32", "int32", "float32", "float32")
     return Threshold(*(from_numpy(x, scores.scores, dtype) for x, dtype in zip(out, dtypes)))
 
 

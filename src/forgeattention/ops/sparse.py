@@ -42,12 +42,14 @@ class Threshold:
         kept: int32 [batch, q_heads, n], how many tokens that are.
         dropped: float32 [batch, q_heads, n], the other packed tokens' share of the softmax mass, exact tokens included
             in the whole.
+        top: float32 [batch, q_heads, n], the largest score; -inf without packed tokens.
     """
 
     score: Any
     last: Any
     kept: Any
     dropped: Any
+    top: Any
 
 
 def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend: str = "auto") -> Scores:

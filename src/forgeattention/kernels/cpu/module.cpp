@@ -158,17 +158,17 @@ NB_MODULE(_native, m) {
                   pointer<float>(scores), pointer<float>(stats), threads);
   });
   m.def("sparse_threshold", [scored](ScoredView s, uintptr_t lengths, uintptr_t budgets, int budget, float top_p, uintptr_t exact_lse,
-                                     uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, int threads) {
+                                     uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, uintptr_t top, int threads) {
     const nb::gil_scoped_release release;
     sparse_threshold(scored(s), pointer<const int>(lengths), pointer<const int>(budgets), budget, top_p,
                      pointer<const float>(exact_lse), pointer<float>(threshold), pointer<int>(last), pointer<int>(kept),
-                     pointer<float>(dropped), threads);
+                     pointer<float>(dropped), pointer<float>(top), threads);
   });
   m.def("sparse_attention", [scored](const Codec& codec, ScoredView s, TableView table, uintptr_t threshold, uintptr_t last,
-                                     uintptr_t out, uintptr_t lse, int threads) {
+                                     uintptr_t top, uintptr_t out, uintptr_t lse, int threads) {
     const nb::gil_scoped_release release;
     sparse_attention(codec, scored(s), table_of(table), pointer<const float>(threshold), pointer<const int>(last),
-                     pointer<float>(out), pointer<float>(lse), threads);
+                     pointer<const float>(top), pointer<float>(out), pointer<float>(lse), threads);
   });
 
   m.def("read_pass", [](uintptr_t data, int64_t bytes, int threads) {

@@ -114,7 +114,7 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
 }
 
 void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, int budget, float top_p, const float* exact_lse,
-                      float* threshold, int* last, int* kept, float* dropped, int threads) {
+                      float* threshold, int* last, int* kept, float* dropped, float* tops, int threads) {
   const int pages = pages_of(s.max_length);
   for (int b = 0; b < s.shape.batch; ++b)
     if (lengths[b] < 0 || lengths[b] > s.max_length)
@@ -133,6 +133,7 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
     threshold[row] = packed == packed ? INF : __builtin_nanf("");  // a query that is not finite gives NaN
     last[row] = -1;
     kept[row] = 0;
+    tops[row] = top;
     dropped[row] = length ? (exact < INF ? float(packed / total) : 0.0f) : 0.0f;
     const int k = std::min(budgets ? budgets[head] : budget, length);
     const double may_drop = top_p > 0 ? (1 - double(top_p)) * total : 0;
@@ -168,8 +169,8 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
   });
 }
 
-void sparse_attention(const Codec& codec, const Scored& s, const Table& table, const float* threshold, const int* last, float* out,
-                      float* lse, int threads) {
+void sparse_attention(const Codec& codec, const Scored& s, const Table& table, const float* threshold, const int* last, const float* top,
+                      float* out, float* lse, int threads) {
   const Kernels& kernel = kernels();
   const int rows = s.shape.q_heads / codec.kv_heads * s.shape.n, dim = codec.dim, pages = pages_of(s.max_length);
   const int heads = s.shape.batch * codec.kv_heads;
@@ -179,17 +180,11 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
   };
   // Pages with a survivor, for each KV head; pieces of them by their number alone, so that threads change no result.
   std::vector<std::vector<int>> used(heads);
-  std::vector<std::vector<float>> top(heads);
   parallel_for(heads, threads, [&](int64_t job, int) {
     const int length = table.lengths[job / codec.kv_heads];
-    top[job].assign(rows, -INF);
     for (int p = 0; p < pages_of(length); ++p) {
       bool any = false;
-      for (int r = 0; r < rows; ++r) {
-        const float most = s.stats[((job * rows + r) * pages + p) * 2];
-        any |= most >= threshold[job * rows + r];
-        top[job][r] = std::max(top[job][r], most);
-      }
+      for (int r = 0; r < rows; ++r) any |= s.stats[((job * rows + r) * pages + p) * 2] >= threshold[job * rows + r];
       if (any) used[job].push_back(p);
     }
   });
@@ -226,7 +221,7 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
           const bool keep = t < valid && (line[t] > limit || (line[t] == limit && page * PAGE + t <= last[row]));
           chosen[t] = keep ? line[t] : -INF;
         }
-        mass[r] += page_mass(chosen, PAGE, top[job][r], w);
+        mass[r] += page_mass(chosen, PAGE, top[row], w);
       }
       tokens += valid;  // only the last page of a row can be partly used
     }
@@ -245,7 +240,7 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
       const int64_t row = job * rows + r;
       const bool bad = threshold[row] != threshold[row];
       const float share = bad ? threshold[row] : mass[r] > 0 ? 1 / mass[r] : 0.0f;
-      lse[row] = bad ? threshold[row] : mass[r] > 0 ? top[job][r] + std::log(mass[r]) : -INF;
+      lse[row] = bad ? threshold[row] : mass[r] > 0 ? top[row] + std::log(mass[r]) : -INF;
       for (int i = 0; i < codec.head_dim; ++i)
         out[row * codec.head_dim + i] = o[size_t(r) * dim + i] * share + (mu && mass[r] > 0 ? mu[i] : 0.0f);
     }
