@@ -197,7 +197,8 @@ def main() -> None:
                 phases = ", ".join(f"{name} {us:.1f}" for name, us in r["phases_us"].items())
                 print(
                     f"{context:>8} {kind:9} {chosen}: {r['us']:.1f} us ({phases}), dense {r['dense_us']:.1f} us = "
-                    f"{r['dense_us'] / r['us']:.2f}x, FP16 {min(peers.values(), default=math.nan):.1f} us, tiles skipped "
+                    f"{r['dense_us'] / r['us']:.2f}x, FP16 {min(peers.values(), default=math.nan):.1f} us, "
+                    f"tiles skipped "
                     f"{r['tiles_skipped']:.3f}, pages unread {r['pages_unread']:.3f}, kept {r['kept_tokens']:.0f}, "
                     f"dropped {r['dropped_mass']:.4f}, error {r['rel_error']:.1e}",
                     flush=True,
