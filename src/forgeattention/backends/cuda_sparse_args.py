@@ -10,8 +10,8 @@ from ..codec.spec import PageFormat
 from .cuda_args import F32, I32, I64, TYPES, Limits, P, TransformArgs, macros
 from .nvrtc import Macros
 
-THRESHOLD_BYTES = 8 * 12288 + 12 * 1024 + 8 * 32 + 8
-"""Shared memory of sparse_threshold: its list, its bins."""
+THRESHOLD_BYTES = 8 * (8192 + 2048) + 12 * 1024 + 8 * 33 + 16
+"""Shared memory of sparse_threshold: its two lists, its bins."""
 
 
 class SparseScoresParams(ctypes.Structure):

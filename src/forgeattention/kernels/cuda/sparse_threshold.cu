@@ -1,14 +1,15 @@
 // The exact threshold of one query (see ops/sparse.py): the K-th largest score, or the smallest of the fewest scores that carry a
 // share of the softmax mass. Grid: one CTA per query.
 //
-// The pages' maxima first give a bound under which no kept token can lie: bins of 1/16 nat below the largest score. Pages that
-// reach it give up their tokens from that bin on to a list in shared memory, and a radix select over the list ends it. A list that
-// overflows is not kept; then every pass reads the pages again.
+// Tokens are ordered by score and, where equal, by position, as one 64-bit number, so that there are no ties. The pages' maxima
+// give a bound under which no kept token can lie, in bins of 1/16 nat below the largest score. A histogram of the tokens above it
+// finds the bin in which the last kept token lies; bins are refined until their tokens fit a short list, which is searched by
+// counting. Tokens above the bound are kept in shared memory if they fit; else every pass reads their pages again.
 //
 // Macros: FA_PARAMS_BYTES.
 #include "common.cuh"
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 1024, CAPACITY = 12288;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 1024, CAPACITY = 8192, SHORT = 2048;
 constexpr float BIN = 16.f;
 // Masses are fixed point in units of exp(top) / 2^32, so that sums do not depend on their order.
 constexpr float FIXED = 4294967296.f;
@@ -27,27 +28,39 @@ struct Params {
 };
 static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
 
-__device__ __forceinline__ u32 ordered(float x) {
-  const u32 bits = __float_as_uint(x + 0.f);  // -0 is 0
-  return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
+__device__ __forceinline__ u64 token_value(float score, int position) {
+  const u32 bits = __float_as_uint(score + 0.f);  // -0 is 0
+  return (u64)(bits ^ ((u32)((int)bits >> 31) | 0x80000000u)) << 32 | ~(u32)position;
 }
-__device__ __forceinline__ float unordered(u32 key) {
+__device__ __forceinline__ float score_of(u64 value) {
+  const u32 key = (u32)(value >> 32);
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
-__device__ __forceinline__ int bin_of(float score, float top) {
-  return (int)fminf((top - score) * BIN, (float)(BINS - 1));
-}
+__device__ __forceinline__ int position_of(u64 value) { return (int)~(u32)value; }
+// Falls as the score rises.
+__device__ __forceinline__ int bin_of(float score, float top) { return (int)fminf((top - score) * BIN, (float)(BINS - 1)); }
 __device__ __forceinline__ u64 fixed_mass(float score, float top) { return (u64)(ex2((score - top) * LOG2E) * FIXED); }
 
 struct Shared {
-  u32 keys[CAPACITY], positions[CAPACITY];
-  u64 mass[BINS];
-  u32 count[BINS];
+  u64 tokens[CAPACITY];  // those above the bound, if they are so few
+  u64 list[SHORT];       // those of the last bin
+  u32 low[BINS], high[BINS];  // numbers or masses
+  u32 counts[BINS];           // numbers of pages where low and high are masses
   u64 sums[WARPS];
-  u32 listed;
+  u64 remaining;
+  u32 listed, counted;
+  int found;
+
+  // 64-bit atomics on shared memory are loops; two of 32 bits with a carry are not.
+  __device__ __forceinline__ void add(int bin, u64 x) {
+    const u32 part = (u32)x, before = atomicAdd(&low[bin], part), carry = before + part < before;
+    const u32 rest = (u32)(x >> 32) + carry;
+    if (rest) atomicAdd(&high[bin], rest);
+  }
+  __device__ __forceinline__ u64 bin(int i) const { return (u64)high[i] << 32 | low[i]; }
 };
 
-// The sum (or, as `max`, the largest) over the CTA, in every thread.
+// The sum or the largest over the CTA, in every thread.
 template <class T, class Join>
 __device__ __forceinline__ T block_join(T x, Shared& sh, Join join) {
   const int thread = threadIdx.x;
@@ -85,55 +98,72 @@ __device__ __forceinline__ T block_scan(T x, Shared& sh) {
   return x;
 }
 
-// Tokens of the pages in bins up to `limit` that are themselves in those bins: call use(found, key, position), by whole warps.
-template <class Use>
-__device__ __forceinline__ void candidates(const float* scores, const float2* stats, int used, int length, float top, int limit,
-                                           Use use) {
-  constexpr int MANY = 4;  // pages whose loads are in flight at once
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int from = warp * 32; from < used; from += THREADS) {
-    u32 mask = __ballot_sync(~0u, from + lane < used && bin_of(stats[from + lane].x, top) <= limit);
-    while (mask) {
-      float2 s[MANY];
-      int pages[MANY];
+// The tokens above the bound.
+struct Tokens {
+  Shared& sh;
+  const float* scores;
+  const float2* stats;
+  int used, length, limit;  // bins up to `limit`
+  float top;
+
+  // Calls use(there, value) by whole warps for all tokens of the pages that reach the bound.
+  template <class Use>
+  __device__ __forceinline__ void read(Use use) const {
+    constexpr int MANY = 8;  // pages whose loads are in flight at once
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int from = warp * 32; from < used; from += THREADS) {
+      u32 mask = __ballot_sync(~0u, from + lane < used && bin_of(stats[from + lane].x, top) <= limit);
+      while (mask) {
+        float2 s[MANY];
+        int pages[MANY];
 #pragma unroll
-      for (int i = 0; i < MANY; ++i) {
-        pages[i] = mask ? from + __ffs(mask) - 1 : -1;
-        mask &= mask - 1;
-        if (pages[i] >= 0) s[i] = *(const float2*)(scores + pages[i] * fa::PAGE + 2 * lane);
-      }
+        for (int i = 0; i < MANY; ++i) {
+          pages[i] = mask ? from + __ffs(mask) - 1 : -1;
+          mask &= mask - 1;
+          if (pages[i] >= 0) s[i] = *(const float2*)(scores + pages[i] * fa::PAGE + 2 * lane);
+        }
 #pragma unroll
-      for (int i = 0; i < MANY; ++i) {
-        if (pages[i] < 0) break;
-        const int token = pages[i] * fa::PAGE + 2 * lane;
-        use(token < length && bin_of(s[i].x, top) <= limit, ordered(s[i].x), token);
-        use(token + 1 < length && bin_of(s[i].y, top) <= limit, ordered(s[i].y), token + 1);
+        for (int i = 0; i < MANY; ++i) {
+          if (pages[i] < 0) break;
+          const int token = pages[i] * fa::PAGE + 2 * lane;
+          use(token < length && bin_of(s[i].x, top) <= limit, token_value(s[i].x, token));
+          use(token + 1 < length && bin_of(s[i].y, top) <= limit, token_value(s[i].y, token + 1));
+        }
       }
     }
   }
-}
-
-// The listed tokens, or what would have been listed.
-struct List {
-  const Shared& sh;
-  const float* scores;
-  const float2* stats;
-  int used, length;
-  float top;
-  int limit, listed;
-
-  // Calls use(key, position), by single threads.
+  // Calls use(value) by single threads for the tokens themselves; `kept` says that they are in shared memory.
   template <class Use>
-  __device__ __forceinline__ void operator()(Use use) const {
-    if (listed <= CAPACITY) {
-      for (int i = threadIdx.x; i < listed; i += THREADS) use(sh.keys[i], sh.positions[i]);
+  __device__ __forceinline__ void each(bool kept, int count, Use use) const {
+    if (kept) {
+      for (int i = threadIdx.x; i < count; i += THREADS) use(sh.tokens[i]);
     } else {
-      candidates(scores, stats, used, length, top, limit, [&](bool found, u32 key, int position) {
-        if (found) use(key, (u32)position);
+      read([&](bool there, u64 value) {
+        if (there) use(value);
       });
     }
   }
 };
+
+// The first bin up to which `wanted` are reached, for all threads: its number and what is still wanted within it.
+__device__ __forceinline__ int deciding_bin(Shared& sh, u64& wanted) {
+  const int thread = threadIdx.x;
+  __syncthreads();
+  const u64 mine = sh.bin(thread), upto = block_scan(mine, sh);
+  if (upto >= wanted && upto - mine < wanted) {
+    sh.found = thread;
+    sh.remaining = wanted - (upto - mine);
+  }
+  __syncthreads();
+  wanted = sh.remaining;
+  return sh.found;
+}
+__device__ __forceinline__ void clear_bins(Shared& sh) {
+  __syncthreads();
+  sh.low[threadIdx.x] = sh.high[threadIdx.x] = sh.counts[threadIdx.x] = 0;
+  if (threadIdx.x == 0) sh.listed = sh.counted = 0;
+  __syncthreads();
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) u8 memory[];
@@ -154,17 +184,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
   const float top = block_max(most, sh);
   bad = __syncthreads_or(bad);
   u64 packed = 0;
-  sh.count[thread] = 0;
-  sh.mass[thread] = 0;
-  __syncthreads();
+  clear_bins(sh);
   if (!bad)
     for (int i = thread; i < used; i += THREADS) {
       const float2 s = stats[i];
       const u64 mass = (u64)(s.y * ex2((s.x - top) * LOG2E) * FIXED);
       const int bin = bin_of(s.x, top);
       packed += mass;
-      atomicAdd(&sh.count[bin], 1u);
-      if (by_mass) atomicAdd(&sh.mass[bin], mass);
+      if (by_mass) {
+        atomicAdd(&sh.counts[bin], 1u);
+        sh.add(bin, mass);
+      } else {
+        atomicAdd(&sh.low[bin], 1u);
+      }
     }
   packed = block_sum(packed, sh);
   const float exact = p.exact_lse && used ? ex2((__ldg(p.exact_lse + row) - top) * LOG2E) : 0.f;
@@ -183,108 +215,93 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
   }
 
   // The bins that may hold kept tokens.
-  const u32 upto = block_scan(sh.count[thread], sh);
-  bool enough = upto >= (u32)budget;
+  u64 upto = block_scan(by_mass ? (u64)sh.counts[thread] : sh.bin(thread), sh);
+  bool enough = upto >= (u64)budget;
   if (by_mass) {
-    const u64 below = packed - block_scan(sh.mass[thread], sh);
+    const u64 below = packed - block_scan(sh.bin(thread), sh);
     const float each = ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * fa::PAGE;  // of a page's tokens in later bins
     enough = (double)below + (double)upto * each * FIXED <= (double)may_drop;
   }
-  const int limit = min(BINS - 1, (int)(0xFFFFFFFFu - block_max(enough ? 0xFFFFFFFFu - (u32)thread : 0u, sh)));
-  const int bins = limit < 0 ? BINS - 1 : limit;
+  const u32 first = block_max(enough ? (u32)(BINS - thread) : 0u, sh);
+  const Tokens tokens{sh, scores, stats, used, length, first ? BINS - (int)first : BINS - 1, top};
 
-  if (thread == 0) sh.listed = 0;
-  __syncthreads();
-  u32 lowest = 0xFFFFFFFFu, highest = 0;
-  candidates(scores, stats, used, length, top, bins, [&](bool found, u32 key, int position) {
-    const u32 mask = __ballot_sync(~0u, found);
+  // Their tokens, and the bin of the last one kept.
+  clear_bins(sh);
+  u64 all = 0;
+  tokens.read([&](bool there, u64 value) {
+    const u32 mask = __ballot_sync(~0u, there);
     if (!mask) return;
     u32 at = 0;
-    if ((thread & 31) == 0) at = atomicAdd(&sh.listed, (u32)__popc(mask));
+    if ((thread & 31) == 0) at = atomicAdd(&sh.counted, (u32)__popc(mask));
     at = __shfl_sync(~0u, at, 0) + __popc(mask & ((1u << (thread & 31)) - 1));
-    if (!found) return;
-    lowest = min(lowest, key);
-    highest = max(highest, key);
-    if (at < CAPACITY) {
-      sh.keys[at] = key;
-      sh.positions[at] = position;
-    }
+    if (!there) return;
+    const float score = score_of(value);
+    const u64 weight = by_mass ? fixed_mass(score, top) : 1;
+    all += weight;
+    sh.add(bin_of(score, top), weight);
+    if (at < CAPACITY) sh.tokens[at] = value;
   });
   __syncthreads();
-  const int listed = sh.listed;
-  const u32 floor = 0xFFFFFFFFu - block_max(0xFFFFFFFFu - lowest, sh), range = block_max(highest, sh) - floor;
-  const List each{sh, scores, stats, used, length, top, bins, listed};
+  const int counted = sh.counted;
+  const bool held_here = counted <= CAPACITY;
+  u64 wanted = min(by_mass ? packed - may_drop : (u64)budget, block_sum(all, sh));  // rounding may leave less
+  int bin = deciding_bin(sh, wanted);
 
-  u64 wanted = budget;
-  if (by_mass) {
-    u64 mass = 0;
-    each([&](u32 key, u32) { mass += fixed_mass(unordered(key), top); });
-    mass = block_sum(mass, sh);
-    wanted = min(packed - may_drop, mass);
-  } else {
-    wanted = min(wanted, (u64)listed);
-  }
-  // The largest key from which on the weights reach what is wanted, a byte of (key - floor) at a time.
-  u32 prefix = 0;
-  for (int shift = range ? (31 - __clz(range)) / 8 * 8 : -8; shift >= 0; shift -= 8) {
-    __syncthreads();
-    if (thread < 256) sh.mass[thread] = 0;
-    __syncthreads();
-    each([&](u32 key, u32) {
-      const u32 d = key - floor;
-      if (shift == 24 ? prefix == 0 : d >> (shift + 8) == prefix)
-        atomicAdd(&sh.mass[255 - (d >> shift & 255)], by_mass ? fixed_mass(unordered(key), top) : 1ull);
+  // Tokens of that bin to the short list; those before it are kept.
+  u64 lowest = 0, highest = ~0ull, held, kept;
+  for (int turn = 0;; ++turn) {
+    u64 least = ~0ull, most_value = 0;
+    held = kept = 0;
+    clear_bins(sh);
+    tokens.each(held_here, counted, [&](u64 value) {
+      const float score = score_of(value);
+      const int order = turn ? (value > highest ? -1 : value < lowest ? 1 : 0) : bin_of(score, top) - bin;
+      if (order > 0) return;
+      if (order < 0) {
+        ++kept;
+        held += fixed_mass(score, top);
+        return;
+      }
+      least = min(least, value);
+      most_value = max(most_value, value);
+      const u32 at = atomicAdd(&sh.listed, 1u);
+      if (at < SHORT) sh.list[at] = value;
     });
     __syncthreads();
-    const u64 mine = thread < 256 ? sh.mass[thread] : 0, sum = block_scan(mine, sh);
-    __syncthreads();
-    if (thread < 256 && sum >= wanted && sum - mine < wanted) {
-      sh.listed = 255 - thread;
-      sh.mass[0] = wanted - (sum - mine);
-    }
-    __syncthreads();
-    prefix = prefix << 8 | sh.listed;
-    wanted = sh.mass[0];
+    if (sh.listed <= SHORT) break;
+    lowest = ~block_max(~least, sh);
+    highest = block_max(most_value, sh);
+    const int shift = max(0, 64 - __clzll(highest - lowest) - 10);
+    clear_bins(sh);
+    tokens.each(held_here, counted, [&](u64 value) {
+      if (value >= lowest && value <= highest)
+        sh.add(BINS - 1 - (int)((value - lowest) >> shift), by_mass ? fixed_mass(score_of(value), top) : 1);
+    });
+    bin = BINS - 1 - deciding_bin(sh, wanted);
+    lowest += (u64)bin << shift;
+    highest = min(highest, lowest + ((1ull << shift) - 1));
   }
-  const u32 limit_key = floor + prefix;
-  const float threshold = unordered(limit_key);
-
-  // Ties: as many of the earliest as are still wanted.
-  const u64 weight = by_mass ? fixed_mass(threshold, top) : 1;
-  const u32 ties = weight ? (u32)min((wanted + weight - 1) / weight, (u64)length) : length;
-  u32 found = 0, farthest = 0;
-  each([&](u32 key, u32 position) {
-    if (key != limit_key) return;
-    ++found;
-    farthest = max(farthest, position);
-  });
-  found = block_sum(found, sh);
-  u32 last = block_max(farthest, sh);
-  if (found > ties) {
-    u32 low = 0;  // the smallest position with so many ties up to it lies in [low, last]
-    while (low < last) {
-      const u32 middle = (low + last) / 2;
-      u32 before = 0;
-      each([&](u32 key, u32 position) { before += key == limit_key && position <= middle; });
-      before = block_sum(before, sh);
-      if (before >= ties) last = middle;
-      else low = middle + 1;
-    }
-  }
-  u64 held = 0;
-  u32 kept = 0;
-  each([&](u32 key, u32 position) {
-    if (key > limit_key || (key == limit_key && position <= last)) {
-      ++kept;
-      held += fixed_mass(unordered(key), top);
-    }
-  });
   kept = block_sum(kept, sh);
   held = block_sum(held, sh);
-  if (thread == 0) {
-    p.threshold[row] = threshold;
-    p.last[row] = (int)last;
-    p.kept[row] = (int)kept;
+  const int listed = sh.listed;
+  u64* masses = sh.tokens;  // of the short list, now that the tokens are not needed any more
+  for (int i = thread; i < listed; i += THREADS) masses[i] = fixed_mass(score_of(sh.list[i]), top);
+  __syncthreads();
+  for (int i = thread; i < listed; i += THREADS) {
+    const u64 value = sh.list[i];
+    u64 mass = 0;
+    u32 rank = 0;
+    for (int j = 0; j < listed; ++j)
+      if (sh.list[j] > value) {
+        ++rank;
+        mass += masses[j];
+      }
+    const u64 before = by_mass ? mass : rank, own = by_mass ? masses[i] : 1;
+    if (before >= wanted || before + own < wanted) continue;  // true of one token alone
+    held += mass + masses[i];
+    p.threshold[row] = score_of(value);
+    p.last[row] = position_of(value);
+    p.kept[row] = (int)kept + rank + 1;
     p.dropped[row] = packed > held ? (float)((double)(packed - held) / total) : 0.f;
     p.top[row] = top;
   }
