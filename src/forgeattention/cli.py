@@ -186,6 +186,13 @@ def _add_eval(evaluate: Any) -> None:
     induction.add_argument("--seed", type=int, default=0)
     induction.add_argument("--no-exact", action="store_true", help="leave the exact cache out")
 
+    for leaf in (kl, ppl, niah):
+        leaf.add_argument(
+            "--sparse", metavar="RULE", help="what decode steps read: top_k=N, top_p=P or budgets=FILE; ,fast after it"
+        )
+        leaf.add_argument(
+            "--sparse-min", type=int, default=0, metavar="TOKENS", help="packed tokens from which on (default 0)"
+        )
     for leaf in (niah, ruler):
         leaf.add_argument("--block", type=int, default=256, help="tokens read at once (default %(default)s)")
     niah.add_argument("--max-new-tokens", type=int, default=24, help="of an answer (default %(default)s)")

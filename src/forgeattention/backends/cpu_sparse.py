@@ -28,6 +28,14 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
     return Scores(scores, pages)
 
 
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    op, shape = "page_scores", tuple(q.shape[:3])
+    out = empty_like(q, (*shape, -(-table.max_length // PAGE)), "float32")
+    views = cpu._view(op, "q", q), cpu._table(op, table)
+    cpu._native.page_scores(cpu._native_codec(codec), shape, *views, scale, cpu._address(out), get_num_threads())
+    return out
+
+
 def _scored(op: str, scores: Scores) -> tuple[Any, ...]:
     *shape, length = scores.scores.shape
     return tuple(shape), length, cpu._flat(op, "scores", scores.scores), cpu._flat(op, "pages", scores.pages)

@@ -122,11 +122,12 @@ def sparse_attention(
         launch = _launch("sparse_attention", codec, queries, dtype_of(out), device, False)
         plan, stream = launch.plan, cuda._stream(device)
         heads = batch * codec.kv_heads * plan.blocks
-        part = torch.empty(heads * plan.splits * 8 * (codec.format.padded_dim + 1), dtype=torch.float32, device=device)
+        size = heads * plan.splits * 8 * (codec.format.padded_dim + 1)
+        part = cuda._scratch_of(cuda._parts, device, stream, size, torch.float32)
         params = _attention_params(
             *map(cuda._address, (whole, stats, threshold.score, threshold.top, threshold.last)),
             *map(cuda._address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse, part)),
-            cuda._counters_of(device, stream, heads).data_ptr(),
+            cuda._scratch_of(cuda._counters, device, stream, heads, torch.int32).data_ptr(),
             launch.transform,
             table.offsets.stride(0),
             *(codec.kv_heads, queries, plan.blocks, stats.shape[3]),

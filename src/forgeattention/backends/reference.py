@@ -14,9 +14,9 @@ from ..codec.spec import PAGE
 from ..ops.arrays import dtype_of, from_numpy, to_numpy
 from ..ops.sparse import Scores, Threshold
 from ..ops.table import ExactTokens, PageTable
+from ..reference import sparse
 from ..reference.attention import attention
 from ..reference.pages import decode_page
-from ..reference.sparse import page_statistics
 from . import reference_sparse
 from .reference_sparse import sparse_threshold as sparse_threshold
 
@@ -140,7 +140,7 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
 
 def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
     scores = qk_scores(q, codec, table, scale)
-    return Scores(scores, from_numpy(page_statistics(to_numpy(scores)), q, "float32"))
+    return Scores(scores, from_numpy(sparse.page_statistics(to_numpy(scores)), q, "float32"))
 
 
 def sparse_attention(
@@ -148,3 +148,13 @@ def sparse_attention(
 ) -> tuple[Any, Any]:
     pages = [_pages("sparse_attention", codec, table, row) for row in range(scores.scores.shape[0])]
     return reference_sparse.sparse_attention(scores, threshold, codec, pages, other)
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    q64 = to_numpy(q).astype(np.float64)
+    out = np.full((*q64.shape[:3], -(-table.max_length // PAGE)), -np.inf)
+    for row in range(q64.shape[0]):
+        pages, _ = _pages("page_scores", codec, table, row)
+        if len(pages):
+            out[row, ..., : len(pages)] = sparse.page_scores(q64[row], pages, codec, scale)
+    return from_numpy(out, q, "float32")

@@ -14,6 +14,7 @@ from .. import ops
 from ..codec import PAGE, Codec
 from ..ops.arrays import FLOATS, dtype_of
 from ..ops.table import ExactTokens, PageTable
+from ..sparse import SparseLayer, SparseStep
 from .arrays import Arrays, arrays_of
 from .pages import Ids, PagePool
 
@@ -41,6 +42,10 @@ class LayerCache:
 
     The lengths and the page table lie on the device and are mirrored on the host; appending and attending one token
     waits for no device.
+
+    Attributes:
+        sparse: which tokens `attend` reads; None for all.
+        sparse_step: what its last call left out; None for nothing.
 
     Args:
         codec: the layer's codec.
@@ -82,6 +87,8 @@ class LayerCache:
         self.dtype = dtype
         self.backend = backend
         self.pool = PagePool(codec.page_bytes, arrays, max_pages) if pool is None else pool
+        self.sparse: SparseLayer | None = None
+        self.sparse_step: SparseStep | None = None
         self._flush_at = codec.spec.sinks + codec.spec.window + PAGE
         shape = (batch, codec.kv_heads, self._flush_at, codec.head_dim)
         self._k, self._v = arrays.zeros(shape, dtype), arrays.zeros(shape, dtype)
@@ -171,7 +178,24 @@ class LayerCache:
             self._append_rows(k, v, keep)
 
     def attend(self, q: Any, scale: float, *, causal: bool = True, sink_logits: Any = None) -> tuple[Any, Any]:
-        """`ops.decode_attention` of q [batch, q_heads, n, head_dim] over the whole cache, in one call."""
+        """`ops.decode_attention` of q [batch, q_heads, n, head_dim] over the whole cache; with `sparse` over what
+        matters of the rows that are long enough for it."""
+        table, self.sparse_step = self.table, None
+        if self.sparse is None or table is None:
+            return self._attend(q, scale, causal, sink_logits)
+        dense = self._packed < max(self.sparse.spec.min_context, 1)
+        if dense.all():
+            return self._attend(q, scale, causal, sink_logits)
+        out, lse, self.sparse_step = self.sparse.attend(
+            q, self.codec, table, self._exact_tokens, scale, causal, sink_logits, self.backend
+        )
+        if dense.any():  # a row's result is the same in any batch
+            rows = self.arrays.index(np.flatnonzero(dense))
+            whole, whole_lse = self._attend(q, scale, causal, sink_logits)
+            out[rows], lse[rows] = whole[rows], whole_lse[rows]
+        return out, lse
+
+    def _attend(self, q: Any, scale: float, causal: bool, sink_logits: Any) -> tuple[Any, Any]:
         return ops.decode_attention(
             q,
             self.codec,
@@ -272,6 +296,7 @@ class LayerCache:
         other."""
         index = self._row_index(range(self.batch) if rows is None else rows)
         other = LayerCache(self.codec, 0, self.arrays, self.dtype, pool=self.pool, backend=self.backend)
+        other.sparse = self.sparse
         take = self.arrays.take
         other._k, other._v, other._offsets = take(self._k, index), take(self._v, index), take(self._offsets, index)
         other._ids = self._ids[index]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -100,6 +102,19 @@ class Codec:
         """How kernels apply the transforms: the spec's rotation, or matrices ("custom") where a diagonal joins it."""
         plain = self.k_transform.diagonal is None and self.v_transform.diagonal is None
         return self.spec.rotation if plain else "custom"
+
+    def head(self, head: int) -> Codec:
+        """The codec of one KV head by itself, for readers of its records."""
+        one = copy.copy(self)
+        vars(one).pop("fingerprint", None)
+        one.handle, one.kv_heads, one.shaping = f"codec{next(_handles)}", 1, None
+        _by_handle[one.handle] = one
+        for side in ("k_transform", "v_transform"):
+            t = getattr(self, side)
+            parts = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
+            own = {n: x[head % len(x)][None] for n, x in parts.items() if isinstance(x, np.ndarray)}
+            setattr(one, side, dataclasses.replace(t, **own))
+        return one
 
     @property
     def page_bytes(self) -> int:

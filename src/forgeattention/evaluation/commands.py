@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..integrations.hf_layer import DECODE_TOKENS
 from . import kl, memory, niah, report, texts
 from .needles import Fact, Hidden, Needle, Outcome
 from .setup import Setup, setup
 
 RAMP_DEPTHS = (0.1, 0.5, 0.9)
+SPARSE_TAIL = 64
+"""Last tokens of a prompt, the question, that sparse caches read in small steps, as they read their own answer."""
 
 
 def run_kl(args: argparse.Namespace) -> dict[str, Any]:
@@ -21,9 +24,11 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     made = setup(args)
     ids = made.tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     pieces = kl.windows(ids, args.length, args.windows)
+    # Only steps of few tokens are sparse.
+    block = args.block if made.sparse is None else min(args.block, DECODE_TOKENS)
     with report.progress("Reading with both caches", args.windows) as advance:
         result = kl.compare(
-            made.model, pieces, made.make_packed, block=args.block, start=args.start, parts=args.parts,
+            made.model, pieces, made.make_packed, block=block, start=args.start, parts=args.parts,
             implementation="forge", on_window=advance,
         )  # fmt: skip
     print(
@@ -39,7 +44,7 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     if args.layers:
         from .layers import attention_errors
 
-        errors = attention_errors(made.model, pieces[:1], made.make_packed, block=args.block, implementation="forge")
+        errors = attention_errors(made.model, pieces[:1], made.make_packed, block=block, implementation="forge")
         layers = [{"layer": error.layer, "error": error.error} for error in errors]
         for row in layers:
             print(f"  layer {row['layer']:>3}: attention output error {row['error']:.4f}")
@@ -53,9 +58,10 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
         "parts": [vars(part) for part in result.parts],
         "layers": layers,
         "text": args.text,
-        "block": args.block,
+        "block": block,
         "model": args.model,
         "spec": made.spec.to_json(),
+        **made.sparse_result(),
         "env": report.environment(),
     }
 
@@ -69,6 +75,8 @@ def run_niah(args: argparse.Namespace) -> dict[str, Any]:
         for test in args.test:
             for document in _documents(test, made, args, needle):
                 setting: dict[str, Any] = {"block": args.block, "max_new_tokens": args.max_new_tokens}
+                if made.sparse is not None:
+                    setting["tail"] = SPARSE_TAIL
                 exact = niah.ask(made.model, made.tokenizer, document, made.make_exact, **setting)
                 packed = niah.ask(
                     made.model, made.tokenizer, document, made.make_packed, implementation="forge", **setting
@@ -89,6 +97,7 @@ def run_niah(args: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         **result,
+        **made.sparse_result(),
         "effective_bits": made.bits,
         "model": args.model,
         "spec": made.spec.to_json(),

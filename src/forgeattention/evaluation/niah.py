@@ -83,7 +83,7 @@ def prompt(tokenizer: Any, text: str, question: str | None = None) -> torch.Tens
 @torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, ids: torch.Tensor, cache: Any, *, read: int = 0, max_new_tokens: int = 24,
-    block: int = 256,
+    block: int = 256, tail: int = 0,
 ) -> Reply:  # fmt: skip
     """Read a prompt into a cache, block by block, and generate greedily from it.
 
@@ -95,6 +95,7 @@ def answer(
         read: less than the prompt has.
         max_new_tokens: generation stops here, or at an end-of-sequence token.
         block: tokens that are read at once.
+        tail: of the last so many at most 8 at once.
 
     Raises:
         ValueError: the cache holds something else, or a number is out of range.
@@ -110,7 +111,10 @@ def answer(
     stops = set(stop) if isinstance(stop, (list, tuple)) else {stop}
     ids = ids.to(model.device)
     start = time.perf_counter()
-    for first, last in spans(ids.shape[1] - read, block):
+    whole = ids.shape[1] - read
+    early = max(whole - tail, 0)
+    pieces = [*spans(early, block), *((early + a, early + b) for a, b in spans(whole - early, min(block, 8)))]
+    for first, last in pieces:
         logits = step(model, ids[:, read + first : read + last], cache, keep=1)
     new = [int(logits[0, -1].argmax())]
     done = time.perf_counter()
@@ -131,6 +135,7 @@ def ask(
     implementation: str | None = None,
     block: int = 256,
     max_new_tokens: int = 24,
+    tail: int = 0,
 ) -> list[Cell]:
     """Ask all questions of one document.
 
@@ -141,7 +146,7 @@ def ask(
         document: of `documents`.
         make_cache: makes an empty cache.
         implementation: transformers attention implementation that the cache needs; None leaves the model's.
-        block, max_new_tokens: see `answer`.
+        block, max_new_tokens, tail: see `answer`.
     """
     prompts = [prompt(tokenizer, document.text, needle.question) for _, needle in document.asked]
     shared = _common(prompts) if len(prompts) > 1 else 0
@@ -154,7 +159,8 @@ def ask(
             step(model, prompts[0][:, first:last].to(model.device), common, keep=1)
         for ids, (depth, needle), decoys in zip(prompts, document.asked, document.decoys, strict=True):
             cache = copy.deepcopy(common) if shared else common
-            reply = answer(model, tokenizer, ids, cache, read=shared, max_new_tokens=max_new_tokens, block=block)
+            setting: dict[str, Any] = {"max_new_tokens": max_new_tokens, "block": block, "tail": tail}
+            reply = answer(model, tokenizer, ids, cache, read=shared, **setting)
             outcome = judge(reply.text, needle, decoys=decoys, hay=document.hay)
             held = memory.cache_bytes(cache)
             cells.append(Cell(document.length, depth, needle, outcome, reply, document.test, document.haystack, held))

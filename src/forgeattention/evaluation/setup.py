@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import models
 from ..codec.presets import DEFAULT, PRESETS
 from ..codec.spec import CodecSpec
+from ..sparse import SparseSpec, sparse_means
 
 
 def asks_for_spec(args: argparse.Namespace) -> bool:
@@ -33,13 +34,21 @@ def spec_from(args: argparse.Namespace) -> CodecSpec:
     return replace(spec, **changes)
 
 
-def caches(model: Any, spec: CodecSpec, backend: str = "auto") -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Makers of an exact and of a packed cache for `model`."""
+def sparse_from(args: argparse.Namespace) -> SparseSpec | None:
+    """What `--sparse` and `--sparse-min` ask for."""
+    text = getattr(args, "sparse", None)
+    return None if text is None else SparseSpec.parse(text, min_context=args.sparse_min)
+
+
+def caches(
+    model: Any, spec: CodecSpec, backend: str = "auto", **sparse: Any
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Makers of an exact and of a packed cache for `model`; `sparse` and `sparse_log` as for `ForgeCache`."""
     from transformers import DynamicCache
 
     from ..integrations.hf import ForgeCache
 
-    return lambda: DynamicCache(config=model.config), lambda: ForgeCache(model, spec, backend=backend)
+    return lambda: DynamicCache(config=model.config), lambda: ForgeCache(model, spec, backend=backend, **sparse)
 
 
 def head_dim(model: Any) -> int:
@@ -54,6 +63,8 @@ class Setup:
 
     Attributes:
         bits: effective bits per packed element.
+        sparse: what decode steps of the packed cache read; None for all.
+        sparse_log: statistics of every sparse step so far.
     """
 
     model: Any
@@ -62,6 +73,21 @@ class Setup:
     make_exact: Callable[[], Any]
     make_packed: Callable[[], Any]
     bits: float
+    sparse: SparseSpec | None = None
+    sparse_log: list[dict[str, float]] = field(default_factory=list)
+
+    def sparse_result(self) -> dict[str, Any]:
+        """What of sparse attention belongs into a command's result; nothing without it."""
+        if self.sparse is None:
+            return {}
+        means = sparse_means(self.sparse_log)
+        if means:
+            print(
+                f"sparse: kept {means['kept_tokens']:.0f} tokens of a query, dropped {means['dropped_mass']:.4f} of "
+                f"the mass (worst {means['dropped_mass_worst']:.4f}), tiles skipped {means['tiles_skipped']:.3f}, read "
+                f"{means['bytes_read'] / means['bytes_dense']:.3f} of the packed bytes"
+            )
+        return {"sparse": vars(self.sparse), "sparse_statistics": means, "sparse_steps": len(self.sparse_log)}
 
 
 def setup(args: argparse.Namespace) -> Setup:
@@ -71,5 +97,7 @@ def setup(args: argparse.Namespace) -> Setup:
     spec = spec_from(args)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model, tokenizer = models.load(args.model, dtype=dtype, device=args.device)
-    make_exact, make_packed = caches(model, spec, args.backend)
-    return Setup(model, tokenizer, spec, make_exact, make_packed, spec.page_format(head_dim(model)).effective_bits)
+    sparse, log = sparse_from(args), list[dict[str, float]]()
+    make_exact, make_packed = caches(model, spec, args.backend, sparse=sparse, sparse_log=log)
+    bits = spec.page_format(head_dim(model)).effective_bits
+    return Setup(model, tokenizer, spec, make_exact, make_packed, bits, sparse, log)

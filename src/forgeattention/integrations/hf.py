@@ -30,6 +30,7 @@ from ..cache import LayerCache, TorchArrays
 from ..codec import Codec, CodecSpec
 from ..codec.weights import weight_codecs
 from ..ops.arrays import dtype_of
+from ..sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import hf_attention
 from .hf_layer import Keep, PackedLayer, PackedStates
 
@@ -50,6 +51,9 @@ class ForgeCache(Cache):
         max_pages: most pages of one layer, or None.
         backend: which kernels run, "auto" or a name of `ops`.
         make_layer: makes a layer's cache, with the arguments of `LayerCache.like` (`parallel.ShardedCache.like`).
+        sparse: which packed tokens decode steps read; None for all. Prompts are always read densely.
+        sparse_log: list to which every sparse step of a layer adds its statistics; then every step waits for the
+            device.
 
     Raises:
         ValueError: a layer number that is not in the model.
@@ -65,6 +69,8 @@ class ForgeCache(Cache):
         max_pages: int | None = None,
         backend: str = "auto",
         make_layer: Callable[..., LayerCache] = LayerCache.like,
+        sparse: SparseSpec | None = None,
+        sparse_log: list[dict[str, float]] | None = None,
     ) -> None:
         self.make_layer = make_layer
         self.spec = CodecSpec() if spec is None else spec
@@ -78,9 +84,18 @@ class ForgeCache(Cache):
         packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in exact]
         if isinstance(model, torch.nn.Module):
             own = weight_codecs(model, self.spec, [i for i in packed if i not in own]) | own
+        budgets: Mapping[int, Any] = {}
+        if sparse is not None and sparse.budgets is not None:
+            if not isinstance(model, torch.nn.Module):
+                raise ValueError("[forge_cache] expected the model itself for budgets; got its config")
+            budgets = Budgets.load(sparse.budgets, fingerprint(model)).layers
+            if not set(packed) <= set(budgets):
+                raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
         sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or [None] * len(layers)
         for i in packed:
             layers[i] = PackedLayer(self, own.get(i), sharing[i] == "store")
+            if sparse is not None:
+                layers[i].sparse = SparseLayer(sparse, budgets.get(i), sparse_log)
         self._codecs: dict[tuple[int, int], Codec] = {}
         self._setup(layers)
         if not self.packed:
@@ -143,6 +158,12 @@ class ForgeCache(Cache):
                 entries.append({"layer": i, "kind": kind, "positions": positions, "bits": None, "bytes": size})
         total = sum(entry["bytes"] for entry in entries)
         return {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
+
+    def sparse_statistics(self) -> dict[str, float]:
+        """What the last decode step left out, means over layers (`SparseStep.statistics`; bytes are sums); empty if
+        nothing. Waits for the device."""
+        caches = [self.layers[i].cache for i in self.packed]
+        return sparse_means([c.sparse_step.statistics() for c in caches if c is not None and c.sparse_step is not None])
 
     def fork(self, rows: list[int] | None = None) -> ForgeCache:
         """A cache of the given rows (default: all) that shares this one's pages, as does `copy.deepcopy`."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..cache import LayerCache
 from ..cache.static import StaticSteps
 from ..codec import Codec
+from ..sparse import SparseLayer
 from . import hf_attention
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class PackedLayer(CacheLayerMixin):
         # Weak, so that a dropped cache gives its pages back at once and not at the next garbage collection.
         self._owner = weakref.ref(owner)
         self.codec = codec
+        self.sparse: SparseLayer | None = None
         self.shared = shared
         self.cache: LayerCache | None = None
         self.steps: StaticSteps | None = None
@@ -128,6 +130,7 @@ class PackedLayer(CacheLayerMixin):
         codec = self.codec or self.owner.codec(k.shape[3], k.shape[1])
         limit, backend = self.owner.max_pages, self.owner.backend
         self.cache = self.owner.make_layer(k, codec, max_pages=limit, backend=backend)
+        self.cache.sparse = self.sparse
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -224,6 +227,7 @@ class PackedLayer(CacheLayerMixin):
 
     def fork(self, owner: ForgeCache, rows: list[int] | None) -> PackedLayer:
         other = PackedLayer(owner, self.codec, self.shared)
+        other.sparse = self.sparse
         if self.cache is not None:
             other.cache = self.cache.fork(rows)
             other.is_initialized = True
@@ -237,6 +241,7 @@ class PackedLayer(CacheLayerMixin):
 
     def restore(self, cache: LayerCache, runs: list[Any]) -> None:
         self.cache = cache
+        self.cache.sparse = self.sparse
         self.is_initialized = True
         self._runs = [r if isinstance(r, int) else np.array(r, np.bool_) for r in runs]
         self.seen = sum(r if isinstance(r, int) else r.shape[1] for r in self._runs)

@@ -7,7 +7,7 @@ from .encode import encode
 from .merge import merge
 from .prefill_attention import prefill_attention
 from .qk_scores import qk_scores
-from .sparse import Scores, Threshold, sparse_attention, sparse_scores, sparse_threshold
+from .sparse import Scores, Threshold, page_scores, sparse_attention, sparse_scores, sparse_threshold
 from .table import ExactTokens, PageTable
 from .threads import get_num_threads, set_num_threads
 from .value_sum import value_sum
@@ -22,6 +22,7 @@ __all__ = [
     "encode",
     "get_num_threads",
     "merge",
+    "page_scores",
     "prefill_attention",
     "qk_scores",
     "report",

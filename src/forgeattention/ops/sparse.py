@@ -1,7 +1,7 @@
-"""sparse_scores, sparse_threshold, sparse_attention: attention over the packed tokens that matter to each query.
+"""sparse_scores, sparse_threshold, sparse_attention, page_scores: attention over the packed tokens that matter.
 
-The three are one step in three launches: scores of all packed tokens, from them a threshold per query, then the values
-of the tokens that reach it. Nothing of it waits for the device.
+The first three are one step in three launches: scores of all packed tokens, from them a threshold per query, then the
+values of the tokens that reach it. Nothing of it waits for the device.
 """
 
 from __future__ import annotations
@@ -69,6 +69,28 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backe
     check_table(op, table, q.shape[0], q)
     module, _ = select(op, q, backend)
     return module.sparse_scores(q, codec, table, scale)
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend: str = "auto") -> Any:
+    """Scaled scores of the mean key of each page, which is all that is read of it.
+
+    Args:
+        q: [batch, q_heads, n, head_dim], float32, float16 or bfloat16.
+        codec: the layer's codec.
+        table: the packed tokens.
+        scale: softmax scale.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        float32 [batch, q_heads, n, pages], -inf past a row's last page.
+    """
+    op = "page_scores"
+    check_codec(op, codec)
+    check_queries(op, q, codec)
+    scale = check_scale(op, scale)
+    check_table(op, table, q.shape[0], q)
+    module, _ = select(op, q, backend)
+    return module.page_scores(q, codec, table, scale)
 
 
 def sparse_threshold(

@@ -18,7 +18,8 @@ MARGIN, REFINED_MARGIN = 2.0 ** (1 / 16), 2.0 ** (1 / 4)
 """How far the low bits of the mean row, and refinement too, are expected to raise a scale."""
 
 
-def _matrices(t: Transform, head: int) -> tuple[F64, F64, F64]:
+def matrices(t: Transform, head: int) -> tuple[F64, F64, F64]:
+    """A, its inverse and mu of one head, float64."""
     mu = np.zeros((1, t.forward.shape[1])) if t.mu is None else t.mu
     a, i = t.forward[head % t.forward.shape[0]], t.inverse[head % t.inverse.shape[0]]
     return a.astype(np.float64), i.astype(np.float64), mu[head % mu.shape[0]].astype(np.float64)
@@ -54,7 +55,7 @@ def encode_page(k: ArrayLike, v: ArrayLike, codec: Codec, head: int = 0) -> U8:
             raise ValueError(f"[encode] expected {side} [{PAGE}, {fmt.head_dim}]; got {list(x64.shape)}")
         if not np.isfinite(x64).all():
             raise ValueError(f"[encode] expected finite {side}; got NaN or infinity")
-        a, _, mu = _matrices(t, head)
+        a, _, mu = matrices(t, head)
         y[side] = (np.pad(x64, pad) - mu) @ a.T
 
     mean = y["k"].mean(0) if spec.key_mean else np.zeros(fmt.padded_dim)
@@ -140,6 +141,6 @@ def decode_pages(pages: U8, codec: Codec) -> tuple[F64, F64]:
     for p in range(n):
         for h in range(heads):
             for i, (y, t) in enumerate(zip(decode_page(pages[p, h], codec), (codec.k_transform, codec.v_transform))):
-                _, inverse, mu = _matrices(t, h)
+                _, inverse, mu = matrices(t, h)
                 out[i, h, p * PAGE : (p + 1) * PAGE] = (y @ inverse.T + mu)[:, : codec.head_dim]
     return out[0], out[1]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..codec.codec import Codec
+from ..codec.packing import split_record, unpack_header
 from ..codec.spec import PAGE
+from .pages import matrices
 
 F64 = NDArray[np.float64]
 
@@ -25,6 +28,27 @@ def page_statistics(scores: ArrayLike) -> F64:
     s = np.pad(s, pad, constant_values=-np.inf).reshape(*s.shape[:-1], pages, PAGE)
     top = s.max(-1, initial=-np.inf)
     return np.stack([top, np.exp(s - np.where(np.isfinite(top), top, 0)[..., None]).sum(-1)], -1)
+
+
+def page_scores(q: ArrayLike, pages: NDArray[np.uint8], codec: Codec, scale: float) -> F64:
+    """Scaled scores of queries against the mean key of each page.
+
+    Args:
+        q: [q_heads, n, head_dim].
+        pages: [pages, kv_heads, record_bytes].
+        codec: the layer's codec.
+        scale: softmax scale.
+
+    Returns:
+        [q_heads, n, pages].
+    """
+    means = np.zeros((codec.kv_heads, len(pages), codec.head_dim))
+    for p, h in np.ndindex(pages.shape[:2]):
+        row = split_record(pages[p, h], codec.format)["mean"]
+        _, inverse, mu = matrices(codec.k_transform, h)
+        means[h, p] = (inverse @ (row.astype(np.float64) * unpack_header(row)[0]) + mu)[: codec.head_dim]
+    q64 = np.asarray(q, np.float64)
+    return scale * np.einsum("hnd,hpd->hnp", q64, np.repeat(means, q64.shape[0] // codec.kv_heads, 0))
 
 
 def survivors(scores: ArrayLike, threshold: ArrayLike, last: ArrayLike) -> NDArray[np.bool_]:

@@ -157,6 +157,12 @@ NB_MODULE(_native, m) {
     sparse_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
                   pointer<float>(scores), pointer<float>(stats), threads);
   });
+  m.def("page_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale, uintptr_t out,
+                          int threads) {
+    const nb::gil_scoped_release release;
+    page_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
+                pointer<float>(out), threads);
+  });
   m.def("sparse_threshold", [scored](ScoredView s, uintptr_t lengths, uintptr_t budgets, int budget, float top_p, uintptr_t exact_lse,
                                      uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, uintptr_t top, int threads) {
     const nb::gil_scoped_release release;

@@ -113,6 +113,47 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
   });
 }
 
+void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out, int threads) {
+  const Kernels& kernel = kernels();
+  const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
+  constexpr int MANY = 512;  // pages of one piece of work
+  const int runs = (all_pages + MANY - 1) / MANY;
+  for (int b = 0; b < shape.batch; ++b) row_length("page_scores", codec, table, b);
+  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item, int) {
+    const int run = int(item % runs), head = int(item / runs % codec.kv_heads), b = int(item / runs / codec.kv_heads);
+    const int first = run * MANY, end = std::min(first + MANY, all_pages), used = pages_of(table.lengths[b]);
+    const int64_t row0 = (int64_t(b) * codec.kv_heads + head) * rows;
+    float* x = static_cast<float*>(thread_scratch(0, size_t(rows + 1) * dim * sizeof(float)));
+    float* shifts = static_cast<float*>(thread_scratch(1, size_t(rows) * sizeof(float)));
+    for (int r = 0; r < rows; ++r) {
+      float* given = x + size_t(rows) * dim;
+      kernel.load(q.rows(b, head * (rows / shape.n) + r / shape.n, r % shape.n), 1, codec.head_dim, dim, given);
+      kernel.apply(codec.query, head, given, 1, x + size_t(r) * dim);
+      const float* mu = codec.mu(codec.k_mu, head);
+      double offset = 0;
+      for (int i = 0; mu && i < dim; ++i) offset += double(given[i]) * mu[i];
+      shifts[r] = float(offset * scale);
+    }
+    for (int p = first; p < end; ++p) {
+      alignas(16) float mean[MAX_DIM];
+      float step = 0;
+      if (p < used) {
+        const uint8_t* record;
+        row_records(codec, table, b, head, p, 1, &record);
+        const uint8_t* line = record + mean_offset(dim, codec.k.bits, codec.scales);
+        step = read_header(line).mean_step * scale;
+        for (int i = 0; i < dim; ++i) mean[i] = float(reinterpret_cast<const int8_t*>(line)[i]);
+      }
+      for (int r = 0; r < rows; ++r) {
+        F32 sum = F32{};
+        if (p < used)
+          for (int i = 0; i < dim; i += 4) sum += load<F32>(x + size_t(r) * dim + i) * load<F32>(mean + i);
+        out[(row0 + r) * all_pages + p] = p < used ? sum_of(sum) * step + shifts[r] : -INF;
+      }
+    }
+  });
+}
+
 void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, int budget, float top_p, const float* exact_lse,
                       float* threshold, int* last, int* kept, float* dropped, float* tops, int threads) {
   const int pages = pages_of(s.max_length);

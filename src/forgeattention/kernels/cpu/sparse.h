@@ -14,6 +14,8 @@ struct Scored {
 };
 
 void sparse_scores(const Codec&, Shape, const Array4& q, const Table&, float scale, float* scores, float* stats, int threads);
+// Scores of the pages' means: out [batch][q_heads][n][pages], -inf past a row's last page.
+void page_scores(const Codec&, Shape, const Array4& q, const Table&, float scale, float* out, int threads);
 // budgets [q_heads] or null for `budget` tokens of every query; or top_p > 0. exact_lse [batch][q_heads][n] or null. Results
 // [batch][q_heads][n].
 void sparse_threshold(const Scored&, const int* lengths, const int* budgets, int budget, float top_p, const float* exact_lse,
