@@ -164,3 +164,40 @@ def test_graphs_replay_with_other_lengths(setup) -> None:
         want = step()
         assert torch.equal(out, want[0])
         assert torch.equal(lse, want[1])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_page_scores(setup, case: Case) -> None:
+    made = setup(case, [1000, 0, 64, 321], [40, 7, 3, 0], mu=True)
+    scale = case.head_dim**-0.5
+    got = ops.page_scores(made.q, made.codec, made.table, scale)
+    want = ops.page_scores(made.q, made.codec, made.table, scale, backend="reference")
+    assert torch.equal(torch.isneginf(got), torch.isneginf(want))
+    finite = torch.isfinite(want)
+    assert float((got - want)[finite].abs().max()) < tolerances.CUDA_SCORES * float(want[finite].abs().max())
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "custom"])
+def test_pages_by_their_means(setup, rotation: str) -> None:
+    """All pages read is dense attention; some read is dense attention over a table of those."""
+    from forgeattention.sparse import SparseLayer, SparseSpec
+
+    made = setup(Case(rotation=rotation), [3200, 640], [40, 7])
+    scale = 128**-0.5
+    dense = ops.decode_attention(made.q, made.codec, made.table, made.exact, scale)
+    for spec in (SparseSpec(top_k=6400, fast=True), SparseSpec(top_p=0.999999, fast=True)):
+        out, lse, _ = SparseLayer(spec).attend(made.q, made.codec, made.table, made.exact, scale, True, None, "auto")
+        assert float((out - dense[0]).norm() / dense[0].norm()) < tolerances.CUDA_ATTENTION["float16"]
+        assert float((lse - dense[1]).abs().max()) < tolerances.CUDA_LSE
+    out, _, step = SparseLayer(SparseSpec(top_k=640, fast=True)).attend(
+        made.q, made.codec, made.table, made.exact, scale, True, None, "auto"
+    )
+    assert step.read.sum(-1).tolist() == [[10, 10], [10, 10]]
+    for head in range(2):
+        pages = step.read[0, head].nonzero()[:, 0]
+        table = PageTable(made.buffer, made.offsets[:1, pages], torch.tensor([640], dtype=torch.int32).cuda(), 640)
+        exact = ops.ExactTokens(made.ek[:1], made.ev[:1], made.exact.lengths[:1], made.exact.max_length)
+        want = ops.decode_attention(made.q[:1], made.codec, table, exact, scale)[0]
+        rows = slice(4 * head, 4 * head + 4)
+        error = (out[0, rows] - want[0, rows]).float().norm() / want[0, rows].float().norm()
+        assert float(error) < tolerances.CUDA_ATTENTION["float16"]

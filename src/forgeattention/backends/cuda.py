@@ -392,3 +392,9 @@ def sparse_attention(scores: Any, threshold: Any, codec: Codec, table: PageTable
     from .cuda_sparse import sparse_attention
 
     return sparse_attention(scores, threshold, codec, table, other)
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    from .cuda_sparse import page_scores
+
+    return page_scores(q, codec, table, scale)

@@ -20,6 +20,7 @@ def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> args.SparsePla
 
 
 _score_params = cuda_args.Packer(args.SparseScoresParams)
+_page_params = cuda_args.Packer(args.PageScoresParams)
 _threshold_params = cuda_args.Packer(args.SparseThresholdParams)
 _attention_params = cuda_args.Packer(args.SparseAttentionParams)
 
@@ -65,6 +66,33 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
             grid = splits, codec.kv_heads * launch.plan.blocks, batch
             launch.kernel.launch(grid, launch.plan.threads, cuda._stream(device), params)
     return Scores(scores[..., : table.max_length], stats)
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    batch, q_heads, n, _ = q.shape
+    device, pages, group = q.device, -(-table.max_length // PAGE), q_heads // codec.kv_heads
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = torch.empty((batch, q_heads, n, pages), dtype=torch.float32, device=device)
+    if out.numel():
+        with cuda._on(device):
+            constants = cuda._constants_of(codec, device)
+            kernel = constants.kernel(
+                ("page_scores", q.dtype), lambda: (args.page_scores_macros(codec, dtype_of(q)), 0)
+            )
+            blocks = -(-group * n // 8)
+            params = _page_params(
+                *map(cuda._address, (q, table.base, table.offsets, table.lengths, out)),
+                bytes(constants.attend[0]),
+                *q.stride()[:3],
+                table.offsets.stride(0),
+                *(codec.kv_heads, group, n, group * n, blocks, pages),
+                scale,
+            )
+            across = codec.kv_heads * blocks
+            most = max(1, 8 * cuda.limits(device.index).processors // (across * batch))
+            splits = min(-(-pages // (8 * args.PAGE_SCORES_WARPS)), most)
+            kernel.launch((splits, across, batch), 32 * args.PAGE_SCORES_WARPS, cuda._stream(device), params)
+    return out
 
 
 def _whole_pages(scores: Scores) -> Any:

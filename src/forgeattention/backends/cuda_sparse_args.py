@@ -28,6 +28,19 @@ class SparseScoresParams(ctypes.Structure):
     ]
 
 
+class PageScoresParams(ctypes.Structure):
+    """Params of kernels/cuda/page_scores.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("q", "base", "offsets", "lengths", "out")),
+        ("transform", TransformArgs),
+        ("q_stride", I64 * 3),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
+        ("scale", F32),
+    ]
+
+
 class SparseThresholdParams(ctypes.Structure):
     """Params of kernels/cuda/sparse_threshold.cu."""
 
@@ -104,6 +117,13 @@ def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, ke
     sums = 0 if keys else warps * 8 * (d + 1) * 4
     splits = max(1, limits.processors * ctas // (kv_heads * blocks))
     return SparsePlan(held, blocks, warps, stages, ctas, splits, max(warps * stages * (part + 16), sums))
+
+
+PAGE_SCORES_WARPS = 4
+
+
+def page_scores_macros(codec: Codec, dtype: str) -> Macros:
+    return macros(codec, PageScoresParams, FA_WARPS=PAGE_SCORES_WARPS, FA_TYPE=TYPES[dtype])
 
 
 def threshold_macros() -> Macros:

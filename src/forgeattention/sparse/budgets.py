@@ -54,9 +54,7 @@ class Budgets:
             found, layers = data["format"], {int(i): np.array(b) for i, b in data["layers"].items()}
             owner = data["fingerprint"]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"[budgets] expected a file of forgeattn calibrate --sparse; got {path}: {error}"
-            ) from error
+            raise ValueError(f"[budgets] expected a file of calibrate --sparse; got {path}: {error}") from error
         if found != FORMAT:
             raise ValueError(f"[budgets] expected format {FORMAT!r}; got {found!r}")
         if owner != fingerprint:
