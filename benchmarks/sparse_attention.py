@@ -5,7 +5,7 @@ Time and what is skipped depend on where the large scores lie. Three kinds of ke
 - iid: independent normal keys and queries. Survivors are spread evenly, the worst case for skipping values.
 - clustered: 24 runs per KV head of keys that point along a common direction which the queries share, 96 tokens long on
   average; survivors lie together.
-- real (--states): keys and queries of a model, as `benchmarks/real_states.py` writes them.
+- real: keys and queries of SmolLM2, see `benchmarks/real_states.py`.
 
 Every time is the median over CUDA graph replays that walk over copies of the cache, more than the L2 holds.
 """
@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import real_states
 import torch
 from cuda_decode import SINKS_AND_WINDOW, copy_bandwidth, environment, in_graph, peers_us
 
@@ -25,6 +26,7 @@ from forgeattention import ops
 from forgeattention.codec import Codec, CodecSpec
 from forgeattention.codec.spec import PAGE
 from forgeattention.ops.table import ExactTokens, PageTable
+from forgeattention.sparse import SparseLayer, SparseSpec
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 CONTEXTS = (50_048, 131_072, 524_288, 1_048_576)
@@ -175,20 +177,85 @@ def run(kind: str, context: int, chosen: dict[str, Any], spec: CodecSpec, peers:
     }
 
 
+def run_fast(kind: str, context: int, top_k: int, spec: CodecSpec, peers: dict[str, float], states: Any) -> Any:
+    """The same for whole pages chosen by their means."""
+    codec = Codec(spec, DIM, KV_HEADS)
+    buffer, q = make(kind, context, codec, states)
+    size, scale = buffer.numel(), DIM**-0.5
+    copies = max(1, min(8, math.ceil(L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size / size)))
+    memory = buffer.view(-1).repeat(copies)
+    del buffer
+    lengths = torch.tensor([context], dtype=torch.int32, device="cuda")
+    at = torch.arange(context // PAGE, device="cuda")[None] * codec.page_bytes
+    tables = [PageTable(memory, at + i * size, lengths, context) for i in range(copies)]
+    ek, ev = (torch.randn(1, KV_HEADS, 200, DIM, device="cuda", dtype=torch.float16) for _ in range(2))
+    exact = ExactTokens(ek, ev, torch.full((1,), SINKS_AND_WINDOW, dtype=torch.int32, device="cuda"), SINKS_AND_WINDOW)
+    layer = SparseLayer(SparseSpec(top_k=top_k, fast=True))
+    step = layer.attend(q, codec, tables[0], exact, scale, True, None, "auto")[2]
+    scores = ops.sparse_scores(q, codec, tables[0], scale)
+    own = ops.decode_attention(q, codec, None, exact, scale)[1]
+    masses = scores.pages[..., 0] + scores.pages[..., 1].log()
+    share = (masses - torch.logaddexp(masses.logsumexp(-1), own)[..., None]).exp()
+    read = step.read.repeat_interleave(Q_HEADS // KV_HEADS, 1)[:, :, None]
+    rounds = max(1, 12 // copies)
+    calls = [lambda t=t: layer.attend(q, codec, t, exact, scale, True, None, "auto")[0] for t in tables]
+    phases = {
+        "page_scores": [lambda t=t: ops.page_scores(q, codec, t, scale) for t in tables],
+        "dense": [lambda t=t: ops.decode_attention(q, codec, t, exact, scale) for t in tables],
+    }
+    us = {name: in_graph(of, rounds)[0] for name, of in phases.items()}
+    dropped = share.masked_fill(read, 0).sum(-1)
+    return {
+        "op": "sparse_attention",
+        "device": torch.cuda.get_device_name(),
+        "shape": {
+            "batch": 1,
+            "q_heads": Q_HEADS,
+            "kv_heads": KV_HEADS,
+            "head_dim": DIM,
+            "context": context,
+            "q_len": 1,
+        },
+        "distribution": kind,
+        "top_k": top_k,
+        "fast": True,
+        "us": in_graph(calls, rounds)[0],
+        "dense_us": us.pop("dense"),
+        "phases_us": us,
+        "peers_us": peers,
+        **{name: x for name, x in step.statistics().items() if not name.startswith("dropped")},
+        "dropped_mass": dropped.mean().item(),
+        "dropped_mass_worst": dropped.max().item(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--kinds", nargs="+", default=["iid", "clustered"])
-    parser.add_argument("--states", type=Path, help="keys and queries of a model, for the kind real")
+    parser.add_argument("--real", action="store_true", help="also keys and queries of SmolLM2")
+    parser.add_argument("--fast", type=int, nargs="*", default=[16384, 32768, 65536], help="tokens read in fast mode")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
-    states = torch.load(options.states) if options.states else None
     records: list[dict[str, Any]] = [{"env": environment(copy_bandwidth())}]
     spec = CodecSpec(refine=False)
     for context in options.contexts:
         peers = {} if options.no_peers else peers_us(1, Q_HEADS, KV_HEADS, DIM, context, 1 if context > 200_000 else 2)
-        for kind in [*options.kinds, *(["real"] if states is not None else [])]:
+        states = real_states.states(context) if options.real else None
+        for kind in [*options.kinds, *(["real"] if options.real else [])]:
+            for top_k in options.fast:
+                if 2 * top_k > context:
+                    continue
+                r = run_fast(kind, context, top_k, spec, peers, states)
+                records.append(r)
+                print(
+                    f"{context:>8} {kind:9} fast {top_k}: {r['us']:.1f} us (page scores "
+                    f"{r['phases_us']['page_scores']:.1f}), dense {r['dense_us']:.1f} us = "
+                    f"{r['dense_us'] / r['us']:.2f}x, bytes {r['bytes_read'] / r['bytes_dense']:.3f}, dropped {r['dropped_mass']:.4f}, worst "
+                    f"{r['dropped_mass_worst']:.4f}",
+                    flush=True,
+                )
             for chosen in ({"top_k": 1024}, {"top_p": 0.995}):
                 if kind != "real" and "top_p" in chosen:
                     continue

@@ -313,6 +313,10 @@ def calibrate(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """`forgeattn calibrate`."""
+    if args.sparse:
+        from .sparse import measure as attention_of_heads
+
+        return attention_of_heads.run(args)
     from . import models
     from .codec.presets import PRESETS
     from .evaluation import report, texts

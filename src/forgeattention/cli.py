@@ -120,6 +120,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", default="licences", help="licences, genesis, code, a text file, or random (default %(default)s)"
     )
     calibrate.add_argument("--tokens", type=int, default=1024, help="how many are read (default %(default)s)")
+    calibrate.add_argument(
+        "--sparse", action="store_true", help="measure the heads' attention instead; --out is a JSON file of budgets"
+    )
+    calibrate.add_argument("--top-k", type=int, default=256, help="sparse: mean budget of a head (default %(default)s)")
+    calibrate.add_argument("--windows", type=int, default=2, help="sparse: pieces of each text (default %(default)s)")
+    calibrate.add_argument(
+        "--every-head", action="store_true", help="sparse: no common budget for heads that share keys and values"
+    )
+    calibrate.add_argument("--image", type=Path, metavar="FILE", help="sparse: a PNG of layers by heads")
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
 

@@ -1,0 +1,68 @@
+"""Keys, values and queries of SmolLM2 in the shape of the benchmarks' attention layer.
+
+Eight KV heads from eight layers (2, 6, ..., 26, 29; heads 0, 1, 2 in turn) read documents of 8192 tokens, its longest
+context: Python source of the standard library, then prose and licences, one after another, so that a query meets the keys of
+many documents. Each head's 64 channels are padded with zeros to 128, which changes no score. A KV head has three queries, of
+the last position; the fourth is the first head's of the position before.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from forgeattention import models
+from forgeattention.evaluation import texts
+from forgeattention.evaluation.streaming import attention
+
+LAYERS = (2, 6, 10, 14, 18, 22, 26, 29)
+DOCUMENT, DIM = 8192, 128
+
+
+def text_of(chars: int) -> str:
+    parts = [texts.read("genesis"), texts.read("licences")]
+    size = sum(map(len, parts))
+    for path in sorted(Path(sys.modules["argparse"].__file__ or "").parent.rglob("*.py")):
+        if size >= chars:
+            break
+        if "test" not in path.parts and "site-packages" not in path.parts:
+            parts.insert(0, path.read_text(encoding="utf-8", errors="ignore"))
+            size += len(parts[0])
+    return "\n".join(parts)
+
+
+@torch.no_grad()
+def states(context: int) -> dict[str, Any]:
+    """`kv`: keys and values [8, context, 128] float16 on the host; `q`: [1, 32, 1, 128]."""
+    model, tokenizer = models.load("smollm2", dtype=torch.bfloat16, device="cuda")
+    ids = tokenizer(text_of(8 * context), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    if len(ids) < context:
+        raise ValueError(f"[real_states] expected {context} tokens of text; got {len(ids)}")
+    ids = ids[-context:]
+    k, v = (torch.zeros(len(LAYERS), context, DIM, dtype=torch.float16) for _ in range(2))
+    q = torch.zeros(1, 32, 1, DIM, dtype=torch.float16)
+    where = [0, 0]
+
+    def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        if module.layer_idx in LAYERS:
+            i = LAYERS.index(module.layer_idx)
+            head, group = i % 3, query.shape[1] // key.shape[1]
+            k[i, slice(*where), :64], v[i, slice(*where), :64] = key[0, head].half().cpu(), value[0, head].half().cpu()
+            own = query[0, head * group : (head + 1) * group].half().cpu()
+            q[0, 4 * i : 4 * i + 3, 0, :64], q[0, 4 * i + 3, 0, :64] = own[:, -1], own[0, -2]
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("benchmark_states", record)
+    AttentionMaskInterface.register("benchmark_states", sdpa_mask)
+    with attention(model, "benchmark_states"):
+        for start in range(0, context, DOCUMENT):
+            where[:] = start, min(start + DOCUMENT, context)
+            model(ids[None, slice(*where)].cuda(), logits_to_keep=1, use_cache=False)
+    # The benchmark's scale is that of 128 channels.
+    return {"kv": (k, v), "q": q * 2**0.5}

@@ -1,0 +1,112 @@
+"""What sparse attention costs SmolLM2: KL to the exact cache and needles, with what is read and dropped.
+
+Every rule runs through the real packed cache in steps of at most eight tokens, so that all tokens of a text, and a
+prompt's question and answer, attend sparsely. The dense packed cache in the same steps is the first row; `kl_rise` is over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forgeattention import models
+from forgeattention.codec.presets import DEFAULT, PRESETS
+from forgeattention.evaluation import kl, niah, report, texts
+from forgeattention.evaluation.commands import SPARSE_TAIL
+from forgeattention.evaluation.needles import Outcome
+from forgeattention.evaluation.setup import caches
+from forgeattention.integrations.hf import fingerprint
+from forgeattention.sparse import Budgets, SparseSpec, sparse_means
+from forgeattention.sparse.measure import allot, measure
+
+RULES = (
+    "dense", "top_p=0.995", "top_p=0.99", "top_k=256", "budgets=head", "budgets=group", "top_k=512", "top_k=128",
+    "top_k=2048,fast", "top_k=1536,fast", "top_k=1024,fast", "top_k=768,fast", "top_k=512,fast", "top_k=256,fast",
+    "top_p=0.99,fast", "top_p=0.95,fast", "top_p=0.9,fast",
+)  # fmt: skip
+
+
+def spec_of(rule: str, budgets: dict[str, str]) -> SparseSpec | None:
+    if rule == "dense":
+        return None
+    name, _, which = rule.partition("=")
+    return SparseSpec.parse(f"budgets={budgets[which]}" if name == "budgets" else rule, min_context=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rules", nargs="+", default=RULES)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--needles", type=int, nargs="*", default=[2000, 4000])
+    parser.add_argument("--top-k", type=int, default=256, help="mean of the budgets")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--image", type=Path, help="heatmap of the budgets of single heads")
+    options = parser.parse_args()
+    model, tokenizer = models.load("smollm2", device=options.device)
+    pieces = {}
+    for name in ("genesis", "licences", "code"):
+        ids = tokenizer(texts.read(name), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        # Budgets come from the parts of the texts that are not measured.
+        need = options.windows * options.length
+        pieces[name] = kl.windows(ids[:need], options.length, options.windows), ids[-options.length :]
+    seen = torch.stack([last for _, last in pieces.values()])
+    statistics = measure(model, seen, [options.length // 4, options.length // 2, options.length])
+    longest = {layer: runs[-1] for layer, runs in statistics.items()}
+    config = model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    budgets = {}
+    folder = tempfile.mkdtemp()
+    for which, size in (("head", 1), ("group", group)):
+        made = Budgets(fingerprint(model), allot(longest, options.top_k, size))
+        budgets[which] = f"{folder}/{which}.json"
+        made.save(budgets[which])
+        if options.image and which == "head":
+            from forgeattention.sparse.measure import heatmap
+
+            heatmap(made, longest).savefig(options.image, dpi=120)
+    rows: list[dict[str, Any]] = []
+    spec = PRESETS[DEFAULT]
+    for rule in options.rules:
+        begun, log = time.time(), list[dict[str, float]]()
+        sparse = spec_of(rule, budgets)
+        _, make = caches(model, spec, sparse=sparse, sparse_log=log)
+        row: dict[str, Any] = {"rule": rule}
+        for name, (windows, _) in pieces.items():
+            result = kl.compare(model, windows, make, block=8, implementation="forge")
+            row[f"kl_{name}"], row[f"same_top_{name}"] = result.kl, result.same_top
+        row["kl"] = sum(row[f"kl_{name}"] for name in pieces) / len(pieces)
+        row["same_top"] = sum(row[f"same_top_{name}"] for name in pieces) / len(pieces)
+        row["kl_rise"] = row["kl"] - (rows[0]["kl"] if rows else row["kl"])
+        row |= sparse_means(log)
+        if log:
+            row["share_of_bytes"] = row["bytes_read"] / row["bytes_dense"]
+        passed: list[bool] = []
+        for test in ("single", "multi") if options.needles else ():
+            for document in niah.documents(test, tokenizer, options.needles):
+                cells = niah.ask(model, tokenizer, document, make, implementation="forge", tail=SPARSE_TAIL)
+                passed += [cell.outcome == Outcome.PASS for cell in cells]
+        first = rows[0]["passed"] if rows else passed
+        row |= {"passed": passed, "needles": sum(passed), "of": len(passed)}
+        row["kept"] = sum(a and b for a, b in zip(passed, first))
+        row["seconds"] = time.time() - begun
+        rows.append(row)
+        print(
+            {name: round(x, 5) if isinstance(x, float) else x for name, x in row.items() if name != "passed"},
+            flush=True,
+        )
+        if options.json:
+            setting = {"length": options.length, "windows": options.windows, "haystacks": options.needles, "block": 8}
+            data = {"rows": rows, "setting": setting, "spec": spec.to_json(), "device": options.device}
+            options.json.write_text(json.dumps({**data, "env": report.environment()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
