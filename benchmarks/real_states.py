@@ -1,9 +1,9 @@
 """Keys, values and queries of SmolLM2 in the shape of the benchmarks' attention layer.
 
 Eight KV heads from eight layers (2, 6, ..., 26, 29; heads 0, 1, 2 in turn) read documents of 8192 tokens, its longest
-context: Python source of the standard library, then prose and licences, one after another, so that a query meets the keys of
-many documents. Each head's 64 channels are padded with zeros to 128, which changes no score. A KV head has three queries, of
-the last position; the fourth is the first head's of the position before.
+context: Python source of the standard library, then prose and licences, one after another, so that a query meets the
+keys of many documents. Each head's 64 channels are padded with zeros to 128, which changes no score. A KV head has
+three queries, of the last position; the fourth is the first head's of the position before.
 """
 
 from __future__ import annotations

@@ -252,8 +252,8 @@ def main() -> None:
                 print(
                     f"{context:>8} {kind:9} fast {top_k}: {r['us']:.1f} us (page scores "
                     f"{r['phases_us']['page_scores']:.1f}), dense {r['dense_us']:.1f} us = "
-                    f"{r['dense_us'] / r['us']:.2f}x, bytes {r['bytes_read'] / r['bytes_dense']:.3f}, dropped {r['dropped_mass']:.4f}, worst "
-                    f"{r['dropped_mass_worst']:.4f}",
+                    f"{r['dense_us'] / r['us']:.2f}x, bytes {r['bytes_read'] / r['bytes_dense']:.3f}, "
+                    f"dropped {r['dropped_mass']:.4f}, worst {r['dropped_mass_worst']:.4f}",
                     flush=True,
                 )
             for chosen in ({"top_k": 1024}, {"top_p": 0.995}):

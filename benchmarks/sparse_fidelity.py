@@ -1,7 +1,8 @@
 """What sparse attention costs SmolLM2: KL to the exact cache and needles, with what is read and dropped.
 
 Every rule runs through the real packed cache in steps of at most eight tokens, so that all tokens of a text, and a
-prompt's question and answer, attend sparsely. The dense packed cache in the same steps is the first row; `kl_rise` is over it.
+prompt's question and answer, attend sparsely. The first row is the dense packed cache in the
+same steps; `kl_rise` is over it.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def heatmap(budgets: Budgets, statistics: dict[int, HeadStatistics]) -> Any:
     needed = np.stack([statistics[i].tokens[:, 1] for i in layers])
     given = np.stack([budgets.layers[i] for i in layers])
     figure = Figure(figsize=(7, 6), layout="constrained")
-    maps = ((needed, "tokens for 99.5 % of the mass"), (given, f"budgets, mean {budgets.mean:.0f}"))
+    maps: Any = ((needed, "tokens for 99.5 % of the mass"), (given, f"budgets, mean {budgets.mean:.0f}"))
     for axis, (values, title) in zip(figure.subplots(1, 2), maps):
         image = axis.imshow(values.clip(1), aspect="auto", norm=LogNorm(), cmap="viridis")
         axis.set(title=title, xlabel="query head", ylabel="layer")
@@ -237,8 +237,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dropped = [float(np.interp(b, counts, c)) for b, c in zip(every, curves)]
     equal = [float(np.interp(args.top_k, counts, c)) for c in curves]
     print(
-        f"budgets {every.min()} to {every.max()}, mean {made.mean:.1f}: worst head drops {max(dropped):.4f} of its mass, with "
-        f" {args.top_k} for each {max(equal):.4f}; {Path(args.out)}"
+        f"budgets {every.min()} to {every.max()}, mean {made.mean:.1f}: worst head drops {max(dropped):.4f} of its mass, "
+        f"with {args.top_k} for each {max(equal):.4f}; {Path(args.out)}"
     )
     return {
         "model": args.model,
