@@ -38,9 +38,9 @@ def text_of(chars: int) -> str:
 
 
 @torch.no_grad()
-def states(context: int) -> dict[str, Any]:
+def states(context: int, name: str = "smollm2") -> dict[str, Any]:
     """`kv`: keys and values [8, context, 128] float16 on the host; `q`: [1, 32, 1, 128]."""
-    model, tokenizer = models.load("smollm2", dtype=torch.bfloat16, device="cuda")
+    model, tokenizer = models.load(name, dtype=torch.bfloat16, device="cuda")
     ids = tokenizer(text_of(8 * context), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < context:
         raise ValueError(f"[real_states] expected {context} tokens of text; got {len(ids)}")

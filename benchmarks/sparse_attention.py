@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--kinds", nargs="+", default=["iid", "clustered"])
-    parser.add_argument("--real", action="store_true", help="also keys and queries of SmolLM2")
+    parser.add_argument("--real", metavar="MODEL", help="also keys and queries of SmolLM2: smollm2 or where it lies")
     parser.add_argument("--fast", type=int, nargs="*", default=[16384, 32768, 65536], help="tokens read in fast mode")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
@@ -242,7 +242,7 @@ def main() -> None:
     spec = CodecSpec(refine=False)
     for context in options.contexts:
         peers = {} if options.no_peers else peers_us(1, Q_HEADS, KV_HEADS, DIM, context, 1 if context > 200_000 else 2)
-        states = real_states.states(context) if options.real else None
+        states = real_states.states(context, options.real) if options.real else None
         for kind in [*options.kinds, *(["real"] if options.real else [])]:
             for top_k in options.fast:
                 if 2 * top_k > context:

@@ -42,6 +42,7 @@ def spec_of(rule: str, budgets: dict[str, str]) -> SparseSpec | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="or where it lies")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--length", type=int, default=4096)
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--image", type=Path, help="heatmap of the budgets of single heads")
     options = parser.parse_args()
-    model, tokenizer = models.load("smollm2", device=options.device)
+    model, tokenizer = models.load(options.model, device=options.device)
     pieces = {}
     for name in ("genesis", "licences", "code"):
         ids = tokenizer(texts.read(name), add_special_tokens=False, return_tensors="pt")["input_ids"][0]

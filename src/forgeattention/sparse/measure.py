@@ -237,8 +237,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dropped = [float(np.interp(b, counts, c)) for b, c in zip(every, curves)]
     equal = [float(np.interp(args.top_k, counts, c)) for c in curves]
     print(
-        f"budgets {every.min()} to {every.max()}, mean {made.mean:.1f}: worst head drops {max(dropped):.4f} of its mass, "
-        f"with {args.top_k} for each {max(equal):.4f}; {Path(args.out)}"
+        f"budgets {every.min()} to {every.max()}, mean {made.mean:.1f}: the worst head drops {max(dropped):.4f} of "
+        f"its mass, with {args.top_k} for each {max(equal):.4f}; {Path(args.out)}"
     )
     return {
         "model": args.model,
