@@ -24,12 +24,12 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     made = setup(args)
     ids = made.tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     pieces = kl.windows(ids, args.length, args.windows)
-    # Only steps of few tokens are sparse.
+    # Only steps of few tokens are sparse; what comes before the measured positions is read as a prompt.
     block = args.block if made.sparse is None else min(args.block, DECODE_TOKENS)
     with report.progress("Reading with both caches", args.windows) as advance:
         result = kl.compare(
-            made.model, pieces, made.make_packed, block=block, start=args.start, parts=args.parts,
-            implementation="forge", on_window=advance,
+            made.model, pieces, made.make_packed, block=block, prompt_block=args.block, start=args.start,
+            parts=args.parts, implementation="forge", on_window=advance,
         )  # fmt: skip
     print(
         f"{args.text}, {result.positions} positions, {made.bits:.3f} bits per element: KL {result.kl:.4f} nats, same "

@@ -73,6 +73,7 @@ def compare(
     make_cache: Callable[[], Any],
     *,
     block: int = 128,
+    prompt_block: int | None = None,
     start: int | None = None,
     parts: int = 1,
     implementation: str | None = None,
@@ -90,6 +91,7 @@ def compare(
             DynamicCache.
         make_cache: makes an empty candidate cache.
         block: tokens that are read at once.
+        prompt_block: the same before `start`; `block` if None.
         start: first position measured; half of the text if None, so that the candidate has something to lose.
         parts: into how many ranges of positions, equal to one, `Fidelity.parts` divides the measured ones.
         implementation: transformers attention implementation for the candidate; None leaves the model's.
@@ -117,7 +119,9 @@ def compare(
         reference, candidate = DynamicCache(config=model.config), make_cache()
         if (held := int(candidate.get_seq_length())) != 0:
             raise ValueError(f"[kl] expected make_cache to make an empty cache; got one of {held} tokens")
-        for first, last in spans(tokens, block):
+        read = start if prompt_block else 0
+        pieces = [*spans(read, prompt_block or block), *((read + a, read + b) for a, b in spans(tokens - read, block))]
+        for first, last in pieces:
             piece = text[None, first:last]
             with attention(model, reference_implementation):
                 exact = step(model, piece, reference)[0]
