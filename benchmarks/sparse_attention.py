@@ -196,7 +196,7 @@ def run_fast(kind: str, context: int, top_k: int, spec: CodecSpec, peers: dict[s
     own = ops.decode_attention(q, codec, None, exact, scale)[1]
     masses = scores.pages[..., 0] + scores.pages[..., 1].log()
     share = (masses - torch.logaddexp(masses.logsumexp(-1), own)[..., None]).exp()
-    read = step.read.repeat_interleave(Q_HEADS // KV_HEADS, 1)[:, :, None]
+    read = step.fast[1].repeat_interleave(Q_HEADS // KV_HEADS, 1)[:, :, None]
     rounds = max(1, 12 // copies)
     calls = [lambda t=t: layer.attend(q, codec, t, exact, scale, True, None, "auto")[0] for t in tables]
     phases = {
@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--kinds", nargs="+", default=["iid", "clustered"])
+    parser.add_argument("--kinds", nargs="*", default=["iid", "clustered"])
     parser.add_argument("--real", metavar="MODEL", help="also keys and queries of SmolLM2: smollm2 or where it lies")
     parser.add_argument("--fast", type=int, nargs="*", default=[16384, 32768, 65536], help="tokens read in fast mode")
     parser.add_argument("--no-peers", action="store_true")

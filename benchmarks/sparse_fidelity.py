@@ -24,7 +24,7 @@ from forgeattention.evaluation.needles import Outcome
 from forgeattention.evaluation.setup import caches
 from forgeattention.integrations.hf import fingerprint
 from forgeattention.sparse import Budgets, SparseSpec, sparse_means
-from forgeattention.sparse.measure import allot, measure
+from forgeattention.sparse.measure import allot, heatmap, measure
 
 RULES = (
     "dense", "top_p=0.995", "top_p=0.99", "top_k=256", "budgets=head", "budgets=group", "top_k=512", "top_k=128",
@@ -37,6 +37,21 @@ def spec_of(rule: str, budgets: dict[str, str]) -> SparseSpec | None:
         return None
     name, _, which = rule.partition("=")
     return SparseSpec.parse(f"budgets={budgets[which]}" if name == "budgets" else rule, min_context=0)
+
+
+def measured_budgets(model: Any, unseen: list[torch.Tensor], options: argparse.Namespace) -> dict[str, str]:
+    """Files of budgets of equal mean: of single heads ("head") and of heads that share keys and values ("group")."""
+    statistics = measure(model, torch.stack(unseen), [options.length // 4, options.length // 2, options.length])
+    longest = {layer: runs[-1] for layer, runs in statistics.items()}
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    files, folder = {}, tempfile.mkdtemp()
+    for which, size in (("head", 1), ("group", group)):
+        made = Budgets(fingerprint(model), allot(longest, options.top_k, size))
+        files[which] = f"{folder}/{which}.json"
+        made.save(files[which])
+        if options.image and which == "head":
+            heatmap(made, longest).savefig(options.image, dpi=120)
+    return files
 
 
 def main() -> None:
@@ -58,21 +73,8 @@ def main() -> None:
         # Budgets come from the parts of the texts that are not measured.
         need = options.windows * options.length
         pieces[name] = kl.windows(ids[:need], options.length, options.windows), ids[-options.length :]
-    seen = torch.stack([last for _, last in pieces.values()])
-    statistics = measure(model, seen, [options.length // 4, options.length // 2, options.length])
-    longest = {layer: runs[-1] for layer, runs in statistics.items()}
-    config = model.config
-    group = config.num_attention_heads // config.num_key_value_heads
-    budgets = {}
-    folder = tempfile.mkdtemp()
-    for which, size in (("head", 1), ("group", group)):
-        made = Budgets(fingerprint(model), allot(longest, options.top_k, size))
-        budgets[which] = f"{folder}/{which}.json"
-        made.save(budgets[which])
-        if options.image and which == "head":
-            from forgeattention.sparse.measure import heatmap
-
-            heatmap(made, longest).savefig(options.image, dpi=120)
+    asked = any(rule.startswith("budgets") for rule in options.rules)
+    budgets = measured_budgets(model, [last for _, last in pieces.values()], options) if asked else {}
     rows: list[dict[str, Any]] = []
     spec = PRESETS[DEFAULT]
     for rule in options.rules:

@@ -104,6 +104,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ("value_sum", args.scores_macros(codec, "float32")),
         ("sparse_scores", plans[0].macros(codec, sparse.SparseScoresParams, case.dtype)),
         ("page_scores", sparse.page_scores_macros(codec, case.dtype)),
+        ("page_select", sparse.page_select_macros()),
         ("sparse_threshold", sparse.threshold_macros()),
         ("sparse_attention", plans[1].macros(codec, sparse.SparseAttentionParams, case.dtype)),
     ]

@@ -192,9 +192,9 @@ def test_pages_by_their_means(setup, rotation: str) -> None:
     out, _, step = SparseLayer(SparseSpec(top_k=640, fast=True)).attend(
         made.q, made.codec, made.table, made.exact, scale, True, None, "auto"
     )
-    assert step.read.sum(-1).tolist() == [[10, 10], [10, 10]]
+    assert step.fast[1].sum(-1).tolist() == [[10, 10], [10, 10]]
     for head in range(2):
-        pages = step.read[0, head].nonzero()[:, 0]
+        pages = step.fast[1][0, head].nonzero()[:, 0]
         table = PageTable(made.buffer, made.offsets[:1, pages], torch.tensor([640], dtype=torch.int32).cuda(), 640)
         exact = ops.ExactTokens(made.ek[:1], made.ev[:1], made.exact.lengths[:1], made.exact.max_length)
         want = ops.decode_attention(made.q[:1], made.codec, table, exact, scale)[0]

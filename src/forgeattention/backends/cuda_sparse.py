@@ -21,6 +21,7 @@ def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> args.SparsePla
 
 _score_params = cuda_args.Packer(args.SparseScoresParams)
 _page_params = cuda_args.Packer(args.PageScoresParams)
+_select_params = cuda_args.Packer(args.PageSelectParams)
 _threshold_params = cuda_args.Packer(args.SparseThresholdParams)
 _attention_params = cuda_args.Packer(args.SparseAttentionParams)
 
@@ -93,6 +94,28 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
             splits = min(-(-pages // (8 * args.PAGE_SCORES_WARPS)), most)
             kernel.launch((splits, across, batch), 32 * args.PAGE_SCORES_WARPS, cuda._stream(device), params)
     return out
+
+
+def page_select(means: Any, codec: Codec, table: PageTable, budget: int) -> tuple[Any, Any, Any]:
+    """See `forgeattention.sparse.pages.select`."""
+    batch, q_heads, n, pages = means.shape
+    device, kv_heads, record = means.device, codec.kv_heads, codec.format.record_bytes
+    if pages > args.MOST_PAGES:
+        raise ValueError(f"[page_select] expected at most {args.MOST_PAGES} pages; got {pages}")
+    chosen = torch.empty((batch, kv_heads, budget), dtype=torch.int64, device=device)
+    tokens = torch.empty((batch, kv_heads), dtype=torch.int32, device=device)
+    read = torch.empty((batch, kv_heads, pages), dtype=torch.bool, device=device)
+    if batch:
+        with cuda._on(device):
+            held = args.FEW_PAGES if pages <= args.FEW_PAGES else args.MOST_PAGES
+            kernel = nvrtc.kernel("page_select", args.page_select_macros(), device.index, 4 * held)
+            params = _select_params(
+                *map(cuda._address, (means, table.offsets, table.lengths, chosen, tokens, read)),
+                table.offsets.stride(0),
+                *(kv_heads, q_heads // kv_heads * n, pages, budget, record),
+            )
+            kernel.launch((batch * kv_heads, 1, 1), 1024, cuda._stream(device), params)
+    return chosen, tokens, read
 
 
 def _whole_pages(scores: Scores) -> Any:

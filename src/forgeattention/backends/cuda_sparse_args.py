@@ -10,8 +10,10 @@ from ..codec.spec import PageFormat
 from .cuda_args import F32, I32, I64, TYPES, Limits, P, TransformArgs, macros
 from .nvrtc import Macros
 
-THRESHOLD_BYTES = 8 * (8192 + 2048) + 12 * 1024 + 8 * 33 + 16
-"""Shared memory of sparse_threshold: its two lists, its bins."""
+THRESHOLD_BYTES = 8 * (8192 + 2048) + 4 * 8192 + 12 * 1024 + 8 * 33 + 16
+"""Shared memory of sparse_threshold: its three lists, its bins."""
+FEW_PAGES, MOST_PAGES = 16384, 49152
+"""Pages whose ranks page_select has room for in shared memory: on any device, and on those with more than 192 KB."""
 
 
 class SparseScoresParams(ctypes.Structure):
@@ -38,6 +40,16 @@ class PageScoresParams(ctypes.Structure):
         ("max_pages", I64),
         *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
         ("scale", F32),
+    ]
+
+
+class PageSelectParams(ctypes.Structure):
+    """Params of kernels/cuda/page_select.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("means", "offsets", "lengths", "chosen", "tokens", "read")),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "queries", "pages", "budget", "record")),
     ]
 
 
@@ -127,4 +139,9 @@ def page_scores_macros(codec: Codec, dtype: str) -> Macros:
 
 
 def threshold_macros() -> Macros:
-    return (("FA_PARAMS_BYTES", str(ctypes.sizeof(SparseThresholdParams))),)
+    sizes = {"FA_PARAMS_BYTES": ctypes.sizeof(SparseThresholdParams), "FA_SHARED_BYTES": THRESHOLD_BYTES}
+    return tuple((name, str(size)) for name, size in sizes.items())
+
+
+def page_select_macros() -> Macros:
+    return (("FA_PARAMS_BYTES", str(ctypes.sizeof(PageSelectParams))),)

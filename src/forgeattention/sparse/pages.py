@@ -2,7 +2,8 @@
 
 A page's mean key stands in its record and costs 1 / 64 of its bytes or less. 64 exp(score of the mean) estimates the
 mass of the page's tokens, from below: their spread around the mean adds to it. What the estimate misses is not known
-without reading, so nothing is bounded here.
+without reading, so nothing is bounded here. A row's packed tokens must fill their pages, as they do in
+`cache.LayerCache`.
 """
 
 from __future__ import annotations
@@ -36,86 +37,92 @@ def attend_pages(
     """Attention over the exact tokens and the chosen pages of each KV head, whole ones all.
 
     Returns:
-        out and lse as `ops.decode_attention`; which pages were read, bool [batch, kv_heads, pages]; the estimated share
-        of the mass that was not, float32 [batch, q_heads, n].
+        out and lse as `ops.decode_attention`; which pages were read, bool [batch, kv_heads, pages]; the scores of the
+        pages' means, float32 [batch, q_heads, n, pages].
     """
     means = ops.page_scores(q, codec, table, scale, backend=backend)
     lse = None
     if spec.top_p is not None:
         _, lse = ops.decode_attention(q, codec, None, exact, scale, causal=causal, sink_logits=sinks, backend=backend)
-    if is_torch(q):
-        order, counts, read, dropped = _choose_torch(means, codec.kv_heads, table.lengths, lse, spec)
-    else:
-        arrays = [to_numpy(x) for x in (means, table.lengths)]
-        chosen = _choose(arrays[0], codec.kv_heads, arrays[1], None if lse is None else to_numpy(lse), spec)
-        order, counts, read, dropped = (
-            from_numpy(x, q, dtype) for x, dtype in zip(chosen, ("int64", "int32", "bool", "float32"))
-        )
-    out, lse = _attend_rows(q, codec, table, order, counts, exact, scale, causal, backend)
+    offsets, tokens, read = select(means, codec, table, lse, spec)
+    out, lse = _attend_rows(q, codec, table, offsets, tokens, exact, scale, causal, backend)
     if sinks is not None:
         extra = sinks[None, :, None] + lse * 0
         out, lse = ops.merge(out, lse, out * 0, extra)
-    return out, lse, read, dropped
+    return out, lse, read, means
 
 
-def _choose_torch(means: Any, kv_heads: int, lengths: Any, lse: Any | None, spec: SparseSpec) -> tuple[Any, ...]:
-    """See `_choose`; nothing waits for the device."""
-    import torch
-
-    batch, heads, n, pages = means.shape
-    z = means.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
-    total = z.logsumexp(-1)
-    if lse is not None:
-        total = torch.logaddexp(total, lse.reshape(total.shape))
-    z = z - total[..., None]
-    rank = z.amax(2)
-    used = ((lengths + PAGE - 1) // PAGE)[:, None]
-    share = z.exp()
-    if spec.top_k is not None:
-        most = min(spec.top_k // PAGE, pages)
-        order = rank.topk(most).indices
-        counts = used.clamp(max=most).expand(batch, kv_heads)
-        covered = share.gather(-1, order[:, :, None].expand(-1, -1, share.shape[2], -1)).sum(-1)
-    else:
-        order = rank.sort(-1, descending=True).indices
-        sums = share.gather(-1, order[:, :, None].expand_as(share)).cumsum(-1)
-        left = share.sum(-1, keepdim=True) - torch.nn.functional.pad(sums, (1, 0))
-        counts = (left[..., :-1] > 1 - spec.top_p).any(2).sum(-1)  # type: ignore[operator]
-        counts = torch.minimum(counts, used)
-        at = counts[:, :, None, None].expand(-1, -1, share.shape[2], 1)
-        covered = share.sum(-1) - left.gather(-1, at)[..., 0]
-    taken = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
-    read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=means.device).scatter(-1, order, taken)
-    dropped = (share.sum(-1) - covered).reshape(batch, heads, n).clamp(min=0)
-    return order, counts.to(torch.int32), read, dropped
-
-
-def _choose(means: Any, kv_heads: int, lengths: Any, lse: Any | None, spec: SparseSpec) -> tuple[Any, ...]:
-    """Pages in the order of the largest share that any query of the KV head is estimated to give them.
+def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: SparseSpec) -> tuple[Any, Any, Any]:
+    """The pages that each KV head reads: those to which any of its queries is estimated to give the largest share.
 
     Args:
-        means: scores of the pages' means, float32 [batch, q_heads, n, pages].
-        kv_heads: KV heads.
-        lengths: packed tokens of each row, [batch].
-        lse: log-sum-exp of the exact tokens [batch, q_heads, n]; None leaves them out of the whole.
-        spec: how many pages, or up to which estimated share for every query.
+        means: of `ops.page_scores`.
+        codec: the layer's codec.
+        table: the packed tokens, whole pages.
+        lse: log-sum-exp of the exact tokens [batch, q_heads, n], for `spec.top_p`.
+        spec: how many pages, or the estimated share of every query that they and the exact tokens carry.
 
     Returns:
-        page numbers [batch, kv_heads, most], how many of them are read [batch, kv_heads], which pages that are, bool
-        [batch, kv_heads, pages], and the estimated share of the others [batch, q_heads, n].
+        offsets of the records int64 [batch, kv_heads, most], tokens in them int32 [batch, kv_heads], and which pages
+        they are, bool [batch, kv_heads, pages].
     """
+    most = means.shape[3] if spec.top_k is None else min(spec.top_k // PAGE, means.shape[3])
+    if is_torch(means) and means.is_cuda and spec.top_k is not None:
+        from ..backends.cuda_sparse import page_select
+
+        return page_select(means, codec, table, most)
     import torch
 
-    given = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in (means, lengths, lse)]
-    return tuple(x.numpy() for x in _choose_torch(given[0], kv_heads, given[1], given[2], spec))
+    def tensor(x: Any) -> Any:
+        return x if is_torch(x) else torch.from_numpy(to_numpy(x))
+
+    m, offsets, lengths = (tensor(x) for x in (means, table.offsets, table.lengths))
+    batch, _, _, pages = m.shape
+    kv_heads = codec.kv_heads
+    z = m.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
+    total = z.logsumexp(-1)
+    if lse is not None:
+        total = torch.logaddexp(total, tensor(lse).reshape(total.shape))
+    z = z - total[..., None]
+    used = ((lengths + PAGE - 1) // PAGE)[:, None].expand(batch, kv_heads)
+    order = torch.sort(z.amax(2), dim=-1, descending=True, stable=True).indices[..., :most]
+    counts = used.clamp(max=most)
+    if spec.top_p is not None:
+        share = z.exp()
+        sums = share.gather(-1, order[:, :, None].expand_as(share)).cumsum(-1)
+        left = share.sum(-1, keepdim=True) - torch.nn.functional.pad(sums, (1, 0))[..., :-1]
+        counts = torch.minimum((left > 1 - spec.top_p).any(2).sum(-1), used)
+    taken = torch.arange(most, device=m.device) < counts[..., None]
+    read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=m.device).scatter(-1, order, taken)
+    heads_at = codec.format.record_bytes * torch.arange(kv_heads, device=m.device)[:, None]
+    chosen = offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
+    results = (chosen, (counts * PAGE).to(torch.int32), read)
+    if is_torch(means):
+        return results
+    dtypes = ("int64", "int32", "bool")
+    chosen, tokens, read = (from_numpy(x.numpy(), means, d) for x, d in zip(results, dtypes))
+    return chosen, tokens, read
+
+
+def estimated_drop(means: Any, read: Any, lse: Any) -> Any:
+    """The share of each query's mass that unread pages are estimated to hold, float64 [batch, q_heads, n], on the host.
+
+    Args:
+        means, read: of `attend_pages`.
+        lse: log-sum-exp of what was attended, [batch, q_heads, n].
+    """
+    m, r, whole = (to_numpy(x) for x in (means, read, lse))
+    unread = np.where(np.repeat(r, m.shape[1] // r.shape[1], 1)[:, :, None], -np.inf, m.astype(np.float64))
+    missed = np.exp(unread + math.log(PAGE) - whole[..., None]).sum(-1)
+    return missed / (1 + missed)
 
 
 def _attend_rows(
     q: Any,
     codec: Codec,
     table: PageTable,
-    order: Any,
-    counts: Any,
+    offsets: Any,
+    tokens: Any,
     exact: ExactTokens,
     scale: float,
     causal: bool,
@@ -123,26 +130,18 @@ def _attend_rows(
 ) -> tuple[Any, Any]:
     """Dense attention with a page table for each KV head: a KV head is a row of its own."""
     batch, heads, n, dim = q.shape
-    kv_heads, group, record = codec.kv_heads, heads // codec.kv_heads, codec.format.record_bytes
-    most = order.shape[2]
-    offsets = table.offsets
-    if is_torch(q):
-        import torch
-
-        offsets = offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order)
-        offsets = offsets + record * torch.arange(kv_heads, device=offsets.device)[:, None]
-    else:
-        o, pages = to_numpy(table.offsets), to_numpy(order)
-        host = np.take_along_axis(np.broadcast_to(o[:, None], (batch, kv_heads, o.shape[1])), pages, -1)
-        offsets = from_numpy(host + record * np.arange(kv_heads)[:, None], table.offsets, "int64")
-    tokens = counts * PAGE
+    kv_heads, group = codec.kv_heads, heads // codec.kv_heads
+    most = offsets.shape[2]
     if codec not in _heads:
         _heads[codec] = [codec.head(h) for h in range(kv_heads)]
     own = _heads[codec]
     if _alike(codec):
         rows = batch * kv_heads
         of_rows = PageTable(table.base, offsets.reshape(rows, most), tokens.reshape(rows), most * PAGE)
-        lengths = exact.lengths.repeat_interleave(kv_heads) if is_torch(q) else exact.lengths.repeat(kv_heads)
+        if is_torch(q):
+            lengths = exact.lengths.repeat_interleave(kv_heads)
+        else:
+            lengths = from_numpy(to_numpy(exact.lengths).repeat(kv_heads), exact.lengths, "int32")
         cap = exact.k.shape[2]
         k, v = (x.reshape(rows, 1, cap, dim) for x in (exact.k, exact.v))
         held = ExactTokens(k, v, lengths, exact.max_length)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from .. import ops
 from ..codec import PAGE, Codec
 from ..ops.arrays import from_numpy, to_numpy
+from ..ops.sparse import Threshold
 from ..ops.table import ExactTokens, PageTable
-from .pages import attend_pages
+from .pages import attend_pages, estimated_drop
 from .spec import SparseSpec
 
 TILE = 4
@@ -26,20 +27,15 @@ class SparseStep:
     Attributes:
         codec: the layer's codec.
         tokens: packed tokens of each row, int32 [batch].
-        kept: tokens attended by each query, int32 [batch, q_heads, n].
-        dropped: their complement's share of the mass, float32 [batch, q_heads, n]; of a fast step an estimate.
-        live: bool [batch, q_heads, n, pages], pages that each query needs.
-        read: bool [batch, kv_heads, pages], pages whose values are read.
-        fast: whether the keys of pages that are not read are not read either, but for their means.
+        exact: of an exact step the pages' statistics (`ops.Scores.pages`) and the threshold, else None.
+        fast: of a step by page means their scores, which pages were read, bool [batch, kv_heads, pages], and the
+            log-sum-exp of what was attended; else None.
     """
 
     codec: Codec
     tokens: Any
-    kept: Any
-    dropped: Any
-    live: Any
-    read: Any
-    fast: bool
+    exact: tuple[Any, Threshold] | None = None
+    fast: tuple[Any, Any, Any] | None = None
 
     def statistics(self) -> dict[str, float]:
         """Means over queries: `kept_tokens`, `dropped_mass` and its largest `dropped_mass_worst`; the shares
@@ -47,17 +43,25 @@ class SparseStep:
         that no head of a KV head needs; `bytes_read` of packed tokens and `bytes_dense`, what dense attention reads."""
         fmt, lengths = self.codec.format, to_numpy(self.tokens).astype(np.int64)
         pages = -(-lengths // PAGE)
-        live, read = to_numpy(self.live), to_numpy(self.read)
+        if self.exact is not None:
+            stats, threshold = self.exact
+            live = to_numpy(stats)[..., 0] >= to_numpy(threshold.score)[..., None]
+            read = live.reshape(len(live), self.codec.kv_heads, -1, live.shape[-1]).any(2)
+            dropped, kept = to_numpy(threshold.dropped), to_numpy(threshold.kept)
+            ahead, tail = fmt.v_offset, fmt.record_bytes - fmt.v_offset
+        else:
+            assert self.fast is not None
+            means, read, lse = (to_numpy(x) for x in self.fast)
+            live = np.repeat(read, means.shape[1] // read.shape[1], 1)[:, :, None].repeat(means.shape[2], 2)
+            dropped, kept = estimated_drop(means, read, lse), live.sum(-1) * PAGE
+            ahead, tail = fmt.padded_dim, fmt.record_bytes
         padded = np.pad(live, [(0, 0)] * 3 + [(0, -live.shape[-1] % TILE)])
         tiles: Any = padded.reshape(*live.shape[:3], -1, TILE).any(-1)
         queries = live.shape[1] * live.shape[2]
         total, total_tiles = int(pages.sum()), int((-(-pages // TILE)).sum())
         used = int(read.sum())
-        tail = fmt.record_bytes if self.fast else fmt.record_bytes - fmt.v_offset
-        ahead = fmt.padded_dim if self.fast else fmt.v_offset
-        dropped = to_numpy(self.dropped)
         return {
-            "kept_tokens": float(to_numpy(self.kept).mean()),
+            "kept_tokens": float(kept.mean()),
             "dropped_mass": float(dropped.mean()),
             "dropped_mass_worst": float(dropped.max()),
             "tiles_skipped": 1 - float(tiles.sum()) / (queries * total_tiles),
@@ -121,10 +125,7 @@ class SparseLayer:
             scores, table, top_k=top_k, top_p=self.spec.top_p, exact_lse=other[1], backend=backend
         )
         out, lse = ops.sparse_attention(scores, threshold, codec, table, other=other, backend=backend)
-        live = scores.pages[..., 0] >= threshold.score[..., None]
-        batch, _, _, pages = live.shape
-        read = live.reshape(batch, codec.kv_heads, -1, pages).any(2)
-        return out, lse, SparseStep(codec, table.lengths, threshold.kept, threshold.dropped, live, read, False)
+        return out, lse, SparseStep(codec, table.lengths, exact=(scores.pages, threshold))
 
     def _fast(
         self,
@@ -137,17 +138,8 @@ class SparseLayer:
         sinks: Any,
         backend: str,
     ) -> tuple[Any, Any, SparseStep]:
-        out, lse, read, dropped = attend_pages(q, codec, table, exact, scale, causal, sinks, self.spec, backend)
-        batch, heads, n = q.shape[:3]
-        group = heads // codec.kv_heads
-        live = read[:, :, None, None].repeat(group, 2) if isinstance(read, np.ndarray) else None
-        if live is None:
-            live = read.repeat_interleave(group, 1)[:, :, None].expand(batch, heads, n, read.shape[2])
-        else:
-            live = np.broadcast_to(live, (batch, codec.kv_heads, group, n, read.shape[2]))
-            live = live.reshape(batch, heads, n, -1)
-        kept = live.sum(-1) * PAGE
-        return out, lse, SparseStep(codec, table.lengths, kept, dropped, live, read, True)
+        out, lse, read, means = attend_pages(q, codec, table, exact, scale, causal, sinks, self.spec, backend)
+        return out, lse, SparseStep(codec, table.lengths, fast=(means, read, lse))
 
     def _budgets(self, like: Any) -> Any:
         key = str(getattr(like, "device", "host"))

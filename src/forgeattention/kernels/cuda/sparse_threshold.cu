@@ -6,10 +6,10 @@
 // finds the bin in which the last kept token lies; bins are refined until their tokens fit a short list, which is searched by
 // counting. Tokens above the bound are kept in shared memory if they fit; else every pass reads their pages again.
 //
-// Macros: FA_PARAMS_BYTES.
-#include "common.cuh"
+// Macros: FA_PARAMS_BYTES, FA_SHARED_BYTES.
+#include "block.cuh"
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 1024, CAPACITY = 8192, SHORT = 2048;
+constexpr int BINS = THREADS, CAPACITY = 8192, SHORT = 2048, LISTED_PAGES = 8192;
 constexpr float BIN = 16.f;
 // Masses are fixed point in units of exp(top) / 2^32, so that sums do not depend on their order.
 constexpr float FIXED = 4294967296.f;
@@ -44,11 +44,12 @@ __device__ __forceinline__ u64 fixed_mass(float score, float top) { return (u64)
 struct Shared {
   u64 tokens[CAPACITY];  // those above the bound, if they are so few
   u64 list[SHORT];       // those of the last bin
+  u32 pages[LISTED_PAGES];
   u32 low[BINS], high[BINS];  // numbers or masses
   u32 counts[BINS];           // numbers of pages where low and high are masses
   u64 sums[WARPS];
   u64 remaining;
-  u32 listed, counted;
+  u32 listed, counted, page_count;
   int found;
 
   // 64-bit atomics on shared memory are loops; two of 32 bits with a carry are not.
@@ -60,43 +61,7 @@ struct Shared {
   __device__ __forceinline__ u64 bin(int i) const { return (u64)high[i] << 32 | low[i]; }
 };
 
-// The sum or the largest over the CTA, in every thread.
-template <class T, class Join>
-__device__ __forceinline__ T block_join(T x, Shared& sh, Join join) {
-  const int thread = threadIdx.x;
-#pragma unroll
-  for (int i = 16; i; i >>= 1) x = join(x, __shfl_xor_sync(~0u, x, i));
-  __syncthreads();
-  if ((thread & 31) == 0) ((T*)sh.sums)[thread >> 5] = x;
-  __syncthreads();
-  x = ((T*)sh.sums)[thread & 31];
-#pragma unroll
-  for (int i = 16; i; i >>= 1) x = join(x, __shfl_xor_sync(~0u, x, i));
-  return x;
-}
-template <class T>
-__device__ __forceinline__ T block_sum(T x, Shared& sh) {
-  return block_join(x, sh, [](T a, T b) { return a + b; });
-}
-template <class T>
-__device__ __forceinline__ T block_max(T x, Shared& sh) {
-  return block_join(x, sh, [](T a, T b) { return a > b ? a : b; });
-}
-// Sum over the threads up to this one.
-template <class T>
-__device__ __forceinline__ T block_scan(T x, Shared& sh) {
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-#pragma unroll
-  for (int i = 1; i < 32; i <<= 1) {
-    const T other = __shfl_up_sync(~0u, x, i);
-    if (lane >= i) x += other;
-  }
-  __syncthreads();
-  if (lane == 31) ((T*)sh.sums)[warp] = x;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) x += ((T*)sh.sums)[w];
-  return x;
-}
+static_assert(sizeof(Shared) == FA_SHARED_BYTES, "the launcher asks for another size");
 
 // The tokens above the bound.
 struct Tokens {
@@ -106,28 +71,41 @@ struct Tokens {
   int used, length, limit;  // bins up to `limit`
   float top;
 
-  // Calls use(there, value) by whole warps for all tokens of the pages that reach the bound.
+  // Calls use(there, value) by whole warps for all tokens of the pages that reach the bound, by all threads together.
   template <class Use>
   __device__ __forceinline__ void read(Use use) const {
     constexpr int MANY = 8;  // pages whose loads are in flight at once
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int from = warp * 32; from < used; from += THREADS) {
-      u32 mask = __ballot_sync(~0u, from + lane < used && bin_of(stats[from + lane].x, top) <= limit);
-      while (mask) {
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    for (int from = 0; from < used; from += LISTED_PAGES) {
+      __syncthreads();
+      if (thread == 0) sh.page_count = 0;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < LISTED_PAGES / THREADS; ++i) {
+        const int page = from + i * THREADS + thread;
+        const bool there = page < used && bin_of(stats[page].x, top) <= limit;
+        const u32 mask = __ballot_sync(~0u, there);
+        u32 at = 0;
+        if (mask && lane == 0) at = atomicAdd(&sh.page_count, (u32)__popc(mask));
+        at = __shfl_sync(~0u, at, 0) + __popc(mask & ((1u << lane) - 1));
+        if (there) sh.pages[at] = page;
+      }
+      __syncthreads();
+      const int count = sh.page_count;
+      for (int i = warp; i < count; i += WARPS * MANY) {
         float2 s[MANY];
         int pages[MANY];
 #pragma unroll
-        for (int i = 0; i < MANY; ++i) {
-          pages[i] = mask ? from + __ffs(mask) - 1 : -1;
-          mask &= mask - 1;
-          if (pages[i] >= 0) s[i] = *(const float2*)(scores + pages[i] * fa::PAGE + 2 * lane);
+        for (int k = 0; k < MANY; ++k) {
+          pages[k] = i + k * WARPS < count ? (int)sh.pages[i + k * WARPS] : -1;
+          if (pages[k] >= 0) s[k] = *(const float2*)(scores + pages[k] * fa::PAGE + 2 * lane);
         }
 #pragma unroll
-        for (int i = 0; i < MANY; ++i) {
-          if (pages[i] < 0) break;
-          const int token = pages[i] * fa::PAGE + 2 * lane;
-          use(token < length && bin_of(s[i].x, top) <= limit, token_value(s[i].x, token));
-          use(token + 1 < length && bin_of(s[i].y, top) <= limit, token_value(s[i].y, token + 1));
+        for (int k = 0; k < MANY; ++k) {
+          if (pages[k] < 0) break;
+          const int token = pages[k] * fa::PAGE + 2 * lane;
+          use(token < length && bin_of(s[k].x, top) <= limit, token_value(s[k].x, token));
+          use(token + 1 < length && bin_of(s[k].y, top) <= limit, token_value(s[k].y, token + 1));
         }
       }
     }
@@ -149,7 +127,7 @@ struct Tokens {
 __device__ __forceinline__ int deciding_bin(Shared& sh, u64& wanted) {
   const int thread = threadIdx.x;
   __syncthreads();
-  const u64 mine = sh.bin(thread), upto = block_scan(mine, sh);
+  const u64 mine = sh.bin(thread), upto = block_scan(mine, sh.sums);
   if (upto >= wanted && upto - mine < wanted) {
     sh.found = thread;
     sh.remaining = wanted - (upto - mine);
@@ -181,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
     most = fmaxf(most, s.x);
     bad |= !(s.y >= 0.f);
   }
-  const float top = block_max(most, sh);
+  const float top = block_max(most, sh.sums);
   bad = __syncthreads_or(bad);
   u64 packed = 0;
   clear_bins(sh);
@@ -198,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
         atomicAdd(&sh.low[bin], 1u);
       }
     }
-  packed = block_sum(packed, sh);
+  packed = block_sum(packed, sh.sums);
   const float exact = p.exact_lse && used ? ex2((__ldg(p.exact_lse + row) - top) * LOG2E) : 0.f;
   const double total = (double)packed + (double)exact * FIXED;
   const u64 may_drop = by_mass ? (u64)fmin((1. - (double)p.top_p) * total, 9e18) : 0;
@@ -215,14 +193,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
   }
 
   // The bins that may hold kept tokens.
-  u64 upto = block_scan(by_mass ? (u64)sh.counts[thread] : sh.bin(thread), sh);
+  u64 upto = block_scan(by_mass ? (u64)sh.counts[thread] : sh.bin(thread), sh.sums);
   bool enough = upto >= (u64)budget;
   if (by_mass) {
-    const u64 below = packed - block_scan(sh.bin(thread), sh);
+    const u64 below = packed - block_scan(sh.bin(thread), sh.sums);
     const float each = ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * fa::PAGE;  // of a page's tokens in later bins
     enough = (double)below + (double)upto * each * FIXED <= (double)may_drop;
   }
-  const u32 first = block_max(enough ? (u32)(BINS - thread) : 0u, sh);
+  const u32 first = block_max(enough ? (u32)(BINS - thread) : 0u, sh.sums);
   const Tokens tokens{sh, scores, stats, used, length, first ? BINS - (int)first : BINS - 1, top};
 
   // Their tokens, and the bin of the last one kept.
@@ -244,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
   __syncthreads();
   const int counted = sh.counted;
   const bool held_here = counted <= CAPACITY;
-  u64 wanted = min(by_mass ? packed - may_drop : (u64)budget, block_sum(all, sh));  // rounding may leave less
+  u64 wanted = min(by_mass ? packed - may_drop : (u64)budget, block_sum(all, sh.sums));  // rounding may leave less
   int bin = deciding_bin(sh, wanted);
 
   // Tokens of that bin to the short list; those before it are kept.
@@ -269,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
     });
     __syncthreads();
     if (sh.listed <= SHORT) break;
-    lowest = ~block_max(~least, sh);
-    highest = block_max(most_value, sh);
+    lowest = ~block_max(~least, sh.sums);
+    highest = block_max(most_value, sh.sums);
     const int shift = max(0, 64 - __clzll(highest - lowest) - 10);
     clear_bins(sh);
     tokens.each(held_here, counted, [&](u64 value) {
@@ -281,8 +259,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __g
     lowest += (u64)bin << shift;
     highest = min(highest, lowest + ((1ull << shift) - 1));
   }
-  kept = block_sum(kept, sh);
-  held = block_sum(held, sh);
+  kept = block_sum(kept, sh.sums);
+  held = block_sum(held, sh.sums);
   const int listed = sh.listed;
   u64* masses = sh.tokens;  // of the short list, now that the tokens are not needed any more
   for (int i = thread; i < listed; i += THREADS) masses[i] = fixed_mass(score_of(sh.list[i]), top);
