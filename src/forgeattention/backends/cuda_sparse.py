@@ -91,7 +91,7 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
             )
             across = codec.kv_heads * blocks
             most = max(1, 8 * cuda.limits(device.index).processors // (across * batch))
-            splits = min(-(-pages // (8 * args.PAGE_SCORES_WARPS)), most)
+            splits = min(-(-pages // (16 * args.PAGE_SCORES_WARPS)), most)
             kernel.launch((splits, across, batch), 32 * args.PAGE_SCORES_WARPS, cuda._stream(device), params)
     return out
 

@@ -122,7 +122,7 @@ def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, ke
     blocks = -(-queries // held)
     warps, ctas = (8, 2) if d <= 128 else (8, 1) if d <= 256 else (4, 1)
     # Static shared memory: scales, terms of the queries, constants.
-    fixed = 4 * 64 * warps + (32 * (d // 2 + 16) + 64 if keys else 32) + 64
+    fixed = 4 * 64 * warps + (held * (2 * (d + 16) + 16) if keys else 32) + 64
     room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
     part = fmt.v_offset if keys else fmt.record_bytes - fmt.mean_offset
     stages = min(4, room // (warps * (part + 16)))

@@ -1,5 +1,5 @@
-// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes eight pages at a time,
-// whose mean rows are the columns of one product.
+// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen pages at a
+// time, whose mean rows are the rows of one product.
 //
 // Macros besides those of page.cuh: FA_WARPS, FA_ROTATION, FA_TYPE (queries), FA_PARAMS_BYTES.
 #include "page.cuh"
@@ -24,10 +24,11 @@ static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure diffe
 // Low bits of the four bytes of a word, the first byte's in bit 0.
 __device__ __forceinline__ u32 low_bits(u32 x) { return (x & 0x01010101u) * 0x01020408u >> 24 & 15; }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) page_scores(const __grid_constant__ Params p) {
-  __shared__ __align__(16) u8 terms[QUERY_BYTES];
+FA_KERNEL(32 * WARPS) page_scores(FA_PARAMS p) {
+  __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
+  __shared__ int totals[2 * QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
   const int used = (__ldg(p.lengths + row) + fa::PAGE - 1) / fa::PAGE;
@@ -45,42 +46,46 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) page_scores(const __gri
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
     transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
-    const float step = split_query(x, terms, i, lane);
+    int sums[2];
+    const float step = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {
+      totals[2 * i] = sums[0];
+      totals[2 * i + 1] = sums[1];
       steps[i] = step * p.scale;
       shifts[i] = shift * p.scale;
     }
   }
   __syncthreads();
-  Queries q;
-  q.load<false>(terms, lane);
+  Queries q[QUERIES / 4];
+#pragma unroll
+  for (int b = 0; b < QUERIES / 4; ++b) q[b].load(terms + 4 * b * QUERY_BYTES, totals + 8 * b, lane);
   const Constants constants(words);
-  const int query = first + g;
-  float* out = p.out + (((i64)row * p.kv_heads + head) * p.queries + query) * p.pages;
-  for (int from = (blockIdx.x * WARPS + warp) * 8; from < p.pages; from += gridDim.x * WARPS * 8) {
-    const int page = from + g;
-    const u8* mean = p.base + __ldg(p.offsets + row * p.max_pages + min(page, max(used - 1, 0))) + (i64)head * RECORD + MEAN_OFFSET;
-    float total[2] = {0.f, 0.f}, size = 0.f;
-    if (from < used) {
-      const uint4 header = __ldg((const uint4*)mean);
-      size = half_to_float(low_bits(header.x) | low_bits(header.y) << 4 | low_bits(header.z) << 8 | low_bits(header.w) << 12);
-      Sums sums;
+  for (int from = (blockIdx.x * WARPS + warp) * 16; from < p.pages; from += gridDim.x * WARPS * 16) {
+    const u8* means[2];
+    float sizes[2] = {0.f, 0.f};
+    if (from < used)
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        const uint2 b = __ldg((const uint2*)(mean + t * (DIM / 4) + 8 * step));
-        const uint4 a = q.get(step);
-        const u32 a4[4] = {a.x, a.y, a.z, a.w};
-        mma_ss(sums, a4, b.x, b.y, step % CHAIN ? sums : constants.start);
-        if (step % CHAIN == CHAIN - 1 || step == STEPS - 1)
-#pragma unroll
-          for (int k = 0; k < 2; ++k) total[k] += fmaf(sums[2 + k], 1.f / 256.f, sums[k] - (MAGIC + MAGIC / 256.f));
+      for (int i = 0; i < 2; ++i) {
+        const int page = min(from + g + 8 * i, used - 1);
+        means[i] = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD + MEAN_OFFSET;
+        const uint4 header = __ldg((const uint4*)means[i]);
+        sizes[i] = half_to_float(low_bits(header.x) | low_bits(header.y) << 4 | low_bits(header.z) << 8 | low_bits(header.w) << 12);
       }
-    }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {  // of pages 2 t and 2 t + 1
-      const int at = from + 2 * t + k;
-      const float step = __shfl_sync(~0u, size, 4 * (2 * t + k));
-      if (query < p.queries && at < p.pages) out[at] = at < used ? fmaf(total[k] * step, steps[g], shifts[g]) : NEG_INF;
+    for (int b = 0; b < QUERIES / 4; ++b) {
+      const int query = 4 * b + t;
+      float sums[2] = {0.f, 0.f};
+      if (from < used) {
+        const u8* const rows[2] = {means[0], means[1]};
+        mean_sums(rows, lane, q[b], constants, sums);
+      }
+      if (first + query >= p.queries) continue;
+      float* out = p.out + (((i64)row * p.kv_heads + head) * p.queries + first + query) * p.pages;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int page = from + g + 8 * i;
+        if (page < p.pages) out[page] = page < used ? fmaf(sums[i] * sizes[i], steps[query], shifts[query]) : NEG_INF;
+      }
     }
   }
 }

@@ -24,7 +24,7 @@ __device__ __forceinline__ u32 ordered(float x) {
   return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) page_select(const __grid_constant__ Params p) {
+FA_KERNEL(THREADS) page_select(FA_PARAMS p) {
   extern __shared__ __align__(16) u8 memory[];
   u32* ranks = (u32*)memory;  // [pages], ordered
   __shared__ u64 sums[WARPS];

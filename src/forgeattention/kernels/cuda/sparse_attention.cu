@@ -33,7 +33,7 @@ struct Params {
 };
 static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_attention(const __grid_constant__ Params p) {
+FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][TAIL], barriers; then sums [WARPS][QUERIES][LINE]
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ __align__(16) float all_scales[WARPS][fa::PAGE];
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_attenti
   const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first;  // of the block's first query
   const i64* offsets = p.offsets + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD + MEAN_OFFSET;
-  Ring<STAGES, TAIL, 0> ring;
+  Ring<STAGES, 1, TAIL, 0> ring;
   ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + WARPS * STAGES * TAIL) + warp * STAGES * 2, lane);
   if (thread == 0) Constants::store(words);
   if (thread < QUERIES) limits[thread] = thread < count ? __ldg(p.threshold + line + thread) : __int_as_float(0x7f800000);
@@ -75,8 +75,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_attenti
     const auto ask = [&] {
       const int page = coming ? from + (__ffs(coming) - 1) * step : -1;
       coming &= coming - 1;
-      ring.fill(fill, 0, page >= 0, base + (page >= 0 ? __ldg(offsets + page) : 0), lane);
-      ring.fill(fill, 1, false, nullptr, lane);
+      const u8* const records[1] = {base + (page >= 0 ? __ldg(offsets + page) : 0)};
+      ring.fill(fill, 0, page >= 0, records, lane);
+      ring.fill(fill, 1, 0, records, lane);
       fill = fill + 1 == STAGES ? 0 : fill + 1;
     };
 #pragma unroll
@@ -119,25 +120,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_attenti
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
       const float fixed = __fdividef(WEIGHT_MAX, most), one = most * (1.f / WEIGHT_MAX);
       const float w0 = __shfl_sync(~0u, one, 8 * t), w1 = __shfl_sync(~0u, one, 8 * t + 4);
-      u32 w[2][4];
+      u32 w[1][2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         u32 f[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) f[k] = __float_as_uint(fmaf(x[4 * i + k], fixed, 8388608.f));
-        w[0][i] = prmt(prmt(f[0], f[1], 0x0051u), prmt(f[2], f[3], 0x0051u), 0x5410);
-        w[1][i] = prmt(prmt(f[0], f[1], 0x0040u), prmt(f[2], f[3], 0x0040u), 0x5410);
+        w[0][0][i] = prmt(prmt(f[0], f[1], 0x0051u), prmt(f[2], f[3], 0x0051u), 0x5410);
+        w[0][1][i] = prmt(prmt(f[0], f[1], 0x0040u), prmt(f[2], f[3], 0x0040u), 0x5410);
       }
-      float high[4];
-      value_sums(part + DIM, lane, w, constants, [&](int unit, int set, const float(&y)[4]) {
+      Sums high;
+      const u8* const values[1] = {part + DIM};
+      value_sums(values, lane, w, constants, [&](int unit, int set, const Sums& d) {
+        if (set == 0) high = d;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (set) {
-            acc[4 * unit + k] = fmaf(fmaf(y[k], 1.f / 256.f, high[k]), k & 1 ? w1 : w0, acc[4 * unit + k]);
-          } else {
-            high[k] = y[k];
-          }
-        }
+        for (int k = 0; k < 4; ++k)
+          if (set) acc[4 * unit + k] = fmaf(join_terms(high[k], d[k]), k & 1 ? w1 : w0, acc[4 * unit + k]);
       });
       __syncwarp();
       fill = stage;

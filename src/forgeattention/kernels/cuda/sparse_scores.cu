@@ -7,8 +7,7 @@
 #include "transform.cuh"
 
 constexpr int WARPS = FA_WARPS, STAGES = FA_STAGES, QUERIES = FA_QUERIES, E = DIM / 32;
-constexpr bool DUP = QUERIES == 4;
-constexpr int SPAN = span<DUP>();
+constexpr int BLOCKS = QUERIES / 4;
 
 struct Params {
   const void* q;       // FA_TYPE [batch, q_heads, n, head_dim]
@@ -25,26 +24,12 @@ struct Params {
 };
 static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
 
-// Eight neighbouring floats of every lane to 32-byte aligned memory, those of lane t ^ 1 being 16 tokens away. Lanes pair up so
-// that each store fills whole sectors.
-__device__ __forceinline__ void store_eight(float* at, const float* x, int lane, bool any) {
-  const bool odd = lane & 1;
-  float4 give;
-  give.x = __shfl_xor_sync(~0u, odd ? x[0] : x[4], 1);
-  give.y = __shfl_xor_sync(~0u, odd ? x[1] : x[5], 1);
-  give.z = __shfl_xor_sync(~0u, odd ? x[2] : x[6], 1);
-  give.w = __shfl_xor_sync(~0u, odd ? x[3] : x[7], 1);
-  if (!any) return;
-  // First the even lane's eight, then the odd one's.
-  *(float4*)(odd ? at - 12 : at) = odd ? give : make_float4(x[0], x[1], x[2], x[3]);
-  *(float4*)(odd ? at + 4 : at + 16) = odd ? make_float4(x[4], x[5], x[6], x[7]) : give;
-}
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_scores(const __grid_constant__ Params p) {
+FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][K_BYTES], barriers
-  __shared__ __align__(16) u8 terms[QUERY_BYTES];
+  __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
+  __shared__ int totals[2 * QUERIES];
   __shared__ __align__(16) float all_scales[WARPS][fa::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
@@ -52,13 +37,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_scores(
   const int begin = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
   const i64* offsets = p.offsets + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD;
-  Ring<STAGES, K_BYTES, 0> ring;
+  Ring<STAGES, 1, K_BYTES, 0> ring;
   ring.init(shared + warp * STAGES * K_BYTES, (u64*)(shared + WARPS * STAGES * K_BYTES) + warp * STAGES * 2, lane);
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     const int page = begin + i * step;
-    ring.fill(i, 0, page < used, base + (page < used ? __ldg(offsets + page) : 0), lane);
-    ring.fill(i, 1, false, nullptr, lane);
+    const u8* const records[1] = {base + (page < used ? __ldg(offsets + page) : 0)};
+    ring.fill(i, 0, page < used, records, lane);
+    ring.fill(i, 1, 0, records, lane);
   }
   if (thread == 0) Constants::store(words);
   for (int i = warp; i < QUERIES; i += WARPS) {
@@ -74,23 +60,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_scores(
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
     transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
-    const float size = split_query(x, terms, i, lane);
+    int sums[2];
+    const float size = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {
+      totals[2 * i] = sums[0];
+      totals[2 * i + 1] = sums[1];
       steps[i] = size * p.scale;
       shifts[i] = shift * p.scale;
     }
   }
   __syncthreads();
-  Queries q[1];
-  q[0].template load<DUP>(terms, lane);
+  Queries q[BLOCKS];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) q[b].load(terms + 4 * b * QUERY_BYTES, totals + 8 * b, lane);
   const Constants constants(words);
-  const int mine = DUP ? g & 3 : g, query = first + mine;
-  const float factor = steps[mine] * p.unit, mean_factor = steps[mine], fixed_shift = shifts[mine];
   float* scales = all_scales[warp];
-  const i64 line = ((i64)row * p.kv_heads + head) * p.queries + query;
-  float* out = p.scores + line * p.pages * fa::PAGE + first_token<DUP>(lane);
-  float2* stats = p.stats + line * p.pages;
-  const bool leader = t == 0 && (!DUP || g < 4) && query < p.queries;
+  // A lane has query t of each block; it writes eight neighbouring tokens, half of which another lane has computed.
+  const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first + t;
+  const int run = (lane >> 3) * 16 + (lane >> 2 & 1) * 8;
   int stage = 0;
   u32 phase = 0;
   for (int page = begin; page < used; page += step) {
@@ -98,47 +85,63 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS) sparse_scores(
     const i64 offset = next < used ? __ldg(offsets + next) : 0;
     const u8* part = shared + (warp * STAGES + stage) * K_BYTES;
     ring.wait(stage, 0, phase);
-    const Header header(part + MEAN_OFFSET, lane);
+    const u8* const means[1] = {part + MEAN_OFFSET};
+    const Header header(means[0], lane);
     *(float2*)(scales + 2 * lane) = decode_scales(load_scales(part + SCALE_OFFSET_K, lane), header.k_base());
-    const float shift = fmaf(mean_sum(part + MEAN_OFFSET, lane, q[0], constants.start) * header.mean_scale(), mean_factor, fixed_shift);
-    float s[1][SPAN];
-    key_sums<DUP>(part, lane, q, constants, s);
+    float s[BLOCKS][SPAN], mean[BLOCKS][1];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) mean_sums(means, lane, q[b], constants, mean[b]);
+    key_sums(part, lane, q, constants, s);
     __syncwarp();
-    ring.fill(stage, 0, next < used, base + offset, lane);
-    ring.fill(stage, 1, false, nullptr, lane);
-    const int valid = length - page * fa::PAGE - first_token<DUP>(lane);
-    float top = NEG_INF, sum = 0.f;
+    const u8* const records[1] = {base + offset};
+    ring.fill(stage, 0, next < used, records, lane);
+    ring.fill(stage, 1, 0, records, lane);
+    const int valid = length - page * fa::PAGE;
 #pragma unroll
-    for (int i = 0; i < SPAN; i += 4) {
-      const float4 n = *(const float4*)(scales + first_token<DUP>(lane) + i);
-      const float n4[4] = {n.x, n.y, n.z, n.w};
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int query = 4 * b + t;
+      const float factor = steps[query] * p.unit, shift = fmaf(mean[b][0] * header.mean_scale(), steps[query], shifts[query]);
+      float top = NEG_INF, sum = 0.f;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        s[0][i + k] = i + k < valid ? fmaf(s[0][i + k] * n4[k], factor, shift) : NEG_INF;
-        top = fmaxf(top, s[0][i + k]);
+      for (int i = 0; i < SPAN; ++i) {
+        const int token = key_token(lane, i);
+        s[b][i] = token < valid ? fmaf(s[b][i] * scales[token], factor, shift) : NEG_INF;
+        top = fmaxf(top, s[b][i]);
       }
+#pragma unroll
+      for (int i = 4; i < 32; i <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+      const float low = top * LOG2E;
+#pragma unroll
+      for (int i = 0; i < SPAN; ++i) sum += ex2(fmaf(s[b][i], LOG2E, -low));
+#pragma unroll
+      for (int i = 4; i < 32; i <<= 1) sum += __shfl_xor_sync(~0u, sum, i);
+      // Lanes 4 apart hold the even and the odd tokens of a run of 16.
+      const bool odd = lane & 4;
+      float x[SPAN];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float other = __shfl_xor_sync(~0u, odd ? s[b][i] : s[b][4 + i], 4);
+        x[2 * i] = odd ? other : s[b][i];
+        x[2 * i + 1] = odd ? s[b][4 + i] : other;
+      }
+      if (first + query >= p.queries) continue;
+      float* out = p.scores + (line + 4 * b) * p.pages * fa::PAGE + (i64)page * fa::PAGE + run;
+      *(float4*)out = make_float4(x[0], x[1], x[2], x[3]);
+      *(float4*)(out + 4) = make_float4(x[4], x[5], x[6], x[7]);
+      if (lane < 4) p.stats[(line + 4 * b) * p.pages + page] = make_float2(top, sum);
     }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    if (DUP) top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
-    const float low = top * LOG2E;
-#pragma unroll
-    for (int i = 0; i < SPAN; ++i) sum += ex2(fmaf(s[0][i], LOG2E, -low));
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (DUP) sum += __shfl_xor_sync(~0u, sum, 16);
-#pragma unroll
-    for (int i = 0; i < SPAN; i += 8) store_eight(out + (i64)page * fa::PAGE + i, s[0] + i, lane, query < p.queries);
-    if (leader) stats[page] = make_float2(top, sum);
+    __syncwarp();
     if (++stage == STAGES) {
       stage = 0;
       phase ^= 1;
     }
   }
-  for (int page = used + begin; page < p.pages; page += step) {
-    if (query < p.queries)
+  for (int page = used + begin; page < p.pages; page += step)
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (first + 4 * b + t >= p.queries) continue;
+      float* out = p.scores + (line + 4 * b) * p.pages * fa::PAGE + (i64)page * fa::PAGE + run;
 #pragma unroll
-      for (int i = 0; i < SPAN; ++i) out[(i64)page * fa::PAGE + i] = NEG_INF;
-    if (leader) stats[page] = make_float2(NEG_INF, 0.f);
-  }
+      for (int i = 0; i < SPAN; ++i) out[i] = NEG_INF;
+      if (lane < 4) p.stats[(line + 4 * b) * p.pages + page] = make_float2(NEG_INF, 0.f);
+    }
 }

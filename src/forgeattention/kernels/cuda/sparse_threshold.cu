@@ -143,7 +143,7 @@ __device__ __forceinline__ void clear_bins(Shared& sh) {
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sparse_threshold(const __grid_constant__ Params p) {
+FA_KERNEL(THREADS) sparse_threshold(FA_PARAMS p) {
   extern __shared__ __align__(16) u8 memory[];
   Shared& sh = *(Shared*)memory;
   const int thread = threadIdx.x, row = blockIdx.x;
