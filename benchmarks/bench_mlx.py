@@ -2,9 +2,7 @@
 
     python benchmarks/bench_mlx.py attention decode fidelity --model smollm2 --json OUT
 
-attention  one new token over packed pages, beside MLX's attention in FP16 and mlx-lm's 8- and 4-bit caches: calls one
-           after the other, and what a call adds where a product of matrices before it keeps the GPU busy, so that
-           the time that Python takes to launch it is hidden, as in a model's step
+attention  one new token over packed pages, beside MLX's attention in FP16 and mlx-lm's 8- and 4-bit caches
 decode     tokens/s of a model of random weights (8B) and of --model, in FP16, over a cache filled with random keys and
            values, exact and packed in turns
 fidelity   KL on four texts and needles, of each preset, by mlx-lm and by transformers on the same tokens, in float32
@@ -18,15 +16,15 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
-from forgeattention import bench_mlx, models, ops
-from forgeattention.codec import Codec, CodecSpec
+from forgeattention import bench_mlx, models
+from forgeattention.codec import CodecSpec
 from forgeattention.codec.presets import PRESETS
 from forgeattention.evaluation import report
 from forgeattention.mlx_lm import make_prompt_cache, patched
@@ -37,10 +35,9 @@ BLOCK, STEPS = 128, 16
 TEXTS = ("genesis", "licences", "code", "json")
 
 
-def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
+def attention(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Records of `forgeattn bench decode`, for the default codec and for scalar codes."""
     copy = bench_mlx.copy_bandwidth()
-    records = []
     for name in ("balanced", "scalar"):
         spec = PRESETS["balanced"] if name == "balanced" else CodecSpec(k_code="scalar", v_code="scalar")
         for batch, context in SHAPES:
@@ -51,39 +48,7 @@ def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f" error {r['rel_error']:.1e}; {peers}",
                 flush=True,
             )
-            records.append({**r, "k_code": spec.k_code, "v_code": spec.v_code, "copy_gb_s": copy})
-            hidden = behind_work(spec, batch, context)
-            print(f"  behind other work: {hidden['ours']:.0f} us, float16 {hidden['mlx float16']:.0f}", flush=True)
-            records[-1]["us_behind_work"] = hidden
-    return records
-
-
-def behind_work(spec: CodecSpec, batch: int, context: int) -> dict[str, float]:
-    """Microseconds that attention adds to a chain of products that last longer than its launch: medians of 9 rounds."""
-    q_heads, kv_heads, dim = HEADS
-    codec = Codec(spec, dim, kv_heads)
-    table, scale = bench_mlx.random_table(codec, batch, context), dim**-0.5
-    k, v = (x.astype(mx.float16) for x in ops.decode_pages(codec, table))
-    weight = mx.random.normal((6144, 6144)).astype(mx.float16)
-    q = mx.random.normal((batch, q_heads, 1, dim)).astype(mx.float16)
-    mx.eval(k, v, weight, q)
-    calls: dict[str, Callable[[mx.array], mx.array]] = {
-        "nothing": lambda q: q,
-        "ours": lambda q: ops.decode_attention(q, codec, table, None, scale, causal=False)[0],
-        "mlx float16": lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale),
-    }
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(9):
-        for name, call in calls.items():
-            y, start = q, time.perf_counter()
-            for _ in range(20):
-                work = weight + y.reshape(-1)[:1]
-                y = call(y + ((work @ weight)[0, 0] * 0).astype(mx.float16))
-                mx.async_eval(y)
-            mx.eval(y)
-            found[name].append((time.perf_counter() - start) / 20 * 1e6)
-    base = statistics.median(found.pop("nothing"))
-    return {name: statistics.median(us) - base for name, us in found.items()} | {"work": base}
+            yield {**r, "k_code": spec.k_code, "v_code": spec.v_code, "copy_gb_s": copy}
 
 
 def random_llama() -> Any:
@@ -100,15 +65,15 @@ def random_llama() -> Any:
     return made
 
 
-def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
+def decode(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Whole-model decode over synthetic contexts. Tokens are sent off one after the other, as mlx-lm does."""
     models_by_name = {"random 8B": random_llama, args.model: lambda: models.load_mlx(args.model, dtype="float16")[0]}
-    return [r for name, make in models_by_name.items() for r in _decode(name, make(), args)]
+    for name, make in models_by_name.items():
+        yield from _decode(name, make(), args)
 
 
-def _decode(name: str, model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _decode(name: str, model: Any, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kv_heads, dim = model.args.num_key_value_heads, model.layers[0].self_attn.head_dim
-    records = []
     for context in args.contexts:
         caches = {"exact": stock.make_prompt_cache(model), "packed": make_prompt_cache(model)}
         for i in range(len(model.layers)):
@@ -135,9 +100,8 @@ def _decode(name: str, model: Any, args: argparse.Namespace) -> list[dict[str, A
         ratio = speed["packed"] / speed["exact"]
         print(f"{name} at {context}: {speed['packed']:.1f} / {speed['exact']:.1f} tokens/s, {ratio:.2f}x; {held}")
         record = {"op": "mlx_decode", "model": name, "context": context, "tokens_per_s": speed}
-        records.append({**record, "decode_ratio": ratio, "bytes": held})
+        yield {**record, "decode_ratio": ratio, "bytes": held}
         del caches
-    return records
 
 
 def log_probabilities(model: Any, ids: list[int], cache: list[Any]) -> mx.array:
@@ -164,17 +128,17 @@ def mlx_kl(model: Any, texts: list[list[int]], make: Callable[[], list[Any]]) ->
     return {"kl": kl / positions, "same_top": same / positions, "positions": positions}
 
 
-def mlx_answer(model: Any, tokenizer: Any, ids: list[int], cache: list[Any], most: int = 24) -> str:
-    """What the model says to a prompt, greedily."""
+def mlx_answer(model: Any, tokenizer: Any, ids: list[int], cache: list[Any], stop: int, most: int = 24) -> str:
+    """What the model says to a prompt, greedily, up to the token `stop`."""
     for start in range(0, len(ids), 2 * BLOCK):
         logits = model(mx.array([ids[start : start + 2 * BLOCK]]), cache=cache)
     new = [int(logits[0, -1].argmax())]
-    while len(new) < most and new[-1] != tokenizer.eos_token_id:
+    while len(new) < most and new[-1] != stop:
         new.append(int(model(mx.array([new[-1:]]), cache=cache)[0, -1].argmax()))
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
+def fidelity(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """KL and needles of every preset by both frameworks."""
     import torch
     from transformers import DynamicCache
@@ -196,7 +160,6 @@ def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
         for needle in (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"))
         for document in niah.documents("single", tokenizer, [args.haystack], needle=needle)
     ]
-    records = []
     for name, spec in {"exact": None, **PRESETS}.items():
         make_theirs = (
             (lambda spec=spec: ForgeCache(theirs, spec)) if spec else lambda: DynamicCache(config=theirs.config)
@@ -217,14 +180,15 @@ def fidelity(args: argparse.Namespace) -> list[dict[str, Any]]:
                 ids = niah.prompt(tokenizer, document.text, needle.question)[0].tolist()
                 cells = niah.ask(theirs, tokenizer, document, make_theirs, implementation=forge)
                 replies["transformers"].append(cells[0].reply.text)
-                replies["mlx_lm"].append(mlx_answer(ours, tokenizer, ids, make_ours()))
+                replies["mlx_lm"].append(
+                    mlx_answer(ours, tokenizer, ids, make_ours(), theirs.generation_config.eos_token_id)
+                )
                 for side, texts_said in replies.items():
                     passed[side] += niah.judge(texts_said[-1], needle, hay=document.hay) == niah.Outcome.PASS
         found["needles"] = {**passed, "of": len(documents)}
         found["same_replies"] = sum(a == b for a, b in zip(*replies.values()))
         print({key: value for key, value in found.items() if key != "op"}, flush=True)
-        records.append(found)
-    return records
+        yield found
 
 
 PARTS = {"attention": attention, "decode": decode, "fidelity": fidelity}
@@ -246,9 +210,8 @@ def main() -> None:
     env["commit"] = env["commit"] or os.environ.get("FORGEATTN_COMMIT")
     records: list[dict[str, Any]] = [{"op": "env", "env": env}]
     for part in args.parts:
-        try:
-            records += PARTS[part](args)
-        finally:
+        for record in PARTS[part](args):
+            records.append(record)
             if args.json:
                 report.write_json(args.json, records)
 

@@ -256,12 +256,10 @@ def mlx(records: list[dict[str, Any]]) -> str:
     attention, decoding, lost = [], [], []
     for r in records:
         if r["op"] == "decode_attention":
-            hidden = r["us_behind_work"]
             codec = "scalar" if r["k_code"] == "scalar" else "balanced"
-            ratio = hidden["mlx float16"] / hidden["ours"]
             us = [f"{r['us']:.0f}", *(f"{r['peers_us'][name]:.0f}" for name in peers)]
-            behind = f"{hidden['ours']:.0f} / {hidden['mlx float16']:.0f} ({ratio:.2f}x)"
-            attention.append([shape(r), codec, *us, behind, f"{r['rel_error']:.1e}"])
+            ratio = f"{r['peers_us']['mlx float16'] / r['us']:.2f}x"
+            attention.append([shape(r), codec, *us, ratio, f"{r['share_of_copy']:.0%}", f"{r['rel_error']:.1e}"])
         elif r["op"] == "mlx_decode":
             speed, held = r["tokens_per_s"], r["bytes"]
             ratio = f"{speed['packed']:.0f} / {speed['exact']:.0f} ({r['decode_ratio']:.2f}x)"
@@ -280,7 +278,7 @@ def mlx(records: list[dict[str, Any]]) -> str:
                 row.append(f"{r['needles'][side]} of {r['needles']['of']}")
             lost.append([*row, f"{r['same_replies']} of {r['needles']['of']}"])
     head = ["batch x context, heads, head_dim", "codec", "us", "FP16 us", "8 bit us", "4 bit us"]
-    parts = [table([*head, "behind other work: us / FP16 us", "error"], attention)] if attention else []
+    parts = [table([*head, "ratio to FP16", "share of copy", "error"], attention)] if attention else []
     if decoding:
         parts.append(table(["model", "context", "decode tokens/s, packed / FP16", "cache MB"], decoding))
     if lost:

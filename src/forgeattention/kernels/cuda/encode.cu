@@ -382,16 +382,19 @@ FA_KERNEL(THREADS, 2) encode(FA_PARAMS p) {
     exact[i] = c < DIM ? (step > 0.f ? sh.mean[c] / step : sh.mean[c]) : 0.f;
   }
   __syncthreads();
-  u32 header = step_bits;
-  round(header);
+  round(step_bits);
   quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
   int k_base = 0;
   if constexpr (FA_SCALES == fa::LOG8) {
-    // The base follows from the residual, and its bits move some bytes of the row by a step: hence the margin and the second go.
-    k_base = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
-    header |= (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24;
-    round(header);
-    quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+    // The base follows from the residual, and its bits move some bytes of the row by a step: hence the margin, and another go
+    // where a scale does not fit after all.
+    int needed = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
+    do {
+      k_base = needed;
+      round(step_bits | (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24);
+      quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+      needed = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+    } while (needed > k_base);
   }
   bad |= store_scales(record + SCALE_OFFSET_K, k_base, sh);
   for (int c = threadIdx.x; c < DIM; c += THREADS) record[MEAN_OFFSET + c] = (u8)(signed char)(int)sh.mean[c];
