@@ -57,10 +57,11 @@ def measure(
 ) -> dict[str, Any]:
     """One record: medians over rounds in which ours and the peers take turns, on MLX's default device.
 
-    A round is a chain of calls, each on the result of the one before, so that none overlaps another; each is sent off at
-    once, as mlx-lm does with every token, so that the processor prepares the next while the device works. `share_of_copy` is the time of one pass over the packed bytes at the copy bandwidth over our
-    time, `ratio` the fastest peer's time over ours, `rel_error` the norm of our error over the norm of MLX's attention
-    in float32 over the same values, `tokens_per_s` what one layer's attention alone would allow.
+    A round is a chain of calls, each on the result of the one before, so that none overlaps another; each is sent off
+    at once, as mlx-lm does with every token, so that the processor prepares the next while the device works.
+    `share_of_copy` is the time of one pass over the packed bytes at the copy bandwidth over our time, `ratio` the
+    fastest peer's time over ours, `rel_error` the norm of our error over the norm of MLX's attention in float32 over
+    the same values, `tokens_per_s` what one layer's attention alone would allow.
     """
     import mlx.core as mx
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as quantized
