@@ -345,6 +345,41 @@ def cuda_model(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def sparse(records: list[dict[str, Any]]) -> str:
+    """`sparse_attention`: one row a context, distribution and rule, beside the dense packed kernel and FP16."""
+    head = ["context", "keys", "rule", "us", "scores", "threshold", "values", "page means", "dense packed", "ratio"]
+    head += ["FP16", "tiles skipped", "pages unread", "bytes of dense", "dropped mass"]
+    rows = []
+    for r in records[1:]:
+        phases = r["phases_us"]
+        peer = min(r["peers_us"].values(), default=None)
+        rows.append(
+            [count(r["shape"]["context"]), r["distribution"], f"{'fast ' if r.get('fast') else ''}top-{r['top_k']}"]
+            + [f"{r['us']:.0f}"]
+            + [f"{phases[n]:.0f}" if n in phases else None for n in ("scores", "threshold", "attention", "page_scores")]
+            + [f"{r['dense_us']:.0f}", f"{r['dense_us'] / r['us']:.2f}x", f"{peer:.0f}" if peer else None]
+            + [f"{r['tiles_skipped']:.3f}", f"{r['pages_unread']:.3f}", f"{r['bytes_read'] / r['bytes_dense']:.2f}"]
+            + [f"{r['dropped_mass']:.3f}"]
+        )
+    return table(head, rows)
+
+
+def sparse_fidelity(content: dict[str, Any]) -> str:
+    """`sparse_fidelity`: one row a rule."""
+    head = ["rule", "KL", "rise", "same top token", "needles", "kept tokens", "dropped mass", "worst", "bytes of dense"]
+    return table(
+        head,
+        [
+            [r["rule"], f"{r['kl']:.5f}", f"{r['kl_rise']:+.5f}", f"{r['same_top']:.1%}", f"{r['needles']}/{r['of']}"]
+            + [
+                f"{r[n]:.{d}f}" if n in r else None
+                for n, d in (("kept_tokens", 0), ("dropped_mass", 4), ("dropped_mass_worst", 4), ("share_of_bytes", 3))
+            ]
+            for r in content["rows"]
+        ],
+    )
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "canaries": canaries,
     "cuda_model": cuda_model,
@@ -360,5 +395,7 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "niah": niah,
     "plan": plan,
     "prefill": prefill,
+    "sparse": sparse,
+    "sparse_fidelity": sparse_fidelity,
     "ruler": ruler,
 }

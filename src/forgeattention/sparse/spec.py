@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-MIN_CONTEXT = 65536
-"""Packed tokens from which on a sparse step pays on the machines measured (docs/results.md)."""
+MIN_CONTEXT = 2**20
+"""Packed tokens at which a sparse step was measured to be as fast as a dense one (H100, docs/results.md)."""
 
 
 @dataclass(frozen=True)
