@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
 from functools import lru_cache
@@ -51,11 +52,15 @@ def native(device: str) -> str:
 
 
 def report() -> list[BackendStatus]:
-    """Every backend, whether it can run here, and why."""
+    """Every backend, whether it can run here, and why; on MLX arrays too where their launcher is another."""
     out: list[BackendStatus] = []
     for name in BACKENDS:
         module, reason = load(name)
         out.append({"backend": name, "available": module is not None, "reason": reason})
+    if importlib.util.find_spec("mlx") is not None:
+        for name, other in FOR_MLX.items():
+            module, reason = load(other)
+            out.append({"backend": f"{name}, MLX", "available": module is not None, "reason": reason})
     return out
 
 
