@@ -1,5 +1,6 @@
 """What the ops refuse, in which words; and which backend they choose."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def test_other_ops_refuse(case):
 
 def test_report_names_every_backend():
     rows = {row["backend"]: row for row in ops.report()}
-    assert list(rows) == ["cpu", "cuda", "metal", "reference"]
+    on_mlx = ["cpu, MLX", "cuda, MLX"] if importlib.util.find_spec("mlx") else []
+    assert list(rows) == ["cpu", "cuda", "metal", "reference", *on_mlx]
     assert all(row["reason"] for row in rows.values())
     assert rows["cpu"]["available"]
     assert rows["reference"]["available"]
