@@ -1,0 +1,22 @@
+"""Which tokens are kept: scores, policies, demotion."""
+
+from .policy import POLICIES, V1, V2, V3, AttentionWindow, Policy, Random, Recency, attention_fraction
+from .rope import Rope, rope_of
+from .triattention import Centres, load_centres, save_centres
+
+__all__ = [
+    "POLICIES",
+    "V1",
+    "V2",
+    "V3",
+    "AttentionWindow",
+    "Centres",
+    "Policy",
+    "Random",
+    "Recency",
+    "Rope",
+    "attention_fraction",
+    "load_centres",
+    "rope_of",
+    "save_centres",
+]
