@@ -90,6 +90,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     plans = [sparse.sparse_plan(codec.format, kv_heads, queries, args.Limits(), keys) for keys in (True, False)]
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
+        ("compact", args.COMPACT_MACROS),
         ("encode", args.encode_macros(codec, case.dtype)),
         ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),
         (

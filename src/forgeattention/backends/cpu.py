@@ -157,6 +157,15 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     )
 
 
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    pages = offsets.shape[0]
+    out = empty_like(offsets, (pages, page_bytes), "uint8")
+    start, size = _bytes_of("compact", "base", base)
+    where = _flat("compact", "offsets", offsets)
+    _native.compact(start, size, where, pages, page_bytes, _address(out), get_num_threads())
+    return out
+
+
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
     batch = table.lengths.shape[0]
     shape = (batch, codec.kv_heads, table.max_length, codec.format.padded_dim if rotated else codec.head_dim)

@@ -209,6 +209,20 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
     return out, lse
 
 
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    """Pages are taken to lie where `offsets` say: looking would wait for the device."""
+    out = torch.empty((offsets.shape[0], page_bytes), dtype=torch.uint8, device=offsets.device)
+    if out.numel() == 0:
+        return out
+    offsets = offsets.contiguous()
+    with _on(offsets.device):
+        kernel = nvrtc.kernel("compact", args.COMPACT_MACROS, offsets.device.index, 0)
+        params = args.CompactParams(*map(_address, (base, offsets, out)), page_bytes // 16)
+        grid = (-(-page_bytes // (16 * 4 * 256)), offsets.shape[0], 1)
+        kernel.launch(grid, 256, _stream(offsets.device), params)
+    return out
+
+
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
     fmt, device = codec.format, table.lengths.device
     width = fmt.padded_dim if rotated else codec.head_dim

@@ -59,6 +59,13 @@ class EncodeParams(ctypes.Structure):
     ]
 
 
+class CompactParams(ctypes.Structure):
+    _fields_ = [*((name, P) for name in ("base", "offsets", "out")), ("words", I64)]
+
+
+COMPACT_MACROS: Macros = (("FA_PARAMS_BYTES", str(ctypes.sizeof(CompactParams))),)
+
+
 class DecodePagesParams(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("base", "offsets", "lengths", "k", "v")),

@@ -15,7 +15,16 @@ from ..codec.codec import Codec
 from ..codec.spec import PAGE, SCALE_RULES
 from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
-from .metal_launch import Device, Launch, constants, format_template, mlx_device, packed_queries, unpacked_values
+from .metal_launch import (
+    THREADS,
+    Device,
+    Launch,
+    constants,
+    format_template,
+    mlx_device,
+    packed_queries,
+    unpacked_values,
+)
 from .mlx_arrays import page_places, some_exact, some_table, store_pages
 
 LOG2E = 1.4426950408889634
@@ -273,6 +282,22 @@ def sparse_attention(
     share = xp.where(some, 1 / xp.where(some, mass, 1.0), 0.0).astype(xp.float32)
     lse = xp.where(some, top + xp.log(xp.where(some, mass, 1.0)), -xp.inf).astype(xp.float32)
     return unpacked_values(sums * share[..., None], mass * share, codec, xp), lse
+
+
+def compact(base: Any | None, offsets: Any, page_bytes: int, device: Device | None = None) -> Any:
+    """See `forgeattention.ops.compact`."""
+    device = device or mlx_device()
+    xp, pages = device.xp, offsets.shape[0]
+    if base is None:
+        raise ValueError("[compact] expected an array that holds the pages; got absolute addresses")
+    if pages == 0:
+        return xp.zeros((0, page_bytes), dtype=xp.uint8)
+    words = page_bytes // 16
+    inputs = {"base": base, "offsets": offsets, "words": xp.array(words, dtype=xp.int32)}
+    launch = Launch(
+        "compact", inputs, {"out": ((pages, page_bytes), "uint8")}, (-(-words // (4 * THREADS)), pages, 1), []
+    )
+    return device.run(launch)[0]
 
 
 def decode_pages(

@@ -58,6 +58,10 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     cpu.encode(_rows(k), _rows(v), codec, None if out is None else _host(out), _flat(offsets))
 
 
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    return _mlx(cpu.compact(None if base is None else _host(base), _flat(offsets), page_bytes), "uint8")
+
+
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
     made = "float16" if dtype == "float16" else "float32"
     k, v = cpu.decode_pages(codec, _table(table), made, rotated)

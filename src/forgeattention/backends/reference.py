@@ -60,6 +60,19 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
         flat[offset : offset + codec.page_bytes] = page
 
 
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    where = to_numpy(offsets)
+    if base is None:
+        parts = [ctypes.string_at(int(address), page_bytes) for address in where]
+        pages = np.frombuffer(b"".join(parts), np.uint8).reshape(len(where), page_bytes)
+    else:
+        flat = to_numpy(base).reshape(-1)
+        if len(where) and not (where.min() >= 0 and where.max() + page_bytes <= flat.size):
+            raise ValueError(f"[compact] expected pages within {flat.size} bytes; got {int(where.max())}")
+        pages = reference.compact(flat, where, page_bytes)
+    return from_numpy(pages, offsets, "uint8")
+
+
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
     batch = table.lengths.shape[0]
     width = codec.format.padded_dim if rotated else codec.head_dim

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import ops
 from .arrays import Arrays
 
 Ids = NDArray[np.int64]
@@ -37,6 +38,10 @@ class PagePool:
         page_bytes: bytes of a page.
         arrays: framework and device of the pages.
         max_pages: most pages in use at a time, or None.
+
+    Attributes:
+        notes: what users remember of pages, by page; forgotten with the page.
+        layout: changes when pages move, so that their addresses must be asked for again.
     """
 
     def __init__(self, page_bytes: int, arrays: Arrays, max_pages: int | None = None) -> None:
@@ -52,6 +57,8 @@ class PagePool:
         self._addresses = np.zeros(16, np.int64)
         self._spare_ids = list(range(15, -1, -1))
         self.in_use = 0
+        self.notes: dict[int, Any] = {}
+        self.layout = 0
 
     @property
     def nbytes(self) -> int:
@@ -102,8 +109,36 @@ class PagePool:
                 self._open.append(slab)
             slab.free.append(page)
             self.in_use -= 1
+            self.notes.pop(page, None)
             if len(slab.free) == len(slab.ids):
                 self._drop(slab)
+
+    @property
+    def spare(self) -> int:
+        """Pages allocated and not in use."""
+        return sum(len(slab.free) for slab in self._slabs)
+
+    def compact(self) -> None:
+        """Moves the pages in use together, byte for byte, and gives back the memory of the others. Needs room for one
+        copy of the pages in use."""
+        used = [page for slab in self._slabs for page in slab.ids if self._refs[page]]
+        if not self.spare:
+            return
+        moved = None
+        if used:
+            at = self.arrays.index(self._addresses[used])
+            moved = ops.compact(self.base, at, self.page_bytes).reshape(-1)
+        for slab in list(self._slabs):
+            self._drop(slab)
+        self.layout += 1
+        if moved is None:
+            return
+        base = self.arrays.address(moved) if self.arrays.addressable else 0
+        slab, kept = _Slab(moved, base, ids=used), set(used)
+        self._spare_ids = [page for page in self._spare_ids if page not in kept]
+        self._addresses[used] = base + self.page_bytes * np.arange(len(used))
+        self._slab_of.update(dict.fromkeys(used, slab))
+        self._slabs.append(slab)
 
     def references(self, ids: Ids) -> NDArray[np.int32]:
         return self._refs[ids]

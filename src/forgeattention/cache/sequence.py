@@ -37,8 +37,8 @@ class LayerCache:
 
     A row is [sinks | packed pages | recent tokens]. The first `spec.sinks` tokens and the newest `spec.window` to
     `spec.window` + 63 are exact; when `spec.window` + 64 recent tokens would be held, the oldest leave in pages of
-    64. What a row holds depends only on what was appended to and trimmed from it. A call that raises leaves the cache
-    as it was.
+    64. What a row holds depends only on what was appended to, trimmed and evicted from it. Each page knows its
+    position, so that pages may be missing. A call that raises leaves the cache as it was.
 
     The lengths and the page table lie on the device and are mirrored on the host; appending and attending one token
     waits for no device.
@@ -59,6 +59,7 @@ class LayerCache:
 
     _exact: I64
     _packed: I64
+    _seen: I64
     _uniform: bool
     _exact_max: int
     _exact_tokens: ExactTokens
@@ -94,8 +95,10 @@ class LayerCache:
         self._k, self._v = arrays.zeros(shape, dtype), arrays.zeros(shape, dtype)
         self._steps = arrays.index(np.arange(self._flush_at))
         self._ids = np.zeros((batch, 0), np.int64)
+        self._starts = np.zeros((batch, 0), np.int64)
         self._offsets = arrays.zeros((batch, 0), "int64")
-        self._set_lengths(np.zeros(batch, np.int64), np.zeros(batch, np.int64))
+        self._layout = self.pool.layout
+        self._set_lengths(*np.zeros((3, batch), np.int64))
 
     @classmethod
     def like(cls, k: Any, codec: Codec, **options: Any) -> LayerCache:
@@ -109,8 +112,8 @@ class LayerCache:
 
     @property
     def lengths(self) -> I64:
-        """Tokens of each row, on the host, [batch]."""
-        return self._exact + self._packed
+        """Tokens that each row has come to, evicted ones included, on the host, [batch]."""
+        return self._seen.copy()
 
     @property
     def packed_lengths(self) -> I64:
@@ -136,10 +139,16 @@ class LayerCache:
     @property
     def table(self) -> PageTable | None:
         """The packed tokens, or None without any."""
-        if self._table is not None and self._table.base is not self.pool.base:
-            # Another cache made the pool grow.
-            self._table = replace(self._table, base=self.pool.base)
+        self._find_pages()
         return self._table
+
+    def _find_pages(self) -> None:
+        """Follows the pool where another cache made it grow, or where it moved its pages."""
+        if self._layout != self.pool.layout:
+            self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
+            self._layout = self.pool.layout
+        if self._table is not None and self._table.base is not self.pool.base:
+            self._table = replace(self._table, base=self.pool.base)
 
     @property
     def exact(self) -> ExactTokens:
@@ -148,6 +157,7 @@ class LayerCache:
 
     def row(self, row: int) -> tuple[PageTable | None, ExactTokens]:
         """The packed and the exact tokens of one row, as a batch of one."""
+        self._find_pages()
         rows, packed, exact = slice(row, row + 1), int(self._packed[row]), int(self._exact[row])
         table = (
             PageTable(self.pool.base, self._offsets[rows], self._packed_device[rows], packed, True) if packed else None
@@ -157,6 +167,14 @@ class LayerCache:
     def row_pages(self, row: int) -> Ids:
         """The row's pages in the pool, [pages]."""
         return self._ids[row, : self._packed[row] // PAGE]
+
+    def page_starts(self, row: int) -> I64:
+        """Position of the first token of each of the row's pages, ascending, [pages]."""
+        return self._starts[row, : self._packed[row] // PAGE]
+
+    def prepare(self, q: Any, scale: float, n: int, keep: NDArray[np.bool_] | None = None) -> None:
+        """Told, before `append`, of the queries q [batch, q_heads, m, head_dim] of the last m of n tokens to come (real
+        where `keep` [batch, n] says so). Nothing here; a cache that evicts may recall pages."""
 
     def append(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> None:
         """Adds tokens to every row.
@@ -217,7 +235,7 @@ class LayerCache:
         pages = -(-tokens // PAGE)
         if pages > self._ids.shape[1]:
             self._widen(pages)
-            self._set_lengths(self._exact, self._packed)
+            self._set_lengths(self._exact, self._packed, self._seen)
 
     def make_room(self, n: int) -> None:
         """Packs what would leave the rows if `n` more tokens came.
@@ -232,17 +250,18 @@ class LayerCache:
         device's lengths to the host's."""
         if n:
             self._exact += n
+            self._seen += n
             self._exact_max += n
             self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
         else:
-            self._set_lengths(self._exact, self._packed)
+            self._set_lengths(self._exact, self._packed, self._seen)
 
     def attend_packed(self, q: Any, table: PageTable | None, scale: float) -> tuple[Any, Any] | None:
         """`ops.prefill_attention` of q over `table`, this cache's or one row's packed tokens; None without any."""
         return None if table is None else ops.prefill_attention(q, self.codec, table, scale, backend=self.backend)
 
     def trim(self, n: int | Sequence[int] | I64) -> None:
-        """Removes the newest `n` tokens of each row (one number, or one per row).
+        """Removes the newest `n` tokens of each row (one number, or one per row), evicted ones counted.
 
         Where the cut falls inside a page, the page's remaining tokens return from their codes as exact ones. They keep
         the error that the codes had, and when they are packed again it adds a second one.
@@ -250,28 +269,56 @@ class LayerCache:
         Raises:
             ValueError: a negative number, or more tokens than a row has.
         """
-        lengths = self.lengths
+        lengths = self._seen
         drop = np.broadcast_to(np.asarray(n, np.int64), lengths.shape)
         if (drop < 0).any() or (drop > lengths).any():
             raise ValueError(f"[cache.trim] expected 0 <= n <= tokens {lengths.tolist()}; got {drop.tolist()}")
         if not drop.any():
             return
-        sinks = self.codec.spec.sinks
-        recent = np.maximum(self._exact - sinks, 0)
-        packed = np.where(drop <= recent, self._packed, np.maximum(self._packed - (drop - recent), 0))
-        whole = packed // PAGE * PAGE
-        cut = np.flatnonzero(packed > whole)
+        sinks, seen = self.codec.spec.sinks, lengths - drop
+        counts = self._packed // PAGE
+        left = np.arange(self._starts.shape[1]) < counts[:, None]
+        whole = (left & (self._starts + PAGE <= seen[:, None])).sum(1)
+        cut = np.flatnonzero((left & (self._starts < seen[:, None])).sum(1) > whole)
         if len(cut):
-            pages = self._ids[cut, whole[cut] // PAGE]
-            decoded = self._decode(pages)
-        exact = lengths - drop - whole
+            decoded = self._decode(self._ids[cut, whole[cut]])
+        # Recent tokens are the newest positions without a gap.
+        recent = np.maximum(np.maximum(self._exact - sinks, 0) - drop, 0)
+        recent[cut] = seen[cut] - self._starts[cut, whole[cut]]
         for i, row in enumerate(cut.tolist()):
-            count = int(packed[row] - whole[row])
+            count = int(recent[row])
             for buffer, tokens in zip((self._k, self._v), decoded):
                 buffer[row, :, sinks : sinks + count] = tokens[i, :, :count]
-        for row in np.flatnonzero(whole < self._packed).tolist():
-            self.pool.free(self._ids[row, whole[row] // PAGE : self._packed[row] // PAGE])
-        self._set_lengths(exact, whole)
+        for row in np.flatnonzero(whole < counts).tolist():
+            self.pool.free(self._ids[row, whole[row] : counts[row]])
+        self._set_lengths(np.minimum(seen, sinks) + recent, whole * PAGE, seen)
+
+    def evict(self, row: int, gone: NDArray[np.bool_]) -> None:
+        """Removes the packed pages of a row where `gone` [pages] says so. The other pages' records are not touched."""
+        count = len(self.row_pages(row))
+        if gone.shape != (count,) or gone.dtype != np.bool_:
+            raise ValueError(f"[cache.evict] expected bool [{count}]; got {gone.dtype} {list(gone.shape)}")
+        ids, starts = self.row_pages(row).copy(), self.page_starts(row).copy()
+        self._set_pages(row, ids[~gone], starts[~gone])
+        self.pool.free(ids[gone])
+
+    def insert(self, row: int, ids: Ids, starts: I64) -> None:
+        """Gives a row pages of the pool, whose references it takes over, at the places that their positions give."""
+        ids = np.concatenate([self.row_pages(row), ids])
+        starts = np.concatenate([self.page_starts(row), starts])
+        order = np.argsort(starts, kind="stable")
+        self._set_pages(row, ids[order], starts[order])
+
+    def _set_pages(self, row: int, ids: Ids, starts: I64) -> None:
+        count = len(ids)
+        if count > self._ids.shape[1]:
+            self._widen(count)
+        self._ids[row, :count], self._starts[row, :count] = ids, starts
+        self._find_pages()
+        self.arrays.assign(self._offsets, self.pool.addresses(ids), (row, slice(count)))
+        packed = self._packed.copy()
+        packed[row] = count * PAGE
+        self._set_lengths(self._exact, packed, self._seen)
 
     def select(self, rows: Iterable[int]) -> None:
         """Makes row i what row `rows[i]` was: reorders, repeats and removes rows (beam search, a batch row that
@@ -288,22 +335,26 @@ class LayerCache:
             self.pool.free(ids)
         take = self.arrays.take
         self._k, self._v, self._offsets = take(self._k, index), take(self._v, index), take(self._offsets, index)
-        self._ids = self._ids[index]
-        self._set_lengths(self._exact[index], self._packed[index])
+        self._ids, self._starts = self._ids[index], self._starts[index]
+        self._set_lengths(self._exact[index], self._packed[index], self._seen[index])
 
     def fork(self, rows: Iterable[int] | None = None) -> LayerCache:
         """A cache of the given rows (default: all) that shares this one's pages; either may change without the
         other."""
         index = self._row_index(range(self.batch) if rows is None else rows)
-        other = LayerCache(self.codec, 0, self.arrays, self.dtype, pool=self.pool, backend=self.backend)
+        other = self.empty(0, self.pool)
         other.sparse = self.sparse
         take = self.arrays.take
         other._k, other._v, other._offsets = take(self._k, index), take(self._v, index), take(self._offsets, index)
-        other._ids = self._ids[index]
+        other._ids, other._starts, other._layout = self._ids[index], self._starts[index], self._layout
         for row in index.tolist():
             self.pool.share(self.row_pages(row))
-        other._set_lengths(self._exact[index], self._packed[index])
+        other._set_lengths(self._exact[index], self._packed[index], self._seen[index])
         return other
+
+    def empty(self, rows: int, pool: PagePool) -> LayerCache:
+        """A cache like this one with empty rows and the given pool."""
+        return LayerCache(self.codec, rows, self.arrays, self.dtype, pool=pool, backend=self.backend)
 
     def check_join(self, other: LayerCache) -> None:
         """Raises what `join` would raise."""
@@ -341,6 +392,7 @@ class LayerCache:
                     at += 1
         width = max(self._ids.shape[1], ids.shape[1])
         self._ids = np.concatenate([_widen(self._ids, width), _widen(ids, width)])
+        self._starts = np.concatenate([_widen(x, width) for x in (self._starts, other._starts)])
         buffers = []
         for ours, theirs in ((self._k, other._k), (self._v, other._v)):
             both = self.arrays.empty((self.batch + other.batch, *ours.shape[1:]), self.dtype)
@@ -349,29 +401,35 @@ class LayerCache:
         self._k, self._v = buffers
         self._offsets = self.arrays.zeros(self._ids.shape, "int64")
         self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
-        self._set_lengths(np.append(self._exact, other._exact), np.append(self._packed, other._packed))
+        self._layout = self.pool.layout
+        self._set_lengths(*(np.append(a, b) for a, b in zip(self._host_lengths, other._host_lengths)))
 
-    def restore(self, ids: Ids, table: I64, packed: I64, exact: I64, k: NDArray[Any], v: NDArray[Any]) -> None:
+    def restore(
+        self, ids: Ids, table: I64, starts: I64, lengths: tuple[I64, I64, I64], k: NDArray[Any], v: NDArray[Any]
+    ) -> None:
         """Gives an empty cache its contents: host arrays as `storage` keeps them.
 
         Args:
             ids: pages of the pool, to which references are added.
             table: [batch, most pages], indices into `ids`.
-            packed, exact: tokens of each row.
+            starts: position of each page's first token, like `table`.
+            lengths: exact and packed tokens of each row, and all that it has come to.
             k, v: exact tokens [batch, kv_heads, most exact tokens, head_dim].
         """
         self._ids = ids[np.maximum(table, 0)] if len(ids) else np.zeros((self.batch, 0), np.int64)
+        self._starts = starts.copy() if len(ids) else self._ids.copy()
         self._offsets = self.arrays.zeros(self._ids.shape, "int64")
         self.arrays.assign(self._offsets, self.pool.addresses(self._ids))
         for buffer, tokens in ((self._k, k), (self._v, v)):
             self.arrays.assign(buffer, tokens, (slice(None), slice(None), slice(tokens.shape[2])))
-        self._set_lengths(exact.copy(), packed.copy())
+        self._layout = self.pool.layout
+        self._set_lengths(*(x.copy() for x in lengths))
         for row in range(self.batch):
             self.pool.share(self.row_pages(row))
 
     def clear(self) -> None:
         """Removes all tokens; the rows stay."""
-        self.trim(self.lengths)
+        self.trim(self._seen)
 
     def __copy__(self) -> LayerCache:
         return self.fork()
@@ -418,6 +476,7 @@ class LayerCache:
             self._k[self._rows, :, at] = k.swapaxes(1, 2)
             self._v[self._rows, :, at] = v.swapaxes(1, 2)
         self._exact += n
+        self._seen += n
         self._exact_max += n
         self._exact_device += n
         self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
@@ -465,7 +524,7 @@ class LayerCache:
             ops.encode(plan.k[:, new], plan.v[:, new], self.codec, self.pool.base, at, backend=self.backend)
 
     def _commit(self, plans: list[_Append]) -> None:
-        sinks, exact, packed = self.codec.spec.sinks, self._exact.copy(), self._packed.copy()
+        sinks, (exact, packed, seen) = self.codec.spec.sinks, (x.copy() for x in self._host_lengths)
         most = max((int(packed[p.row]) // PAGE + len(p.pages) for p in plans), default=0)
         if most > self._ids.shape[1]:
             self._widen(max(most, self._ids.shape[1] * 5 // 4))
@@ -486,19 +545,26 @@ class LayerCache:
                 first = int(packed[p.row]) // PAGE
                 at = p.row, slice(first, first + len(p.pages))
                 self._ids[at] = p.pages
+                oldest = max(int(seen[p.row]) - max(held - sinks, 0), sinks)
+                self._starts[at] = oldest + PAGE * np.arange(len(p.pages))
                 self.arrays.assign(self._offsets, self.pool.addresses(p.pages), at)
             exact[p.row] += p.count - gone
             packed[p.row] += gone
-        self._set_lengths(exact, packed)
+            seen[p.row] += p.count
+        self._set_lengths(exact, packed, seen)
 
     def _widen(self, width: int) -> None:
-        self._ids = _widen(self._ids, width)
+        self._ids, self._starts = _widen(self._ids, width), _widen(self._starts, width)
         offsets = self.arrays.zeros((self.batch, width), "int64")
         offsets[:, : self._offsets.shape[1]] = self._offsets
         self._offsets = offsets
 
-    def _set_lengths(self, exact: I64, packed: I64) -> None:
-        self._exact, self._packed = exact, packed
+    @property
+    def _host_lengths(self) -> tuple[I64, I64, I64]:
+        return self._exact, self._packed, self._seen
+
+    def _set_lengths(self, exact: I64, packed: I64, seen: I64) -> None:
+        self._exact, self._packed, self._seen = exact, packed, seen
         if not hasattr(self, "_exact_device") or self._exact_device.shape[0] != len(exact):
             self._exact_device = self.arrays.zeros((len(exact),), "int32")
             self._packed_device = self.arrays.zeros((len(exact),), "int32")

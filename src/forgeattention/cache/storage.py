@@ -1,9 +1,10 @@
 """Saved caches: one safetensors file, replaced whole, with a checksum.
 
 Per layer i the file holds "i.pages" uint8 [pages, page_bytes] (docs/format.md), "i.table" int64 [batch, most pages]
-(indices into "i.pages", -1 past a row's last), "i.packed" and "i.exact" int64 [batch] (tokens), "i.k" and "i.v"
-[batch, kv_heads, most exact tokens, head_dim] (bfloat16 as uint16 bit patterns). The metadata name the format, its
-version, the model, the codecs and the SHA-256 of all else.
+(indices into "i.pages", -1 past a row's last), "i.starts" like it (position of each page's first token), "i.lengths"
+int64 [3, batch] (exact and packed tokens, and all that the row has come to), "i.k" and "i.v" [batch, kv_heads, most exact
+tokens, head_dim] (bfloat16 as uint16 bit patterns). The metadata name the format, its version, the model, the codecs and
+the SHA-256 of all else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .pages import PagePool
 from .sequence import LayerCache
 
 FORMAT = "forgeattention cache"
-PARTS = ("pages", "table", "packed", "exact", "k", "v")
+PARTS = ("pages", "table", "starts", "lengths", "k", "v")
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -128,25 +129,28 @@ def _layer_tensors(layer: LayerCache) -> tuple[NDArray[Any], ...]:
     packed, exact = layer.packed_lengths, layer.exact_lengths
     counts = packed // PAGE
     table = np.full((layer.batch, counts.max(initial=0)), -1, np.int64)
-    table[np.arange(table.shape[1]) < counts[:, None]] = index
+    used = np.arange(table.shape[1]) < counts[:, None]
+    table[used] = index
+    starts = np.zeros_like(table)
+    starts[used] = np.concatenate(rows[:1] + [layer.page_starts(row) for row in range(layer.batch)])
     tokens = []
     for array in (layer.exact.k, layer.exact.v):
         host = np.array(layer.arrays.to_host(array[:, :, : exact.max(initial=0)]))
         host[(np.arange(host.shape[2]) >= exact[:, None])[:, None].repeat(host.shape[1], 1)] = 0
         tokens.append(host)
-    return pages, table, packed, exact, *tokens
+    return pages, table, starts, np.stack([exact, packed, layer.lengths]), *tokens
 
 
 def _layer_from(
     parts: Tensors, codec: Codec, arrays: Arrays, dtype: str, max_pages: int | None, backend: str
 ) -> LayerCache:
-    pages, table, packed, exact = (parts[name] for name in PARTS[:4])
+    pages, table, starts, lengths = (parts[name] for name in PARTS[:4])
     pool = PagePool(codec.page_bytes, arrays, max_pages)
     ids = pool.alloc(len(pages))
     for page, data in zip(ids.tolist(), pages):
         pool.write(page, data)
-    layer = LayerCache(codec, len(packed), arrays, dtype, pool=pool, backend=backend)
-    layer.restore(ids, table, packed, exact, parts["k"], parts["v"])
+    layer = LayerCache(codec, lengths.shape[1], arrays, dtype, pool=pool, backend=backend)
+    layer.restore(ids, table, starts, tuple(lengths), parts["k"], parts["v"])
     pool.free(ids)
     return layer
 

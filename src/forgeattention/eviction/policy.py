@@ -94,9 +94,7 @@ class V3(V2):
     window: int = 128
 
     def choose(self, items: Items, count: int) -> I64:
-        free = np.flatnonzero(
-            (items.starts >= self.prefix) & (items.starts + items.size <= items.length - self.window)
-        )
+        free = np.flatnonzero((items.starts >= self.prefix) & (items.starts + items.size <= items.length - self.window))
         part = Items(items.starts[free], items.scores[free], items.size, items.length)
         return free[super().choose(part, min(count, len(free)))]
 

@@ -307,7 +307,7 @@ class PackedKVCache:
         assert self.cache is not None
         made = self.cache
         pool = PagePool(made.codec.page_bytes, made.arrays, self.max_pages)
-        return LayerCache(made.codec, rows, made.arrays, made.dtype, pool=pool, backend=self.backend)
+        return made.empty(rows, pool)
 
     def filter(self, batch_indices: Any) -> None:
         """Keeps the given rows."""
@@ -351,7 +351,8 @@ class PackedKVCache:
     @property
     def state(self) -> tuple[mx.array, ...]:
         """The contents as arrays, for `mx.eval` and mlx-lm's save_prompt_cache: a JSON header as bytes, the pages (all
-        that share this cache's memory), each row's page numbers, packed and exact tokens, exact keys and values."""
+        that share this cache's memory), each row's page numbers and their positions, lengths (exact, packed, all), exact
+        keys and values."""
         if self._states is not None and self._states.appended:
             self._states = None
         header: dict[str, Any] = {
@@ -365,16 +366,17 @@ class PackedKVCache:
         header |= {"head_dim": codec.head_dim, "kv_heads": codec.kv_heads, "codec": codec.fingerprint}
         header["diagonal"] = None if codec.k_transform.diagonal is None else codec.k_transform.diagonal.tolist()
         counts = made.packed_lengths // PAGE
-        table = np.full((made.batch, max(1, counts.max(initial=0))), -1, np.int64)
+        table, starts = np.full((2, made.batch, max(1, counts.max(initial=0))), -1, np.int64)
         for row in range(made.batch):
             table[row, : counts[row]] = made.pool.addresses(made.row_pages(row)) // codec.page_bytes
+            starts[row, : counts[row]] = made.page_starts(row)
         base = made.pool.base
         if base is None:
             base = mx.zeros((codec.page_bytes,), dtype=mx.uint8)
         pages = base.reshape(-1, codec.page_bytes)[: max(1, int(table.max(initial=-1)) + 1)]
-        lengths = mx.array(np.stack([made.packed_lengths, made.exact_lengths]))
+        lengths = mx.array(np.stack([made.exact_lengths, made.packed_lengths, made.lengths]))
         k, v = (x[:, :, : made.exact.max_length] for x in (made.exact.k, made.exact.v))
-        return _bytes(header), pages, mx.array(table), lengths, k, v
+        return _bytes(header), pages, mx.array(np.stack([table, starts])), lengths, k, v
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -391,16 +393,18 @@ class PackedKVCache:
             self.codec = codec
         if codec.fingerprint != header["codec"]:
             raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
-        packed, exact = np.array(lengths)
         arrays = MLXArrays()
-        used, rows = np.unique(np.array(table), return_inverse=True)
+        numbers, starts = np.array(table)
+        used, rows = np.unique(numbers, return_inverse=True)
         shift = int(len(used) > 0 and used[0] < 0)
         pool = PagePool(codec.page_bytes, arrays)
         ids = pool.alloc(len(used) - shift)
         for page, at in zip(ids.tolist(), used[shift:].tolist()):
             pool.write(page, pages[at])
+        exact, packed, seen = np.array(lengths)
         self.cache = LayerCache(codec, len(packed), arrays, dtype_of(k), pool=pool)
-        self.cache.restore(ids, rows.reshape(table.shape) - shift, packed, exact, arrays.to_host(k), arrays.to_host(v))
+        tokens = (arrays.to_host(x) for x in (k, v))
+        self.cache.restore(ids, rows.reshape(numbers.shape) - shift, starts, (exact, packed, seen), *tokens)
         pool.free(ids)
 
     @property

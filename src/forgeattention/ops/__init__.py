@@ -1,5 +1,6 @@
 """The operations on a packed cache. Each validates its arguments, chooses a backend and launches it."""
 
+from .compact import compact
 from .decode_attention import decode_attention
 from .decode_pages import decode_pages
 from .dispatch import report
@@ -17,6 +18,7 @@ __all__ = [
     "PageTable",
     "Scores",
     "Threshold",
+    "compact",
     "decode_attention",
     "decode_pages",
     "encode",

@@ -144,3 +144,10 @@ def decode_pages(pages: U8, codec: Codec) -> tuple[F64, F64]:
                 _, inverse, mu = matrices(t, h)
                 out[i, h, p * PAGE : (p + 1) * PAGE] = (y @ inverse.T + mu)[:, : codec.head_dim]
     return out[0], out[1]
+
+
+def compact(base: U8, offsets: NDArray[np.int64], page_bytes: int) -> U8:
+    """The pages at `offsets` of `base` [bytes], side by side: [pages, page_bytes]."""
+    return np.stack([base[at : at + page_bytes] for at in offsets.tolist()] or [np.zeros(page_bytes, np.uint8)])[
+        : len(offsets)
+    ]

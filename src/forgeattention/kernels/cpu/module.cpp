@@ -115,6 +115,10 @@ NB_MODULE(_native, m) {
         const nb::gil_scoped_release release;
         encode(codec, array(k), array(v), pages, pointer<uint8_t>(out), out_bytes, pointer<const int64_t>(offsets), threads);
       });
+  m.def("compact", [](uintptr_t base, int64_t bytes, uintptr_t offsets, int64_t pages, int64_t page_bytes, uintptr_t out, int threads) {
+    const nb::gil_scoped_release release;
+    compact(pointer<const uint8_t>(base), bytes, pointer<const int64_t>(offsets), pages, page_bytes, pointer<uint8_t>(out), threads);
+  });
   m.def("decode_pages", [](const Codec& codec, TableView table, int batch, bool rotated, int dtype, uintptr_t k, uintptr_t v, int threads) {
     const nb::gil_scoped_release release;
     decode_pages(codec, table_of(table), batch, rotated, dtype, pointer<void>(k), pointer<void>(v), threads);

@@ -41,6 +41,9 @@ struct Shape {
 
 void encode(const Codec&, const Array4& k, const Array4& v, int64_t pages, uint8_t* out, int64_t out_bytes,
             const int64_t* offsets, int threads);
+// out contiguous [pages][page_bytes]; a null base: offsets are addresses.
+void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes, uint8_t* out,
+             int threads);
 // k, v contiguous [batch][kv_heads][max_length][head_dim, or dim if rotated].
 void decode_pages(const Codec&, const Table&, int batch, bool rotated, int dtype, void* k, void* v, int threads);
 // out contiguous [batch][q_heads][n][head_dim], lse [batch][q_heads][n]; table, exact, sinks may be null.

@@ -1,4 +1,4 @@
-// encode and decode_pages.
+// encode, compact and decode_pages.
 
 #include <atomic>
 #include <cstring>
@@ -76,6 +76,19 @@ void encode(const Codec& codec, const Array4& k, const Array4& v, int64_t pages,
   parallel_for(pages, threads, [&](int64_t p, int) {
     uint8_t* to = out ? out + offsets[p] : reinterpret_cast<uint8_t*>(offsets[p]);
     std::memcpy(to, buffer.data() + p * codec.page(), size_t(codec.page()));
+  });
+}
+
+void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes, uint8_t* out,
+             int threads) {
+  if (base)
+    for (int64_t p = 0; p < pages; ++p)
+      if (offsets[p] < 0 || offsets[p] + page_bytes > bytes)
+        throw std::invalid_argument("[compact] expected pages within " + std::to_string(bytes) + " bytes; got " +
+                                    std::to_string(offsets[p]));
+  parallel_for(pages, threads, [&](int64_t p, int) {
+    const uint8_t* from = base ? base + offsets[p] : reinterpret_cast<const uint8_t*>(offsets[p]);
+    std::memcpy(out + p * page_bytes, from, size_t(page_bytes));
   });
 }
 
