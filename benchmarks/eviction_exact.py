@@ -102,7 +102,8 @@ class EvictedLayer(DynamicLayer):
         folded = self.centres.folded(self.seen, keys.shape[2])
         norms, weights = np.abs(self.rope.pairs(keys)), self.centres.norm_weights()
         group = len(folded) // len(keys)
-        scores = np.stack([keys[h // group] @ q + norms[h // group] @ w for h, (q, w) in enumerate(zip(folded, weights))])
+        pairs = enumerate(zip(folded, weights))
+        scores = np.stack([keys[h // group] @ q + norms[h // group] @ w for h, (q, w) in pairs])
         if self.how.join == "mean-first":
             return join_heads(scores.reshape(len(scores), *index.shape).mean(2))
         joined = join_heads(scores).reshape(index.shape)

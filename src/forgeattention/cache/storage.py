@@ -2,9 +2,9 @@
 
 Per layer i the file holds "i.pages" uint8 [pages, page_bytes] (docs/format.md), "i.table" int64 [batch, most pages]
 (indices into "i.pages", -1 past a row's last), "i.starts" like it (position of each page's first token), "i.lengths"
-int64 [3, batch] (exact and packed tokens, and all that the row has come to), "i.k" and "i.v" [batch, kv_heads, most exact
-tokens, head_dim] (bfloat16 as uint16 bit patterns). The metadata name the format, its version, the model, the codecs and
-the SHA-256 of all else.
+int64 [3, batch] (exact and packed tokens, and all that the row has come to), "i.k" and "i.v" [batch, kv_heads, most
+exact tokens, head_dim] (bfloat16 as uint16 bit patterns). The metadata name the format, its version, the model, the
+codecs and the SHA-256 of all else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def load(
     *,
     max_pages: int | None = None,
     backend: str = "auto",
+    make: Callable[..., LayerCache] = LayerCache,
 ) -> tuple[dict[int, LayerCache], Any]:
     """Reads what `save` wrote.
 
@@ -87,6 +88,7 @@ def load(
         model: fingerprint of the model.
         arrays: framework and device of the new caches.
         max_pages, backend: as for `LayerCache`.
+        make: what makes the empty caches, called as `LayerCache` is.
 
     Returns:
         The layers, and the `extra` of `save`.
@@ -111,7 +113,7 @@ def load(
     layers = {}
     for number, codec in codecs.items():
         parts = {part: tensors[f"{number}.{part}"] for part in PARTS}
-        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, backend)
+        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, backend, make)
     return layers, json.loads(metadata["extra"])
 
 
@@ -142,14 +144,20 @@ def _layer_tensors(layer: LayerCache) -> tuple[NDArray[Any], ...]:
 
 
 def _layer_from(
-    parts: Tensors, codec: Codec, arrays: Arrays, dtype: str, max_pages: int | None, backend: str
+    parts: Tensors,
+    codec: Codec,
+    arrays: Arrays,
+    dtype: str,
+    max_pages: int | None,
+    backend: str,
+    make: Callable[..., LayerCache],
 ) -> LayerCache:
     pages, table, starts, lengths = (parts[name] for name in PARTS[:4])
     pool = PagePool(codec.page_bytes, arrays, max_pages)
     ids = pool.alloc(len(pages))
     for page, data in zip(ids.tolist(), pages):
         pool.write(page, data)
-    layer = LayerCache(codec, lengths.shape[1], arrays, dtype, pool=pool, backend=backend)
+    layer = make(codec, lengths.shape[1], arrays, dtype, pool=pool, backend=backend)
     layer.restore(ids, table, starts, tuple(lengths), parts["k"], parts["v"])
     pool.free(ids)
     return layer

@@ -1,7 +1,9 @@
 """Which tokens are kept: scores, policies, demotion."""
 
+from .cache import EvictingCache
 from .policy import POLICIES, V1, V2, V3, AttentionWindow, Policy, Random, Recency, attention_fraction
 from .rope import Rope, rope_of
+from .settings import Eviction
 from .triattention import Centres, load_centres, save_centres
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "V3",
     "AttentionWindow",
     "Centres",
+    "EvictingCache",
+    "Eviction",
     "Policy",
     "Random",
     "Recency",

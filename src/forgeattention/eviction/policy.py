@@ -158,8 +158,7 @@ def attention_fraction(config: Any) -> float:
 
 
 def effective(share: float, fraction: float) -> float:
-    """The share kept in a hybrid: the attention layers carry more of its memory each, so they give up less (TriAttention
-    V3's hybrid recipe)."""
+    """The share kept in a hybrid, whose few attention layers give up less (TriAttention V3's hybrid recipe)."""
     return 1 - (1 - share) * fraction
 
 

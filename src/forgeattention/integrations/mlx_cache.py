@@ -351,8 +351,8 @@ class PackedKVCache:
     @property
     def state(self) -> tuple[mx.array, ...]:
         """The contents as arrays, for `mx.eval` and mlx-lm's save_prompt_cache: a JSON header as bytes, the pages (all
-        that share this cache's memory), each row's page numbers and their positions, lengths (exact, packed, all), exact
-        keys and values."""
+        that share this cache's memory), each row's page numbers and their positions, lengths (exact, packed, all),
+        exact keys and values."""
         if self._states is not None and self._states.appended:
             self._states = None
         header: dict[str, Any] = {
