@@ -23,9 +23,7 @@ def test_pages_are_copied_bit_for_bit(words, picks, absolute, backend, seed):
     size = 16 * words
     base = np.random.default_rng(seed).integers(0, 256, 10 * size + 48, np.uint8)
     at = np.array(picks, np.int64) * size + 32
-    out = ops.compact(
-        None if absolute else base, at + base.ctypes.data if absolute else at, size, backend=backend
-    )
+    out = ops.compact(None if absolute else base, at + base.ctypes.data if absolute else at, size, backend=backend)
     assert out.shape == (len(picks), size)
     np.testing.assert_array_equal(out, reference.compact(base, at, size))
 

@@ -206,6 +206,13 @@ def _add_eval(evaluate: Any) -> None:
         leaf.add_argument("--block", type=int, default=256, help="tokens read at once (default %(default)s)")
     niah.add_argument("--max-new-tokens", type=int, default=24, help="of an answer (default %(default)s)")
     induction.add_argument("--block", type=int, default=2048, help="tokens read at once (default %(default)s)")
+    for leaf in (kl, ppl, niah):
+        leaf.add_argument("--cache", choices=("packed",), default="packed", help="what is held against the exact cache")
+        leaf.add_argument(
+            "--evict", metavar="POLICY:SHARE[:WHERE]",
+            help="give up pages: v1, v2, v3, random or recency and the share kept, or window:TOKENS; then drop, host or "
+            "disk (v3:0.9:host)",
+        )  # fmt: skip
     for leaf in (kl, ppl, niah, ruler):
         _add_model(leaf)
     for leaf in (kl, ppl, niah, ruler, induction):

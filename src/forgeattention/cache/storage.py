@@ -78,7 +78,7 @@ def load(
     *,
     max_pages: int | None = None,
     backend: str = "auto",
-    make: Callable[..., LayerCache] = LayerCache,
+    makers: Mapping[int, Callable[..., LayerCache]] | None = None,
 ) -> tuple[dict[int, LayerCache], Any]:
     """Reads what `save` wrote.
 
@@ -88,7 +88,7 @@ def load(
         model: fingerprint of the model.
         arrays: framework and device of the new caches.
         max_pages, backend: as for `LayerCache`.
-        make: what makes the empty caches, called as `LayerCache` is.
+        makers: what makes the empty cache of each layer, called as `LayerCache` is; None for that.
 
     Returns:
         The layers, and the `extra` of `save`.
@@ -112,6 +112,7 @@ def load(
     dtypes = json.loads(metadata["dtypes"])
     layers = {}
     for number, codec in codecs.items():
+        make = LayerCache if makers is None else makers[number]
         parts = {part: tensors[f"{number}.{part}"] for part in PARTS}
         layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, backend, make)
     return layers, json.loads(metadata["extra"])

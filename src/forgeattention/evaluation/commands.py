@@ -11,7 +11,7 @@ from typing import Any
 from ..integrations.hf_layer import DECODE_TOKENS
 from . import kl, memory, niah, report, texts
 from .needles import Fact, Hidden, Needle, Outcome
-from .setup import Setup, setup
+from .setup import Setup, eviction_report, setup
 
 RAMP_DEPTHS = (0.1, 0.5, 0.9)
 SPARSE_TAIL = 64
@@ -24,12 +24,23 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     made = setup(args)
     ids = made.tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     pieces = kl.windows(ids, args.length, args.windows)
+    candidates: list[Any] = []
+    evicted: list[dict[str, Any] | None] = []
+
+    def make() -> Any:
+        candidates.append(made.make_packed())
+        return candidates[-1]
+
+    def read() -> None:
+        evicted.append(eviction_report(candidates.pop()))
+        advance()
+
     # Only steps of few tokens are sparse; what comes before the measured positions is read as a prompt.
     block = args.block if made.sparse is None else min(args.block, DECODE_TOKENS)
     with report.progress("Reading with both caches", args.windows) as advance:
         result = kl.compare(
-            made.model, pieces, made.make_packed, block=block, prompt_block=args.block, start=args.start,
-            parts=args.parts, implementation="forge", on_window=advance,
+            made.model, pieces, make, block=block, prompt_block=args.block, start=args.start,
+            parts=args.parts, implementation="forge", on_window=read,
         )  # fmt: skip
     print(
         f"{args.text}, {result.positions} positions, {made.bits:.3f} bits per element: KL {result.kl:.4f} nats, same "
@@ -57,6 +68,8 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
         "exact_perplexity": result.exact_perplexity,
         "parts": [vars(part) for part in result.parts],
         "layers": layers,
+        "evict": args.evict,
+        "eviction": evicted if args.evict else None,
         "text": args.text,
         "block": block,
         "model": args.model,
@@ -99,6 +112,7 @@ def run_niah(args: argparse.Namespace) -> dict[str, Any]:
         **result,
         **made.sparse_result(),
         "effective_bits": made.bits,
+        "evict": args.evict,
         "model": args.model,
         "spec": made.spec.to_json(),
         "env": report.environment(),
@@ -130,6 +144,7 @@ def niah_result(rows: list[tuple[str, niah.Cell, niah.Cell]]) -> dict[str, Any]:
             "prompt_tokens": other.reply.prompt_tokens,
             "exact_bytes": one.cache_bytes,
             "packed_bytes": other.cache_bytes,
+            "eviction": other.eviction,
         }
         for test, one, other in rows
     ]

@@ -19,6 +19,7 @@ import torch
 from . import memory, needles, texts
 from .haystacks import Document, haystack, named, place, scatter
 from .needles import Fact, Hidden, Needle, Outcome, judge
+from .setup import eviction_report
 from .streaming import attention, spans, step
 
 __all__ = ["DEPTHS", "TESTS", "Cell", "Fact", "Hidden", "Needle", "Outcome", "Reply", "answer", "ask", "documents",
@@ -54,6 +55,7 @@ class Cell:
 
     Attributes:
         cache_bytes: held by the cache after the answer.
+        eviction: what eviction did in it, if it evicts.
     """
 
     length: int
@@ -64,6 +66,7 @@ class Cell:
     test: str = "single"
     haystack: str = "licences"
     cache_bytes: int = 0
+    eviction: dict[str, Any] | None = None
 
 
 def prompt(tokenizer: Any, text: str, question: str | None = None) -> torch.Tensor:
@@ -163,7 +166,8 @@ def ask(
             reply = answer(model, tokenizer, ids, cache, read=shared, **setting)
             outcome = judge(reply.text, needle, decoys=decoys, hay=document.hay)
             held = memory.cache_bytes(cache)
-            cells.append(Cell(document.length, depth, needle, outcome, reply, document.test, document.haystack, held))
+            where = document.test, document.haystack
+            cells.append(Cell(document.length, depth, needle, outcome, reply, *where, held, eviction_report(cache)))
     return cells
 
 

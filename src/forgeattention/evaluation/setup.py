@@ -10,6 +10,7 @@ from typing import Any
 from .. import models
 from ..codec.presets import DEFAULT, PRESETS
 from ..codec.spec import CodecSpec
+from ..eviction import Eviction
 from ..sparse import SparseSpec, sparse_means
 
 
@@ -41,14 +42,14 @@ def sparse_from(args: argparse.Namespace) -> SparseSpec | None:
 
 
 def caches(
-    model: Any, spec: CodecSpec, backend: str = "auto", **sparse: Any
+    model: Any, spec: CodecSpec, backend: str = "auto", **options: Any
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Makers of an exact and of a packed cache for `model`; `sparse` and `sparse_log` as for `ForgeCache`."""
+    """Makers of an exact and of a packed cache for `model`; `options` as for `ForgeCache`."""
     from transformers import DynamicCache
 
     from ..integrations.hf import ForgeCache
 
-    return lambda: DynamicCache(config=model.config), lambda: ForgeCache(model, spec, backend=backend, **sparse)
+    return lambda: DynamicCache(config=model.config), lambda: ForgeCache(model, spec, backend=backend, **options)
 
 
 def head_dim(model: Any) -> int:
@@ -98,6 +99,23 @@ def setup(args: argparse.Namespace) -> Setup:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model, tokenizer = models.load(args.model, dtype=dtype, device=args.device)
     sparse, log = sparse_from(args), list[dict[str, float]]()
-    make_exact, make_packed = caches(model, spec, args.backend, sparse=sparse, sparse_log=log)
+    evict = getattr(args, "evict", None)
+    eviction = None if evict is None else Eviction.parse(evict)
+    options: dict[str, Any] = {"sparse": sparse, "sparse_log": log, "eviction": eviction}
+    make_exact, make_packed = caches(model, spec, args.backend, **options)
     bits = spec.page_format(head_dim(model)).effective_bits
     return Setup(model, tokenizer, spec, make_exact, make_packed, bits, sparse, log)
+
+
+def eviction_report(cache: Any) -> dict[str, Any] | None:
+    """What eviction did in a cache (`ForgeCache.report`), or None for a cache that does not evict.
+
+    Raises:
+        ValueError: it evicts, and no round has been: what was measured is no result of eviction.
+    """
+    if getattr(cache, "eviction", None) is None:
+        return None
+    found = cache.report()["eviction"]
+    if not found.get("rounds"):
+        raise ValueError("[eval] expected rounds of eviction; got none: take a longer text or a smaller retention")
+    return found

@@ -14,7 +14,7 @@ from ..cache.arrays import Arrays
 from ..cache.pages import Ids, PagePool
 from ..cache.sequence import LayerCache
 from ..codec import PAGE, Codec
-from ..ops.arrays import to_numpy
+from ..ops.arrays import from_numpy, to_numpy
 from .policy import Items, effective, excess
 from .recall import mass_estimates
 from .rope import Rope
@@ -207,7 +207,9 @@ class EvictingCache(LayerCache):
         if not isinstance(other, EvictingCache) or (other.store is None) != (self.store is None):
             raise ValueError("[cache.join] expected a cache that evicts in the same way; got another")
         batch = self.batch
-        theirs = [self._shared(row) if other.store is self.store else self._copied(row, other) for row in other._demoted]
+        theirs = [
+            self._shared(row) if other.store is self.store else self._copied(row, other) for row in other._demoted
+        ]
         try:
             super().join(other)
         except BaseException:
@@ -267,8 +269,7 @@ class EvictingCache(LayerCache):
         if not self.eviction.policy.scored or self.centres is None or not self.centres.count:
             return np.zeros(len(ids))
         folded = self.centres.folded(int(self._seen[row]), self.codec.head_dim)
-        q = self.arrays.copy(self._k[:1, :1, :1]).reshape(-1)[:0]  # an array of this framework and device
-        q = ops.arrays.from_numpy(folded[None, :, None].astype(np.float32), q, "float32")
+        q = from_numpy(folded[None, :, None].astype(np.float32), self._k, "float32")
         table = self.row(row)[0]
         assert table is not None
         trig = to_numpy(ops.qk_scores(q, self.codec, table, 1.0, backend=self.backend))[0, :, 0]

@@ -116,7 +116,7 @@ class DiskStore(HostStore):
         page = os.pread(self._file.fileno(), self.page_bytes, slot * self.page_bytes)
         if hashlib.sha256(page).digest() != digest:
             raise ValueError(f"[store] expected page {slot} as it was written; got other bytes: the file was changed")
-        return np.frombuffer(page, np.uint8)
+        return np.frombuffer(bytearray(page), np.uint8)
 
     def _forget(self, data: tuple[int, bytes]) -> None:
         self._free.append(data[0])

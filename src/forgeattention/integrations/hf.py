@@ -17,6 +17,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .. import cache as storage
 from ..cache import LayerCache, TorchArrays
 from ..codec import Codec, CodecSpec
 from ..codec.weights import weight_codecs
+from ..eviction import EvictingCache, Eviction, attention_fraction, rope_of
 from ..ops.arrays import dtype_of
 from ..sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import hf_attention
@@ -54,9 +56,10 @@ class ForgeCache(Cache):
         sparse: which packed tokens decode steps read; None for all. Prompts are always read densely.
         sparse_log: list to which every sparse step of a layer adds its statistics; then every step waits for the
             device.
+        eviction: how packed layers give up pages; None keeps all.
 
     Raises:
-        ValueError: a layer number that is not in the model.
+        ValueError: a layer number that is not in the model, or eviction from a model whose rotation is not known.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ForgeCache(Cache):
         make_layer: Callable[..., LayerCache] = LayerCache.like,
         sparse: SparseSpec | None = None,
         sparse_log: list[dict[str, float]] | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         self.make_layer = make_layer
         self.spec = CodecSpec() if spec is None else spec
@@ -97,6 +101,13 @@ class ForgeCache(Cache):
             if sparse is not None:
                 layers[i].sparse = SparseLayer(sparse, budgets.get(i), sparse_log)
         self._codecs: dict[tuple[int, int], Codec] = {}
+        self.eviction = eviction
+        self._evicting: dict[str, Any] = {}
+        if eviction is not None:
+            if make_layer != LayerCache.like:
+                raise ValueError("[forge_cache] expected eviction or make_layer; got both")
+            rope = rope_of(config) if eviction.policy.scored else None
+            self._evicting = {"eviction": eviction, "rope": rope, "fraction": attention_fraction(config)}
         self._setup(layers)
         if not self.packed:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
@@ -114,6 +125,14 @@ class ForgeCache(Cache):
         if key not in self._codecs:
             self._codecs[key] = Codec(self.spec, head_dim, kv_heads)
         return self._codecs[key]
+
+    def evicting(self, layer: PackedLayer) -> dict[str, Any] | None:
+        """What an `EvictingCache` is told for one of the layers; None where nothing is evicted."""
+        if self.eviction is None:
+            return None
+        number = next(i for i in self.packed if self.layers[i] is layer)
+        centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()
+        return {"centres": centres, **self._evicting}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -143,7 +162,7 @@ class ForgeCache(Cache):
 
     def report(self) -> dict[str, Any]:
         """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes;
-        and totals."""
+        what eviction did in it; and totals."""
         entries: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
@@ -151,13 +170,19 @@ class ForgeCache(Cache):
                 bits = codec.format.effective_bits if codec is not None else None
                 size = layer.cache.nbytes if layer.cache is not None else 0
                 entries.append({"layer": i, "kind": "packed", "positions": layer.seen, "bits": bits, "bytes": size})
+                if isinstance(layer.cache, EvictingCache):
+                    entries[-1]["eviction"] = layer.cache.report()
             else:
                 positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
                 size = hf_attention.tensor_bytes(layer)
                 kind = type(layer).__name__
                 entries.append({"layer": i, "kind": kind, "positions": positions, "bits": None, "bytes": size})
         total = sum(entry["bytes"] for entry in entries)
-        return {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
+        out = {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
+        if self.eviction is not None:
+            found = [entry["eviction"] for entry in entries if "eviction" in entry]
+            out["eviction"] = {name: sum(x[name] for x in found) for name in (found[0] if found else ())}
+        return out
 
     def sparse_statistics(self) -> dict[str, float]:
         """What the last decode step left out, means over layers (`SparseStep.statistics`; bytes are sums); empty if
@@ -170,7 +195,7 @@ class ForgeCache(Cache):
         other = object.__new__(ForgeCache)
         other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
         other.make_layer = self.make_layer
-        other._codecs = self._codecs
+        other._codecs, other.eviction, other._evicting = self._codecs, self.eviction, self._evicting
         layers: list[Any] = []
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
@@ -229,12 +254,14 @@ class ForgeCache(Cache):
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
         shape = dim or text.hidden_size // text.num_attention_heads, heads
         codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
+        options = {i: self.evicting(self.layers[i]) for i in self.packed}
+        makers = {i: LayerCache if x is None else partial(EvictingCache, **x) for i, x in options.items()}
         where = TorchArrays(model.device)
-        layers, runs = storage.load(
-            path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend
+        layers, states = storage.load(
+            path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend, makers=makers
         )
         for i, cache in layers.items():
-            self.layers[i].restore(cache, runs[str(i)])
+            self.layers[i].restore(cache, states[str(i)])
         return self
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..cache import LayerCache
 from ..cache.static import StaticSteps
 from ..codec import Codec
+from ..eviction import EvictingCache
 from ..sparse import SparseLayer
 from . import hf_attention
 
@@ -66,6 +68,8 @@ class PackedStates:
                 self.appended = True
             return layer.steps.attend(q, scale, sinks)
         keep = layer.owner.new_tokens(mask, layer, n, self.appended)
+        if not self.appended:
+            cache.prepare(q, scale, n, keep)
         step = min(DECODE_TOKENS, cache.codec.spec.window)
         if keep is None and (n == 1 or (n <= step and (layer.seen or self.appended))) and self.past is None:
             self._append(keep)
@@ -129,7 +133,9 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(f"[forge] expected keys and values of one 4-D shape; got {shapes}")
         codec = self.codec or self.owner.codec(k.shape[3], k.shape[1])
         limit, backend = self.owner.max_pages, self.owner.backend
-        self.cache = self.owner.make_layer(k, codec, max_pages=limit, backend=backend)
+        options = self.owner.evicting(self)
+        make = self.owner.make_layer if options is None else partial(EvictingCache.like, **options)
+        self.cache = make(k, codec, max_pages=limit, backend=backend)
         self.cache.sparse = self.sparse
         self.is_initialized = True
 
@@ -235,13 +241,17 @@ class PackedLayer(CacheLayerMixin):
         other._runs = [r if isinstance(r, int) or rows is None else r[rows] for r in self._runs]
         return other
 
-    def state(self) -> list[Any]:
-        """The positions, as JSON holds them."""
-        return [r if isinstance(r, int) else r.astype(int).tolist() for r in self._runs]
+    def state(self) -> dict[str, Any]:
+        """The positions, and what eviction remembers, as JSON holds them."""
+        runs = [r if isinstance(r, int) else r.astype(int).tolist() for r in self._runs]
+        return {"runs": runs, "eviction": self.cache.state() if isinstance(self.cache, EvictingCache) else None}
 
-    def restore(self, cache: LayerCache, runs: list[Any]) -> None:
+    def restore(self, cache: LayerCache, state: dict[str, Any]) -> None:
         self.cache = cache
         self.cache.sparse = self.sparse
+        runs = state["runs"]
+        if isinstance(cache, EvictingCache) and state["eviction"] is not None:
+            cache.set_state(state["eviction"])
         self.is_initialized = True
         self._runs = [r if isinstance(r, int) else np.array(r, np.bool_) for r in runs]
         self.seen = sum(r if isinstance(r, int) else r.shape[1] for r in self._runs)
