@@ -48,7 +48,7 @@ class EvictedLayer(DynamicLayer):
         self.how, self.rope = how, rope
         self.positions = np.zeros(0, np.int64)
         self.seen = self.last = self.entered = 0
-        self.rounds = self.evicted = self.recalled = 0
+        self.rounds = self.evicted = self.recalled = self.wanted = self.missed = self.needless = 0
         self.centres: Centres | None = None
         self.demoted: list[tuple[int, torch.Tensor, torch.Tensor, Any]] = []
         self.stamp: dict[int, int] = {}
@@ -122,9 +122,10 @@ class EvictedLayer(DynamicLayer):
         else:
             count = excess(held, self.seen, share, size)
         self.last = self.seen
-        fresh = np.array([self.seen - self.stamp.get(int(s), -(10**9)) > 2 * self.how.interval for s in starts], bool)
-        if not fresh.all():
-            index, starts = index[fresh], starts[fresh]
+        guest = np.array([self._guest(int(s)) for s in starts], bool)
+        index, starts = index[~guest], starts[~guest]
+        if guest.any():
+            count = excess(held - size * int(guest.sum()), self.seen, share, size)
         if count <= 0 or not len(starts):
             return
         gone = self.how.policy.choose(Items(starts, self._scores(index), size, self.seen), count)
@@ -140,14 +141,19 @@ class EvictedLayer(DynamicLayer):
         self.keys, self.values = self.keys.index_select(2, at), self.values.index_select(2, at)
         self.positions = self.positions[keep]
 
+    def _guest(self, start: int) -> bool:
+        return start in self.stamp and self.seen - self.stamp[start] < 2 * self.how.interval
+
     def _recall(self, q: np.ndarray, scale: float) -> None:
         index, _, _ = self._items()
         keys = self.keys[0].float().cpu().numpy()
         resident = keys[:, index].mean(2).transpose(1, 0, 2)
         means = np.stack([d[3] for d in self.demoted])
         share = mass_estimates(q, resident, means, scale)
-        order = np.argsort(-share)[: self.how.recall_pages]
+        room = max(0, self.how.recall_pages - sum(self._guest(s) for s in self.stamp))
+        order = np.argsort(-share)[:room]
         chosen = [int(i) for i in order if share[i] >= self.how.recall_share]
+        self._judge(q, index, scale, chosen)
         if not chosen:
             return
         self.recalled += len(chosen)
@@ -163,6 +169,19 @@ class EvictedLayer(DynamicLayer):
         self.keys, self.values = (torch.cat(x, 2).index_select(2, at) for x in (k, v))
         self.positions = every[order]
 
+    def _judge(self, q: np.ndarray, index: np.ndarray, scale: float, chosen: list[int]) -> None:
+        """Counts pages whose real share of the packed tokens' attention is large, and those of them left behind."""
+        heads = self.keys.shape[1]
+        here = self.keys[0].float()[:, torch.from_numpy(index.reshape(-1)).to(self.keys.device)]
+        there = torch.cat([d[1][0].float() for d in self.demoted], 1)
+        keys = torch.cat([here, there], 1)
+        queries = torch.from_numpy(q).to(keys.device).reshape(heads, -1, q.shape[2]) * scale
+        weights = (queries @ keys.transpose(1, 2)).softmax(-1)[:, :, here.shape[1] :]
+        real = weights.unflatten(2, (-1, PAGE)).sum(3).amax((0, 1)).cpu().numpy() >= self.how.recall_share
+        self.wanted += int(real.sum())
+        self.missed += int(real.sum()) - int(real[chosen].sum())
+        self.needless += int((~real[chosen]).sum())
+
 
 class EvictedCache(DynamicCache):
     """An exact cache that gives up tokens. Runs with attn_implementation="evicted"."""
@@ -173,7 +192,7 @@ class EvictedCache(DynamicCache):
         self.layers = [EvictedLayer(how, rope) for _ in self.layers]
 
     def counts(self) -> dict[str, int]:
-        names = ("rounds", "evicted", "recalled")
+        names = ("rounds", "evicted", "recalled", "wanted", "missed", "needless")
         found = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
         found["held"] = sum(len(layer.positions) for layer in self.layers)
         found["seen"] = sum(layer.seen for layer in self.layers)

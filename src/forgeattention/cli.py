@@ -210,8 +210,8 @@ def _add_eval(evaluate: Any) -> None:
         leaf.add_argument("--cache", choices=("packed",), default="packed", help="what is held against the exact cache")
         leaf.add_argument(
             "--evict", metavar="POLICY:SHARE[:WHERE]",
-            help="give up pages: v1, v2, v3, random or recency and the share kept, or window:TOKENS; then drop, host or "
-            "disk (v3:0.9:host)",
+            help="give up pages: v1, v2, v3, random or recency and the share kept, or window:TOKENS; and drop them or "
+            "demote them to host or disk (v3:0.9:host)",
         )  # fmt: skip
     for leaf in (kl, ppl, niah, ruler):
         _add_model(leaf)

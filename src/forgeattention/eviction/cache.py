@@ -263,7 +263,7 @@ class EvictingCache(LayerCache):
         return [notes[page] for page in ids.tolist()]
 
     def _scores(self, row: int) -> NDArray[np.float64]:
-        """A score for each page of a row: that of its best token. Keys are scored from the codes, by one dot product
+        """A score for each page of a row, from those of its tokens. Keys are scored from the codes, by one dot product
         with each head's folded query; the norm term is that of the page's mean."""
         ids = self.row_pages(row)
         if not self.eviction.policy.scored or self.centres is None or not self.centres.count:
@@ -277,7 +277,8 @@ class EvictingCache(LayerCache):
         weights = self.centres.norm_weights().reshape(len(sizes), -1, sizes.shape[2])
         norm = np.einsum("kgf,kpf->kgp", weights, sizes).reshape(len(folded), len(ids))
         tokens = trig.reshape(len(folded), len(ids), PAGE).astype(np.float64) + norm[..., None]
-        return join_heads(tokens).max(1)
+        joined = join_heads(tokens)
+        return joined.max(1) if self.eviction.join == "max" else joined.mean(1)
 
     def _fresh(self, row: int) -> NDArray[np.bool_]:
         """Which pages of a row were recalled so lately that they stay."""

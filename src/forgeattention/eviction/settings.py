@@ -27,6 +27,7 @@ class Eviction:
         centres: query centres by layer, from `load_centres`; None gathers them while the prompt is read.
         max_bytes: most bytes that a layer's demoted pages take; what goes beyond it is dropped.
         folder: of the file on disk; the system's folder for temporary files if None.
+        join: a page's score is that of its best token, or their mean.
         recall_share: a demoted page comes back when some query is estimated to give it this share of the packed
             tokens' attention.
         recall_pages: most recalled pages that a row holds in a layer at a time, beyond its budget.
@@ -39,6 +40,7 @@ class Eviction:
     centres: Mapping[int, Centres] | None = None
     max_bytes: int | None = None
     folder: str | os.PathLike[str] | None = None
+    join: Literal["max", "mean"] = "max"
     recall_share: float = 0.05
     recall_pages: int = 4
 

@@ -1,0 +1,215 @@
+"""Eviction on a real model: KL, perplexity and needles at several retentions, from the exact and from the packed cache.
+
+    python benchmarks/eviction.py sweep --device cuda --share 0 12 --json part0.json     one process of twelve
+    python benchmarks/eviction.py time --device cuda --json time.json                    what rounds cost
+    python benchmarks/eviction.py merge part*.json time.json --json eviction.json
+
+Four texts of 2048 tokens, read in blocks of 128 (KL) and of 512 (perplexity), measured over their second halves; two
+needles at five depths of 1500 and of 2500 tokens. "exact" rows give up tokens of an exact cache (eviction_exact.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from eviction_exact import EvictedCache, Exact
+from transformers import DynamicCache
+
+from forgeattention import models
+from forgeattention.evaluation import kl, memory, niah, report, texts
+from forgeattention.evaluation.streaming import attention, spans, step
+from forgeattention.eviction import POLICIES, Centres, Eviction, rope_of
+from forgeattention.eviction.triattention import join_heads
+from forgeattention.integrations.hf import ForgeCache
+
+TEXTS = ("genesis", "licences", "code", "json")
+NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"))
+RETENTIONS = (0.9, 0.75, 0.5)
+TOKENS = 2048
+CONTEXT = 7168
+
+
+def jobs() -> list[dict[str, Any]]:
+    """What is measured, one dict a row."""
+    out: list[dict[str, Any]] = [{"cache": "exact", "policy": None}, {"cache": "packed", "policy": None}]
+    for kept in RETENTIONS:
+        for policy in ("random", "recency", "v1", "v2", "v3"):
+            out += [{"cache": c, "policy": policy, "retention": kept} for c in ("exact", "packed")]
+        base = {"policy": "v3", "retention": kept}
+        out += [{"cache": c, "on_evict": "host", **base} for c in ("exact", "packed")]
+        out += [{"cache": "packed", "join": "mean", **base}]
+        out += [{"cache": "exact", "join": j, **base} for j in ("mean", "mean-first", "top8")]
+        out += [{"cache": "exact", "granularity": g, **base} for g in ("tokens", "entry")]
+    base = {"policy": "v3", "retention": 0.5, "on_evict": "host"}
+    for share, pages in ((0.02, 4), (0.1, 4), (0.2, 4), (0.02, 8), (0.05, 8), (0.05, 2)):
+        out += [{"cache": c, "recall_share": share, "recall_pages": pages, **base} for c in ("exact", "packed")]
+    return out
+
+
+def maker(model: Any, job: dict[str, Any]) -> tuple[Any, str | None]:
+    """What makes a job's caches, and the attention implementation that they need."""
+    job = dict(job)
+    cache, policy, kept = job.pop("cache"), job.pop("policy"), job.pop("retention", 1.0)
+    if policy is None:
+        return (lambda: ForgeCache(model), "forge") if cache == "packed" else (
+            lambda: DynamicCache(config=model.config), None
+        )  # fmt: skip
+    made = POLICIES[policy](kept)
+    if cache == "packed":
+        return lambda: ForgeCache(model, eviction=Eviction(made, **job)), "forge"
+    demote = job.pop("on_evict", "drop") != "drop"
+    return lambda: EvictedCache(model, Exact(made, demote=demote, **job)), "evicted"
+
+
+def counts(cache: Any) -> dict[str, Any] | None:
+    if isinstance(cache, EvictedCache):
+        return cache.counts()
+    return cache.report()["eviction"] if getattr(cache, "eviction", None) is not None else None
+
+
+def measure(model: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """One row: KL by text, perplexity, needles, and what eviction did."""
+    make, implementation = maker(model, job)
+    made: list[Any] = []
+
+    def keep() -> Any:
+        made.append(make())
+        return made[-1]
+
+    row: dict[str, Any] = {**job, "kl": {}, "same_top": {}, "perplexity": {}, "exact_perplexity": {}, "counts": []}
+    for name, block in itertools.product(TEXTS, (128, 512)):
+        text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        found = kl.compare(model, ids[:, :TOKENS], keep, block=block, implementation=implementation)
+        if block == 128:
+            row["kl"][name], row["same_top"][name] = found.kl, found.same_top
+        else:
+            row["perplexity"][name], row["exact_perplexity"][name] = found.perplexity, found.exact_perplexity
+        row["counts"].append(counts(made.pop()))
+    cells = []
+    for needle, length in itertools.product(NEEDLES, (1500, 2500)):
+        for document in niah.documents("single", tokenizer, [length], needle=needle):
+            cells += niah.ask(model, tokenizer, document, keep, implementation=implementation)
+            row["counts"].append(counts(made.pop()))
+    row["needles"] = [{"length": c.length, "depth": c.depth, "outcome": c.outcome.value} for c in cells]
+    row["passed"] = sum(c.outcome is niah.Outcome.PASS for c in cells)
+    if job["policy"] is not None and not all(c["rounds"] for c in row["counts"]):
+        raise ValueError(f"[eviction] expected rounds in every run; got none: {job}")
+    return row
+
+
+def correlation(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Spearman's rank correlation, by layer, of scores at half of a text with attention received afterwards; of tokens
+    and of pages, joined over heads alike, and of recency for comparison."""
+    rope = rope_of(model.config)
+    ids = tokenizer(texts.read("genesis"), add_special_tokens=False, return_tensors="pt")["input_ids"][:, :1536]
+    half, past = 1024, EvictedCache(model, Exact(POLICIES["v3"](1.0)))
+    with torch.no_grad(), attention(model, "evicted"):
+        for first, last in spans(half, 128):
+            step(model, ids[:, first:last].to(model.device), past, keep=1)
+    with torch.no_grad(), attention(model, "eager"):
+        seen = model(ids.to(model.device), output_attentions=True, use_cache=False).attentions
+    rows = []
+    for number, (layer, weights) in enumerate(zip(past.layers, seen)):
+        got = weights[0, :, half:, 4:half].sum(1).double().cpu().numpy()
+        keys = layer.keys[0].float().cpu().numpy()[:, 4:half]
+        centres: Centres = layer.centres
+        group = len(got) // len(keys)
+        scores = np.stack([keys[h // group] @ q for h, q in enumerate(centres.folded(half, keys.shape[2]))])
+        norms = np.stack([np.abs(rope.pairs(keys[h // group])) @ w for h, w in enumerate(centres.norm_weights())])
+        wanted, told = join_heads(np.log(got + 1e-9)), join_heads(scores + norms)
+        pages = [x[: len(x) // 64 * 64].reshape(-1, 64).max(1) for x in (wanted, told)]
+        rows.append({
+            "layer": number, "tokens": spearman(wanted, told), "pages": spearman(*pages),
+            "heads": float(np.mean([spearman(a, b) for a, b in zip(got, scores + norms)])),
+            "trigonometric_alone": float(np.mean([spearman(a, b) for a, b in zip(got, scores)])),
+            "recency": spearman(wanted, np.arange(len(wanted))),
+        })  # fmt: skip
+    return rows
+
+
+def spearman(a: Any, b: Any) -> float:
+    ranks = [np.argsort(np.argsort(x)).astype(np.float64) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def timing(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Prefill and decode of one long text with and without eviction: medians of three, and bytes of the cache."""
+    ids = tokenizer(texts.read("licences"), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = ids[:, : CONTEXT + 256].to(model.device)
+    rows = []
+    for evict in (None, "random:0.5", "v3:0.9", "v3:0.5", "v3:0.5:host", "v3:0.5:disk"):
+        took = []
+        for _ in range(3):
+            cache = ForgeCache(model, eviction=None if evict is None else Eviction.parse(evict))
+            with torch.no_grad(), attention(model, "forge"):
+                parts = []
+                for first, last, block in ((0, CONTEXT, 512), (CONTEXT, CONTEXT + 256, 1)):
+                    _wait(model)
+                    start = time.perf_counter()
+                    for a, b in spans(last - first, block):
+                        step(model, ids[:, first + a : first + b], cache, keep=1)
+                    _wait(model)
+                    parts.append((time.perf_counter() - start) / (last - first))
+            took.append(parts)
+        prefill, decode = np.median(took, 0)
+        held = memory.cache_bytes(cache)
+        rows.append({
+            "evict": evict, "tokens": CONTEXT + 256, "prefill_us_per_token": 1e6 * prefill,
+            "decode_us_per_token": 1e6 * decode, "bytes": held, "bytes_per_token": held / (CONTEXT + 256),
+            "counts": counts(cache),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sweep", "time", "correlation", "merge"))
+    parser.add_argument("files", nargs="*", type=Path, help="of merge")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    if args.what == "merge":
+        merged: dict[str, Any] = {"rows": [], "time": [], "correlation": []}
+        for path in args.files:
+            found = json.loads(path.read_text())
+            merged["env"] = found["env"]
+            for name in ("rows", "time", "correlation"):
+                merged[name] += found.get(name, [])
+        report.write_json(args.json, merged)
+        return
+    model, tokenizer = models.load(args.model, device=args.device)
+    out: dict[str, Any] = {"env": {**report.environment(), "device": args.device}}
+    if args.device == "cuda":
+        out["env"]["device"] = torch.cuda.get_device_name()
+    if args.what == "time":
+        out["time"] = timing(model, tokenizer)
+    elif args.what == "correlation":
+        out["correlation"] = correlation(model, tokenizer)
+    else:
+        out["rows"] = []
+        for job in jobs()[args.share[0] :: args.share[1]]:
+            out["rows"].append(measure(model, tokenizer, job))
+            row = out["rows"][-1]
+            print(json.dumps(job), round(float(np.mean(list(row["kl"].values()))), 4), row["passed"], flush=True)
+            report.write_json(args.json, out)
+    report.write_json(args.json, out)
+
+
+if __name__ == "__main__":
+    main()
