@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,19 +153,27 @@ class EvictingCache(LayerCache):
                 self._recall(row, host[row][:, real], scale)
 
     def append(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> None:
-        due = np.flatnonzero(self._seen - self._last >= self.eviction.interval).tolist()
+        self._with_rounds(lambda: super(EvictingCache, self).append(k, v, keep))
+
+    def make_room(self, n: int) -> None:
+        self._with_rounds(lambda: super(EvictingCache, self).make_room(n))
+
+    def _with_rounds(self, step: Callable[[], None]) -> None:
+        """A step, with the rounds that are due before it: planned, which may fail, then the step, then carried out."""
+        lengths = self._seen.copy()
+        due = np.flatnonzero(lengths - self._last >= self.eviction.interval).tolist()
         rounds: list[_Round] = []
         try:
             for row in due:
                 rounds.append(self._plan(row))
-            super().append(k, v, keep)
+            step()
         except BaseException:
             for planned in rounds:
                 self._release(planned.demoted)
             raise
         for planned in rounds:
             self._run(planned)
-        self._last[due] = self._seen[due]
+        self._last[due] = lengths[due]
         if rounds and self.pool.spare > max(8, self.pool.in_use // 4):
             self.pool.compact()
 
