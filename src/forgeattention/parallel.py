@@ -115,9 +115,10 @@ class ShardedCache(LayerCache):
         kept = np.concatenate([self._ids[0, :held], new[mine]])
         self.pool.free(new[~mine])
         self.pages_dealt += len(new)
+        self._starts[0, : len(kept)] = np.append(self._starts[0, :held], self._starts[0, held : held + len(new)][mine])
         self._ids[0, : len(kept)] = kept
         self.arrays.assign(self._offsets, self.pool.addresses(kept), (0, slice(len(kept))))
-        self._set_lengths(self._exact, np.array([PAGE * len(kept)]))
+        self._set_lengths(self._exact, np.array([PAGE * len(kept)]), self._seen)
 
     def trim(self, n: Any) -> None:
         recent = max(int(self._exact[0]) - self.codec.spec.sinks, 0)

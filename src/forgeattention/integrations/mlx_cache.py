@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..cache import LayerCache, MLXArrays, PagePool
 from ..codec import PAGE, Codec, CodecSpec
+from ..eviction import EvictingCache
 from ..ops.arrays import dtype_of
 from ..ops.checks import check_queries
 from .mlx_attention import chunk
@@ -71,6 +72,8 @@ class PackedStates:
         try:
             check_queries("mlx_lm", q, cache.codec)
             layer.check_mask(mask, q.shape[2])
+            if not self.appended:
+                cache.prepare(q, scale, n, self.keep)
             step = min(DECODE_TOKENS, cache.codec.spec.window)
             held = self.appended or bool((cache.lengths > 0).all())
             if self.keep is None and self.past is None and (n == 1 or (n <= step and held)):
@@ -106,6 +109,7 @@ class PackedKVCache:
         codecs: codecs of `spec` made so far, by (head_dim, kv_heads), shared between layers.
         max_pages: most pages, or None.
         backend: which kernels run, "auto" or a name of `ops`.
+        evicting: what `EvictingCache` is told beyond that; None keeps all pages.
 
     Attributes:
         cache: the tokens, or None before the first.
@@ -121,12 +125,14 @@ class PackedKVCache:
         codecs: Codecs | None = None,
         max_pages: int | None = None,
         backend: str = "auto",
+        evicting: dict[str, Any] | None = None,
     ) -> None:
         self.spec = codec.spec if codec is not None else CodecSpec() if spec is None else spec
         self.codec = codec
         self.codecs: Codecs = {} if codecs is None else codecs
         self.max_pages = max_pages
         self.backend = backend
+        self.evicting = evicting
         self.cache: LayerCache | None = None
         self.batched = False
         self._reset(1)
@@ -188,7 +194,11 @@ class PackedKVCache:
         if codec is None:
             codec = self.codecs.get((dim, heads)) or Codec(self.spec, dim, heads)
             self.codecs[dim, heads] = codec
-        self.cache = LayerCache.like(keys, codec, max_pages=self.max_pages, backend=self.backend)
+        options: dict[str, Any] = {"max_pages": self.max_pages, "backend": self.backend}
+        if self.evicting is None:
+            self.cache = LayerCache.like(keys, codec, **options)
+        else:
+            self.cache = EvictingCache.like(keys, codec, **options, **self.evicting)
 
     def _new_tokens(self, n: int) -> Keep | None:
         """Which of the next n positions hold real tokens, [batch, n]; None for all."""
@@ -335,7 +345,12 @@ class PackedKVCache:
 
     def _like(self) -> PackedKVCache:
         return PackedKVCache(
-            self.spec, codec=self.codec, codecs=self.codecs, max_pages=self.max_pages, backend=self.backend
+            self.spec,
+            codec=self.codec,
+            codecs=self.codecs,
+            max_pages=self.max_pages,
+            backend=self.backend,
+            evicting=self.evicting,
         )
 
     def __copy__(self) -> PackedKVCache:
@@ -415,7 +430,8 @@ class PackedKVCache:
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> PackedKVCache:
         """The inverse of `state`. A codec with matrices or centres of its own cannot be restored so, and one fitted to
-        a model's weights codes new pages without shaping their errors until it is adopted again."""
+        a model's weights codes new pages without shaping their errors until it is adopted again. A cache that evicted
+        comes back as one that keeps all further pages."""
         out = cls()
         out.state = state
         return out

@@ -32,6 +32,7 @@ from mlx_lm.models import cache as stock
 from .. import models
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
+from ..eviction import Centres, EvictingCache, Eviction, rope_of
 from .mlx_cache import Codecs, PackedKVCache, PackedStates, Seam, readable
 from .mlx_recurrent import SnapshotCache, trim_prompt_cache
 from .mlx_weights import weight_codecs
@@ -59,6 +60,7 @@ def make_prompt_cache(
     max_pages: int | None = None,
     snapshots: int = 0,
     backend: str = "auto",
+    eviction: Eviction | None = None,
 ) -> list[Any]:
     """A prompt cache whose full-attention layers are packed.
 
@@ -74,9 +76,11 @@ def make_prompt_cache(
         snapshots: states that each recurrent layer remembers, of prompts' ends and of single steps, so that
             `trim_prompt_cache` can go back to them.
         backend: which kernels run, "auto" or a name of `ops`.
+        eviction: how packed layers give up pages; None keeps all.
 
     Raises:
-        ValueError: a codec for a layer that is not packed, or no layer that could be.
+        ValueError: a codec for a layer that is not packed, no layer that could be, or eviction from a model whose
+            rotation is not known.
     """
     made = _stock_prompt_cache(model)
     own, given = dict(codecs or {}), set(codecs or {})
@@ -85,11 +89,17 @@ def make_prompt_cache(
         own = {i: codec for i, codec in known.items() if _packs(made[i])} | own
     shared: Codecs = {}
     packed: set[int] = set()
+    rope = rope_of(model.args) if eviction is not None and eviction.policy.scored else None
+    fraction = sum(map(_packs, made)) / max(1, len(made))
 
     def swap(i: int, layer: Any) -> Any:
         if type(layer) is stock.KVCache:
             packed.add(i)
-            return PackedKVCache(spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend)
+            evicting = None if eviction is None else {"eviction": eviction, "rope": rope, "fraction": fraction,
+                                                      "centres": _centres(eviction, i)}  # fmt: skip
+            return PackedKVCache(
+                spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend, evicting=evicting
+            )
         if type(layer) is stock.ArraysCache and snapshots:
             return SnapshotCache(len(layer.cache), snapshots=snapshots)
         return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
@@ -98,6 +108,10 @@ def make_prompt_cache(
     if not packed or not given <= packed:
         raise ValueError(f"[mlx_lm] expected full-attention layers, {sorted(given)} among them; got {sorted(packed)}")
     return made
+
+
+def _centres(eviction: Eviction, layer: int) -> Centres | None:
+    return None if eviction.centres is None else eviction.centres[layer].copy()
 
 
 def _packs(layer: Any) -> bool:
@@ -190,9 +204,9 @@ def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[A
 
 
 def report(cache: Sequence[Any]) -> dict[str, Any]:
-    """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes; and
-    totals."""
-    entries = []
+    """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes, and
+    what eviction did in it; and totals."""
+    entries: list[dict[str, Any]] = []
     for i, layer in enumerate(cache):
         parts = layer.caches if isinstance(layer, stock.CacheList) else [layer]
         for part in parts:
@@ -201,6 +215,8 @@ def report(cache: Sequence[Any]) -> dict[str, Any]:
             bits = made.codec.format.effective_bits if made is not None else None
             kind = "packed" if packed else type(part).__name__
             entries.append({"layer": i, "kind": kind, "positions": part.size(), "bits": bits, "bytes": part.nbytes})
+            if isinstance(made, EvictingCache):
+                entries[-1]["eviction"] = made.report()
     count = sum(entry["kind"] == "packed" for entry in entries)
     return {"layers": entries, "packed": count, "of": len(cache), "bytes": sum(entry["bytes"] for entry in entries)}
 
