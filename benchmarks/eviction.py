@@ -53,6 +53,15 @@ def jobs() -> list[dict[str, Any]]:
     return out
 
 
+def few() -> list[dict[str, Any]]:
+    """What --quick measures."""
+    base = {"cache": "packed", "policy": "v3"}
+    out: list[dict[str, Any]] = [{"cache": "packed", "policy": None}]
+    for kept, where in ((0.5, "host"), (0.9, "host"), (0.9, "drop"), (0.5, "drop")):
+        out.append({**base, "retention": kept, "on_evict": where})
+    return out
+
+
 def maker(model: Any, job: dict[str, Any]) -> tuple[Any, str | None]:
     """What makes a job's caches, and the attention implementation that they need."""
     job = dict(job)
@@ -74,8 +83,9 @@ def counts(cache: Any) -> dict[str, Any] | None:
     return cache.report()["eviction"] if getattr(cache, "eviction", None) is not None else None
 
 
-def measure(model: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """One row: KL by text, perplexity, needles, and what eviction did."""
+def measure(model: Any, tokenizer: Any, job: dict[str, Any], quick: bool = False) -> dict[str, Any]:
+    """One row: KL by text, perplexity, needles, and what eviction did. `quick`: 1024 tokens of each text, read in blocks
+    of 128 only, and one needle in 1500 tokens."""
     make, implementation = maker(model, job)
     made: list[Any] = []
 
@@ -84,17 +94,17 @@ def measure(model: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
         return made[-1]
 
     row: dict[str, Any] = {**job, "kl": {}, "same_top": {}, "perplexity": {}, "exact_perplexity": {}, "counts": []}
-    for name, block in itertools.product(TEXTS, (128, 512)):
+    for name, block in itertools.product(TEXTS, (128,) if quick else (128, 512)):
         text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        found = kl.compare(model, ids[:, :TOKENS], keep, block=block, implementation=implementation)
+        found = kl.compare(model, ids[:, : 1024 if quick else TOKENS], keep, block=block, implementation=implementation)
         if block == 128:
             row["kl"][name], row["same_top"][name] = found.kl, found.same_top
-        else:
+        if block == 512 or quick:
             row["perplexity"][name], row["exact_perplexity"][name] = found.perplexity, found.exact_perplexity
         row["counts"].append(counts(made.pop()))
     cells = []
-    for needle, length in itertools.product(NEEDLES, (1500, 2500)):
+    for needle, length in itertools.product(NEEDLES[:1] if quick else NEEDLES, (1500,) if quick else (1500, 2500)):
         for document in niah.documents("single", tokenizer, [length], needle=needle):
             cells += niah.ask(model, tokenizer, document, keep, implementation=implementation)
             row["counts"].append(counts(made.pop()))
@@ -182,6 +192,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--quick", action="store_true", help="sweep: five rows of less, for a machine without a GPU")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "merge":
@@ -203,8 +214,8 @@ def main() -> None:
         out["correlation"] = correlation(model, tokenizer)
     else:
         out["rows"] = []
-        for job in jobs()[args.share[0] :: args.share[1]]:
-            out["rows"].append(measure(model, tokenizer, job))
+        for job in (few() if args.quick else jobs())[args.share[0] :: args.share[1]]:
+            out["rows"].append(measure(model, tokenizer, job, args.quick))
             row = out["rows"][-1]
             print(json.dumps(job), round(float(np.mean(list(row["kl"].values()))), 4), row["passed"], flush=True)
             report.write_json(args.json, out)

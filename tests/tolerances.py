@@ -138,3 +138,5 @@ MERGE_DOUBLE = 1e-12
 VLLM = {"kl": 0.03, "same_top": 0.9}
 # The same on CUDA: exponentials to 2^-22, sums of fixed point.
 CUDA_SPARSE_MASS = 1e-5
+# RoPE frequencies and rotations that a model computes in float32.
+ROPE_FLOAT32 = 1e-6
