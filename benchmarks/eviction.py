@@ -84,8 +84,8 @@ def counts(cache: Any) -> dict[str, Any] | None:
 
 
 def measure(model: Any, tokenizer: Any, job: dict[str, Any], quick: bool = False) -> dict[str, Any]:
-    """One row: KL by text, perplexity, needles, and what eviction did. `quick`: 1024 tokens of each text, read in blocks
-    of 128 only, and one needle in 1500 tokens."""
+    """One row: KL by text, perplexity, needles, and what eviction did. `quick`: 1024 tokens of each text, in blocks of
+    128 only, and one needle in 1500 tokens."""
     make, implementation = maker(model, job)
     made: list[Any] = []
 
