@@ -380,12 +380,34 @@ def sparse_fidelity(content: dict[str, Any]) -> str:
     )
 
 
+def eviction(content: Any) -> str:
+    """Rows of eviction.py: what was kept and what it cost."""
+
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    rows = []
+    for row in content["rows"]:
+        worse = mean(row["perplexity"][t] / row["exact_perplexity"][t] - 1 for t in row["perplexity"])
+        how = [row["policy"] or "keep all", *(str(row[k]) for k in ("granularity", "join", "on_evict") if k in row)]
+        rows.append((
+            row["cache"], ", ".join(how), f"{row.get('retention', 1.0):.0%}", f"{mean(row['kl'].values()):.4f}",
+            f"{mean(row['same_top'].values()):.1%}", f"{worse:+.2%}", f"{row['passed']} of {len(row['needles'])}",
+        ))  # fmt: skip
+    head = ("cache", "policy", "kept", "KL", "same top token", "perplexity", "needles")
+    return table(head, rows)
+
+
 RENDERERS: dict[str, Callable[[Any], str]] = {
     "canaries": canaries,
     "cuda_model": cuda_model,
     "cuda_prefill": cuda_prefill,
     "decode": decode,
     "encode": encode,
+
+
+    "eviction": eviction,
     "fidelity": fidelity,
     "fidelity_texts": fidelity_texts,
     "induction": induction,
