@@ -254,8 +254,9 @@ class ForgeCache(Cache):
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
         shape = dim or text.hidden_size // text.num_attention_heads, heads
         codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
-        options = {i: self.evicting(self.layers[i]) for i in self.packed}
-        makers = {i: LayerCache if x is None else partial(EvictingCache, **x) for i, x in options.items()}
+        told = {i: self.evicting(self.layers[i]) for i in self.packed}
+        makers: dict[int, Callable[..., LayerCache]]
+        makers = {i: LayerCache if x is None else partial(EvictingCache, **x) for i, x in told.items()}
         where = TorchArrays(model.device)
         layers, states = storage.load(
             path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend, makers=makers
