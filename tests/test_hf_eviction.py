@@ -201,5 +201,6 @@ def test_centres_from_a_file_serve_a_cache_that_reads_no_prompt(tmp_path):
     known = load_centres(tmp_path / "c", rope_of(model.config))
     other = ForgeCache(model, SPEC, eviction=Eviction(eviction.policy, interval=64, centres=known))
     read(model, other, ids_of(800, seed=3))
-    assert other.layers[0].cache.centres.count == known[0].count == 500
+    count = cache.layers[0].cache.centres.count
+    assert other.layers[0].cache.centres.count == known[0].count == count > 200
     assert eviction_report(other)["rounds"]
