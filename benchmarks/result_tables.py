@@ -405,8 +405,6 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "cuda_prefill": cuda_prefill,
     "decode": decode,
     "encode": encode,
-
-
     "eviction": eviction,
     "fidelity": fidelity,
     "fidelity_texts": fidelity_texts,
