@@ -236,3 +236,29 @@ def test_mlx_is_not_imported_for_other_arrays() -> None:
 
     code = "import sys, numpy, forgeattention.ops, forgeattention.cache; sys.exit('mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sparse_steps():
+    """All tokens kept is dense attention; of some, NumPy's arrays give the same, statistics too."""
+    from forgeattention.sparse import SparseLayer, SparseSpec
+
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, 2, 2, 900, 64)).astype(np.float32)
+    q = rng.normal(size=(2, 6, 1, 64)).astype(np.float32)
+    codec, found = Codec(CodecSpec(), 64, 2), {}
+    for name, wrap in (("numpy", lambda x: x), ("mlx", mx.array)):
+        cache = LayerCache.like(wrap(k), codec)
+        cache.append(wrap(k), wrap(v))
+        dense = np.array(cache.attend(wrap(q), 0.125)[0])
+        for everything in (SparseSpec(top_k=9999, min_context=0), SparseSpec(top_k=6400, fast=True, min_context=0)):
+            cache.sparse = SparseLayer(everything)
+            out = np.array(cache.attend(wrap(q), 0.125)[0])
+            assert np.abs(out - dense).max() < MLX_CPU["float32"] * np.abs(dense).max()
+        found[name] = []
+        for spec in (SparseSpec(top_k=30, min_context=0), SparseSpec(top_p=0.9, fast=True, min_context=0)):
+            cache.sparse = SparseLayer(spec, log=[])
+            out = np.array(cache.attend(wrap(q), 0.125)[0])
+            found[name].append((out, cache.sparse.log[0]))
+    for (a, said), (b, also) in zip(found["numpy"], found["mlx"], strict=True):
+        assert np.abs(a - b).max() < MLX_CPU["float32"] * np.abs(a).max()
+        assert said == pytest.approx(also, abs=1e-5)

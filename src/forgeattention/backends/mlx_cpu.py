@@ -9,6 +9,8 @@ import numpy as np
 
 from ..codec.codec import Codec
 from ..ops.arrays import dtype_of
+from ..ops.merge import merge
+from ..ops.sparse import Scores, Threshold
 from ..ops.table import ExactTokens, PageTable
 from . import cpu
 
@@ -101,3 +103,38 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
 
 def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     return _mlx(cpu.value_sum(_flat(p), codec, _table(table)), "float32")
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
+    made = cpu.sparse_scores(_float(q), codec, _table(table), scale)
+    return Scores(_mlx(made.scores, "float32"), _mlx(made.pages, "float32"))
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    return _mlx(cpu.page_scores(_float(q), codec, _table(table), scale), "float32")
+
+
+def sparse_threshold(scores: Scores, table: PageTable, top_k: Any, top_p: float | None, exact_lse: Any) -> Threshold:
+    given = top_k if top_k is None or isinstance(top_k, int) else _flat(top_k)
+    lse = None if exact_lse is None else _flat(exact_lse)
+    made = cpu.sparse_threshold(_host_scores(scores), _table(table), given, top_p, lse)
+    score, dropped, top = (_mlx(x, "float32") for x in (made.score, made.dropped, made.top))
+    return Threshold(score, _mlx(made.last, "int32"), _mlx(made.kept, "int32"), dropped, top)
+
+
+def sparse_attention(
+    scores: Scores, threshold: Threshold, codec: Codec, table: PageTable, other: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    names = ("score", "last", "kept", "dropped", "top")
+    limits = Threshold(*(_flat(getattr(threshold, name)) for name in names))
+    out, lse = (
+        _mlx(x, "float32") for x in cpu.sparse_attention(_host_scores(scores), limits, codec, _table(table), None)
+    )
+    if other is None:
+        return out, lse
+    o, joined = merge(out, lse, *other)
+    return o.astype(other[0].dtype), joined
+
+
+def _host_scores(scores: Scores) -> Scores:
+    return Scores(_flat(scores.scores), _flat(scores.pages))

@@ -15,6 +15,7 @@ from ..codec import PAGE, Codec, CodecSpec
 from ..eviction import EvictingCache
 from ..ops.arrays import dtype_of
 from ..ops.checks import check_queries
+from ..sparse import SparseLayer
 from .mlx_attention import chunk
 
 DECODE_TOKENS = 8
@@ -133,6 +134,7 @@ class PackedKVCache:
         self.max_pages = max_pages
         self.backend = backend
         self.evicting = evicting
+        self.sparse: SparseLayer | None = None
         self.cache: LayerCache | None = None
         self.batched = False
         self._reset(1)
@@ -199,6 +201,7 @@ class PackedKVCache:
             self.cache = LayerCache.like(keys, codec, **options)
         else:
             self.cache = EvictingCache.like(keys, codec, **options, **self.evicting)
+        self.cache.sparse = self.sparse
 
     def _new_tokens(self, n: int) -> Keep | None:
         """Which of the next n positions hold real tokens, [batch, n]; None for all."""
@@ -317,7 +320,9 @@ class PackedKVCache:
         assert self.cache is not None
         made = self.cache
         pool = PagePool(made.codec.page_bytes, made.arrays, self.max_pages)
-        return made.empty(rows, pool)
+        empty = made.empty(rows, pool)
+        empty.sparse = self.sparse
+        return empty
 
     def filter(self, batch_indices: Any) -> None:
         """Keeps the given rows."""
@@ -344,7 +349,7 @@ class PackedKVCache:
             self.codec = self.cache.codec = codec
 
     def _like(self) -> PackedKVCache:
-        return PackedKVCache(
+        out = PackedKVCache(
             self.spec,
             codec=self.codec,
             codecs=self.codecs,
@@ -352,6 +357,8 @@ class PackedKVCache:
             backend=self.backend,
             evicting=self.evicting,
         )
+        out.sparse = self.sparse
+        return out
 
     def __copy__(self) -> PackedKVCache:
         out = self._like()

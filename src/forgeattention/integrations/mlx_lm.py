@@ -33,6 +33,7 @@ from .. import models
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
 from ..eviction import Centres, EvictingCache, Eviction, rope_of
+from ..sparse import SparseLayer, SparseSpec
 from .mlx_cache import Codecs, PackedKVCache, PackedStates, Seam, readable
 from .mlx_recurrent import SnapshotCache, trim_prompt_cache
 from .mlx_weights import weight_codecs
@@ -61,6 +62,7 @@ def make_prompt_cache(
     snapshots: int = 0,
     backend: str = "auto",
     eviction: Eviction | None = None,
+    sparse: SparseSpec | None = None,
 ) -> list[Any]:
     """A prompt cache whose full-attention layers are packed.
 
@@ -77,11 +79,14 @@ def make_prompt_cache(
             `trim_prompt_cache` can go back to them.
         backend: which kernels run, "auto" or a name of `ops`.
         eviction: how packed layers give up pages; None keeps all.
+        sparse: which packed tokens decode steps read; None for all. Not with budgets, nor on Metal.
 
     Raises:
         ValueError: a codec for a layer that is not packed, no layer that could be, or eviction from a model whose
             rotation is not known.
     """
+    if sparse is not None and sparse.budgets is not None:
+        raise ValueError("[mlx_lm] expected top_k or top_p; got budgets, which are measured on transformers' models")
     made = _stock_prompt_cache(model)
     own, given = dict(codecs or {}), set(codecs or {})
     if fitted and len(made) == len(model.layers):
@@ -97,9 +102,11 @@ def make_prompt_cache(
             packed.add(i)
             evicting = None if eviction is None else {"eviction": eviction, "rope": rope, "fraction": fraction,
                                                       "centres": _centres(eviction, i)}  # fmt: skip
-            return PackedKVCache(
+            cache = PackedKVCache(
                 spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend, evicting=evicting
             )
+            cache.sparse = None if sparse is None else SparseLayer(sparse)
+            return cache
         if type(layer) is stock.ArraysCache and snapshots:
             return SnapshotCache(len(layer.cache), snapshots=snapshots)
         return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer

@@ -64,7 +64,7 @@ def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: Sp
 
     Returns:
         offsets of the records int64 [batch, kv_heads, most], tokens in them int32 [batch, kv_heads], and which pages
-        they are, bool [batch, kv_heads, pages].
+        they are, bool [batch, kv_heads, pages] (on the host but for torch).
     """
     most = means.shape[3] if spec.top_k is None else min(spec.top_k // PAGE, means.shape[3])
     if is_torch(means) and means.is_cuda and spec.top_k is not None:
@@ -99,9 +99,7 @@ def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: Sp
     results = (chosen, (counts * PAGE).to(torch.int32), read)
     if is_torch(means):
         return results
-    dtypes = ("int64", "int32", "bool")
-    chosen, tokens, read = (from_numpy(x.numpy(), means, d) for x, d in zip(results, dtypes))
-    return chosen, tokens, read
+    return from_numpy(chosen.numpy(), means, "int64"), from_numpy(results[1].numpy(), means, "int32"), read.numpy()
 
 
 def estimated_drop(means: Any, read: Any, lse: Any) -> Any:
