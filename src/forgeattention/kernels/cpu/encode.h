@@ -70,12 +70,14 @@ struct Encode {
       const auto channels = [&](int c) { return side.code == SCALAR ? order.channel[0] : order.channels(c); };
       for (int c = 0; c < PAGE; ++c) {
         const float* x = s.x + order.token(c) * dim;
-        for (int i = 0; i < dim; ++i) s.steps[i * PAGE + c] = x[channels(c)[i]];
+        const uint16_t* channel = channels(c);
+        for (int i = 0; i < dim; ++i) s.steps[i * PAGE + c] = x[channel[i]];
       }
       Search<Isa>::shaped(side, dim, s.steps, feedback, values, s.error, s.path_codes);
       for (int c = 0; c < PAGE; ++c) {
         uint8_t* codes = s.codes + order.token(c) * dim;
-        for (int i = 0; i < dim; ++i) codes[channels(c)[i]] = s.path_codes[i * PAGE + c];
+        const uint16_t* channel = channels(c);
+        for (int i = 0; i < dim; ++i) codes[channel[i]] = s.path_codes[i * PAGE + c];
       }
     } else if (side.code == SCALAR) {
       for (int i = 0; i < PAGE * dim; ++i) {
