@@ -8,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from forgeattention import models
 
@@ -140,8 +139,8 @@ class Fake:
 
 @pytest.fixture
 def faked(monkeypatch):
-    monkeypatch.setattr(transformers, "AutoTokenizer", Fake("tokenizer"))
-    monkeypatch.setattr(transformers, "AutoModelForCausalLM", Fake("model"))
+    monkeypatch.setattr("transformers.AutoTokenizer", Fake("tokenizer"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Fake("model"))
     monkeypatch.setattr(models, "_set_pre_tokenizer", lambda tokenizer, path: None)
     monkeypatch.setattr(models, "_state_rope_theta", lambda config: None)
     monkeypatch.setattr(Fake, "calls", 0)
@@ -166,7 +165,7 @@ def test_an_interrupted_conversion_leaves_nothing(cache, faked, tmp_path, monkey
     path = tmp_path / "m.gguf"
     path.write_bytes(b"a")
     with monkeypatch.context() as patch:
-        patch.setattr(transformers, "AutoModelForCausalLM", Fake("model", fault))
+        patch.setattr("transformers.AutoModelForCausalLM", Fake("model", fault))
         with pytest.raises(type(fault)):
             models.convert(path, torch.float32)
     assert list(cache.iterdir()) == []
