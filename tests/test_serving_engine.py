@@ -222,6 +222,12 @@ def test_top_p_keeps_the_likeliest():
     assert 0.45 < share < 0.55
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-3])
+def test_low_temperatures_take_the_likeliest(temperature):
+    sampler = Sampler(Sampling(1, temperature=temperature, top_p=0.5, seed=0))
+    assert {sampler(torch.tensor([-40.0, 3.0, 2.0])) for _ in range(20)} == {1}
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "want"),
     [

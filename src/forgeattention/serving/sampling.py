@@ -43,7 +43,9 @@ class Sampler:
         """The next token by logits [vocabulary]."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        p = torch.softmax(logits.float().cpu() / self.sampling.temperature, 0)
+        # Less their largest and in float64, so that no temperature above 0 makes an infinity of it.
+        logits = logits.double().cpu()
+        p = torch.softmax((logits - logits.max()) / self.sampling.temperature, 0)
         if self.sampling.top_p < 1:
             values, order = p.sort(descending=True)
             values[values.cumsum(0) - values >= self.sampling.top_p] = 0
