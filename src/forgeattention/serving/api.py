@@ -23,8 +23,6 @@ from .schema import Chat, Completion, Generation
 DEFAULT_TOKENS = 1024
 """Most new tokens where a request names no number."""
 
-REASONS = {"stop": "stop", "length": "length"}
-
 
 class BodyLimit:
     """Refuses bodies of more than `limit` bytes, while they arrive where they do not say how long they are."""
@@ -159,7 +157,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
                     )
                     return
                 if event.text or event.finish:
-                    yield _sse(head | {"choices": [wrap(event.text, event.finish and REASONS[event.finish])]})
+                    yield _sse(head | {"choices": [wrap(event.text, event.finish)]})
                 if event.finish:
                     if body.stream_options and body.stream_options.include_usage:
                         yield _sse(head | {"choices": [], "usage": _usage(job, event.tokens)})
@@ -177,7 +175,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
             stream = pieces(body, job, events, head | {"object": chunk}, wrap)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         text, event = await whole(request, job, events)
-        choice = last(text, REASONS[event.finish or "stop"])
+        choice = last(text, event.finish or "stop")
         return JSONResponse(head | {"object": kind, "choices": [choice], "usage": _usage(job, event.tokens)})
 
     errors: dict[int | str, dict[str, Any]] = {

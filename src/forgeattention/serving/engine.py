@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -55,7 +54,6 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     listener: Callable[[Event], None]
-    number: int = field(default_factory=itertools.count().__next__)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     cached: int = 0
