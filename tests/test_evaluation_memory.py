@@ -1,9 +1,9 @@
 """Bytes are counted from what is allocated, each storage once."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -35,15 +35,37 @@ def test_something_else_is_refused():
         memory.cache_bytes(7)
 
 
+PEAK = """
+import numpy as np
+from forgeattention.evaluation import memory
+
+size = 200 << 20
+before = memory.peak_rss()
+block = np.ones(size, np.uint8)
+held = memory.peak_rss()
+assert held - before > 0.9 * size, (before, held)
+del block
+assert memory.peak_rss() - before > 0.9 * size
+try:
+    memory.reset_peak_rss()
+except OSError as error:
+    print(error)
+else:
+    assert memory.peak_rss() < held - 0.9 * size
+    print("reset")
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
 def test_peak_follows_what_is_held():
-    size = 200 << 20
-    memory.reset_peak_rss()
-    before = memory.peak_rss()
-    block = np.ones(size, np.uint8)
-    held = memory.peak_rss()
-    assert held - before > 0.9 * size
-    del block
-    assert memory.peak_rss() - before > 0.9 * size
-    memory.reset_peak_rss()
-    assert memory.peak_rss() < held - 0.9 * size
+    """In a process of its own: the peak of this one may be above what is held by more than the block."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "reset" or run.stdout.startswith("[reset_peak_rss] expected a peak near")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_a_kernel_that_ignores_the_reset_is_told(monkeypatch):
+    monkeypatch.setattr(memory, "_status", {"VmHWM": 900 << 20, "VmRSS": 100 << 20}.get)
+    with pytest.raises(OSError, match=r"^\[reset_peak_rss\] expected a peak near the 104857600 bytes held; got 943718400"):
+        memory.reset_peak_rss()

@@ -47,12 +47,16 @@ def reset_peak_rss() -> None:
     """Start `peak_rss` afresh from what is held now.
 
     Raises:
-        OSError: not Linux, which alone can do this; measure in a new process there.
+        OSError: not Linux, which alone can do this, or a kernel that takes the request and ignores it, as sandboxes'
+            kernels do; measure in a new process there.
     """
     if sys.platform != "linux":
         raise OSError(f"[reset_peak_rss] expected Linux; got {sys.platform}: measure in a new process instead")
     # proc(5), /proc/pid/clear_refs: 5 resets the peak resident set size to the current one.
     Path("/proc/self/clear_refs").write_text("5")
+    peak, now = _status("VmHWM"), _status("VmRSS")
+    if peak - now > 16 << 20:
+        raise OSError(f"[reset_peak_rss] expected a peak near the {now} bytes held; got {peak}: measure in a new process")
 
 
 def _status(field: str) -> int:
