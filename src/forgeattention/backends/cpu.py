@@ -44,6 +44,11 @@ def use_isa(name: str) -> None:
     _native.use_isa(name)
 
 
+def shares_torch_threads() -> bool:
+    """Whether the kernels run on PyTorch's own threads, as they do once it is loaded on Linux, or on this module's."""
+    return _native.shares_torch_threads()
+
+
 def read_pass(data: NDArray[np.uint8]) -> int:
     """Reads every byte of a contiguous array once with the kernels' threads: the yardstick of the benchmarks."""
     return _native.read_pass(_address(data), data.size, get_num_threads())

@@ -149,7 +149,7 @@ void finish(const Call& c, int b, int head, int first_row, int rows, const std::
 // Many rows: a piece of work is a block of rows over all tokens.
 void attend_blocks(const Call& c, const std::vector<int>& lengths, int threads) {
   const int rows = c.rows(), blocks = (rows + BLOCK - 1) / BLOCK, per_block = (rows + blocks - 1) / blocks;
-  parallel_for(int64_t(c.shape.batch) * c.codec.kv_heads * blocks, threads, [&](int64_t item, int) {
+  parallel_for(int64_t(c.shape.batch) * c.codec.kv_heads * blocks, threads, [&](int64_t item) {
     const int block = int(item % blocks), head = int(item / blocks % c.codec.kv_heads), b = int(item / blocks / c.codec.kv_heads);
     const int first = block * per_block, n = rows - first < per_block ? rows - first : per_block;
     auto* memory = static_cast<uint8_t*>(thread_scratch(3, Queries::bytes(c, n) + 2 * partial_bytes(c, n)));
@@ -218,13 +218,13 @@ void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) 
     for (size_t i = 0; i < table[b].all; ++i) of_head.push_back(part(table[b].parts + head * table[b].all + i));
     finish(c, b, head, 0, rows, of_head, table[b].packed);
   };
-  parallel_for(int64_t(jobs), threads, [&](int64_t i, int) {
+  parallel_for(int64_t(jobs), threads, [&](int64_t i) {
     const int b = int(i / kv_heads), head = int(i % kv_heads);
     left[i].store(table[b].all, std::memory_order_relaxed);
     queries(b, head).fill(c, b, head, 0, rows);
     if (!table[b].all) join(b, head);
   });
-  parallel_for(int64_t(pieces.size()), threads, [&](int64_t i, int) {
+  parallel_for(int64_t(pieces.size()), threads, [&](int64_t i) {
     const Piece& p = pieces[i];
     std::vector<uint8_t*> prepared;
     std::vector<Partial> out;

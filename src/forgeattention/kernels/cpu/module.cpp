@@ -15,6 +15,7 @@
 
 #include "half.h"
 #include "ops.h"
+#include "thread_pool.h"
 #include "sparse.h"
 
 namespace nb = nanobind;
@@ -181,6 +182,7 @@ NB_MODULE(_native, m) {
                      pointer<const float>(top), pointer<float>(out), pointer<float>(lse), threads);
   });
 
+  m.def("shares_torch_threads", &shares_torch_threads);
   m.def("read_pass", [](uintptr_t data, int64_t bytes, int threads) {
     const nb::gil_scoped_release release;
     return read_pass(pointer<const uint8_t>(data), bytes, threads);

@@ -45,7 +45,7 @@ void encode(const Codec& codec, const Array4& k, const Array4& v, int64_t pages,
   // Records go to a buffer first, so that a page that cannot be coded leaves the caller's memory as it was.
   std::vector<uint8_t> buffer(size_t(pages) * codec.page());
   std::atomic<bool> k_finite{true}, v_finite{true}, fits{true};
-  parallel_for(pages * codec.kv_heads, threads, [&](int64_t item, int) {
+  parallel_for(pages * codec.kv_heads, threads, [&](int64_t item) {
     const int64_t page = item / codec.kv_heads;
     const int head = int(item % codec.kv_heads), dim = codec.dim;
     const size_t count = size_t(PAGE) * dim;
@@ -73,7 +73,7 @@ void encode(const Codec& codec, const Array4& k, const Array4& v, int64_t pages,
   if (!k_finite || !v_finite)
     throw std::invalid_argument(std::string("[encode] expected finite ") + (k_finite ? "v" : "k") + "; got NaN or infinity");
   if (!fits) throw std::invalid_argument("[encode] expected vectors whose scales fit the scale format; got larger ones");
-  parallel_for(pages, threads, [&](int64_t p, int) {
+  parallel_for(pages, threads, [&](int64_t p) {
     uint8_t* to = out ? out + offsets[p] : reinterpret_cast<uint8_t*>(offsets[p]);
     std::memcpy(to, buffer.data() + p * codec.page(), size_t(codec.page()));
   });
@@ -86,7 +86,7 @@ void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t
       if (offsets[p] < 0 || offsets[p] + page_bytes > bytes)
         throw std::invalid_argument("[compact] expected pages within " + std::to_string(bytes) + " bytes; got " +
                                     std::to_string(offsets[p]));
-  parallel_for(pages, threads, [&](int64_t p, int) {
+  parallel_for(pages, threads, [&](int64_t p) {
     const uint8_t* from = base ? base + offsets[p] : reinterpret_cast<const uint8_t*>(offsets[p]);
     std::memcpy(out + p * page_bytes, from, size_t(page_bytes));
   });
@@ -98,7 +98,7 @@ void decode_pages(const Codec& codec, const Table& table, int batch, bool rotate
   const int dim = codec.dim, width = rotated ? dim : codec.head_dim;
   const int pages = (table.max_length + PAGE - 1) / PAGE;
   const size_t size = dtype == FLOAT32 ? 4 : 2;
-  parallel_for(int64_t(batch) * codec.kv_heads * pages, threads, [&](int64_t item, int) {
+  parallel_for(int64_t(batch) * codec.kv_heads * pages, threads, [&](int64_t item) {
     const int page = int(item % pages), head = int(item / pages % codec.kv_heads), row = int(item / pages / codec.kv_heads);
     const size_t count = size_t(PAGE) * dim;
     float* y_k = static_cast<float*>(thread_scratch(0, 4 * count * sizeof(float)));
@@ -132,7 +132,7 @@ void decode_pages(const Codec& codec, const Table& table, int batch, bool rotate
 uint64_t read_pass(const uint8_t* data, int64_t bytes, int threads) {
   constexpr int64_t PART = 1 << 18;
   std::atomic<uint64_t> all{0};
-  parallel_for((bytes + PART - 1) / PART, threads, [&](int64_t part, int) {
+  parallel_for((bytes + PART - 1) / PART, threads, [&](int64_t part) {
     const int64_t end = (part + 1) * PART < bytes ? (part + 1) * PART : bytes;
     uint64_t mixed[8] = {};
     for (int64_t i = part * PART; i + 64 <= end; i += 64) {

@@ -39,7 +39,7 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
   const Kernels& kernel = kernels();
   for (int b = 0; b < shape.batch; ++b) row_length("qk_scores", codec, table, b);
   const std::vector<Block> blocks = row_blocks(shape, codec.kv_heads);
-  parallel_for(int64_t(blocks.size()), threads, [&](int64_t item, int) {
+  parallel_for(int64_t(blocks.size()), threads, [&](int64_t item) {
     const Block& block = blocks[item];
     const int dim = codec.dim, group = shape.q_heads / codec.kv_heads;
     auto* prepared = static_cast<uint8_t*>(thread_scratch(3, kernel.queries_bytes(dim, block.rows)));
@@ -75,7 +75,7 @@ void value_sum(const Codec& codec, Shape shape, const float* p, const Table& tab
       }
   }
   const std::vector<Block> blocks = row_blocks(shape, codec.kv_heads);
-  parallel_for(int64_t(blocks.size()), threads, [&](int64_t item, int) {
+  parallel_for(int64_t(blocks.size()), threads, [&](int64_t item) {
     const Block& block = blocks[item];
     const int dim = codec.dim, group = shape.q_heads / codec.kv_heads, length = table.lengths[block.b];
     const int64_t first = block.b * queries + int64_t(block.head) * group * shape.n + block.first;

@@ -76,7 +76,7 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
   const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
   const int runs = (all_pages + RUN - 1) / RUN;
   for (int b = 0; b < shape.batch; ++b) row_length("sparse_scores", codec, table, b);
-  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item, int) {
+  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item) {
     const int run = int(item % runs), head = int(item / runs % codec.kv_heads), b = int(item / runs / codec.kv_heads);
     const int first = run * RUN, length = table.lengths[b];
     const int end = std::min(first + RUN, all_pages), tokens = std::clamp(length - first * PAGE, 0, (end - first) * PAGE);
@@ -119,7 +119,7 @@ void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& 
   constexpr int MANY = 512;  // pages of one piece of work
   const int runs = (all_pages + MANY - 1) / MANY;
   for (int b = 0; b < shape.batch; ++b) row_length("page_scores", codec, table, b);
-  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item, int) {
+  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item) {
     const int run = int(item % runs), head = int(item / runs % codec.kv_heads), b = int(item / runs / codec.kv_heads);
     const int first = run * MANY, end = std::min(first + MANY, all_pages), used = pages_of(table.lengths[b]);
     const int64_t row0 = (int64_t(b) * codec.kv_heads + head) * rows;
@@ -161,7 +161,7 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
     if (lengths[b] < 0 || lengths[b] > s.max_length)
       throw std::invalid_argument("[sparse_threshold] expected packed lengths within max_length; got another one");
   const int per_row = s.shape.q_heads * s.shape.n;
-  parallel_for(int64_t(s.shape.batch) * per_row, threads, [&](int64_t row, int) {
+  parallel_for(int64_t(s.shape.batch) * per_row, threads, [&](int64_t row) {
     const int b = int(row / per_row), head = int(row % per_row / s.shape.n), length = lengths[b], used = pages_of(length);
     const float* line = s.scores + row * s.max_length;
     const float* stats = s.stats + row * pages * 2;
@@ -221,7 +221,7 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
   };
   // Pages with a survivor, for each KV head; pieces of them by their number alone, so that threads change no result.
   std::vector<std::vector<int>> used(heads);
-  parallel_for(heads, threads, [&](int64_t job, int) {
+  parallel_for(heads, threads, [&](int64_t job) {
     const int length = table.lengths[job / codec.kv_heads];
     for (int p = 0; p < pages_of(length); ++p) {
       bool any = false;
@@ -238,7 +238,7 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
   begin[heads] = int(pieces.size());
   const size_t width = size_t(rows) * (dim + 1);  // sums, then the mass of each row
   std::vector<float> parts(pieces.size() * width);
-  parallel_for(int64_t(pieces.size()), threads, [&](int64_t item, int) {
+  parallel_for(int64_t(pieces.size()), threads, [&](int64_t item) {
     const Piece& piece = pieces[item];
     const int job = piece.job, b = job / codec.kv_heads, length = table.lengths[b];
     auto** records = static_cast<const uint8_t**>(thread_scratch(2, RUN * sizeof(void*)));
@@ -268,7 +268,7 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
     }
     kernel.weigh(codec, records, tokens, weights, int64_t(RUN) * PAGE, rows, sums, thread_scratch(1, kernel.scratch_bytes(dim, rows)));
   });
-  parallel_for(heads, threads, [&](int64_t job, int) {
+  parallel_for(heads, threads, [&](int64_t job) {
     const int head = int(job % codec.kv_heads);
     float* sums = static_cast<float*>(thread_scratch(0, 2 * width * sizeof(float)));
     std::fill(sums, sums + width, 0.0f);
