@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from candidates import EXACT, Candidate
 from eviction_exact import EvictedCache, Exact
+from fidelity import compare, predictions
 from transformers import DynamicCache
 
 from forgeattention import models
-from forgeattention.evaluation import kl, memory, niah, report, texts
+from forgeattention.evaluation import memory, niah, report, texts
 from forgeattention.evaluation.streaming import attention, spans, step
 from forgeattention.eviction import POLICIES, Centres, Eviction, rope_of
 from forgeattention.eviction.triattention import join_heads
@@ -54,11 +57,17 @@ def jobs() -> list[dict[str, Any]]:
 
 
 def few() -> list[dict[str, Any]]:
-    """What --quick measures."""
-    base = {"cache": "packed", "policy": "v3"}
-    out: list[dict[str, Any]] = [{"cache": "packed", "policy": None}]
-    for kept, where in ((0.5, "host"), (0.9, "host"), (0.9, "drop"), (0.5, "drop")):
-        out.append({**base, "retention": kept, "on_evict": where})
+    """What --quick measures, what is asked most first."""
+    out: list[dict[str, Any]] = [{"cache": "packed", "policy": None}, {"cache": "exact", "policy": None}]
+    v3 = {"cache": "packed", "policy": "v3"}
+    for kept, where in ((0.5, "host"), (0.9, "drop"), (0.9, "host"), (0.5, "drop"), (0.75, "host"), (0.75, "drop")):
+        out.append({**v3, "retention": kept, "on_evict": where})
+    out += [
+        {"cache": "packed", "policy": p, "retention": k} for k in (0.9, 0.5) for p in ("random", "recency", "v1", "v2")
+    ]
+    for kept in (0.9, 0.5):
+        out += [{"cache": "exact", "policy": p, "retention": kept} for p in ("v3", "random")]
+        out.append({"cache": "exact", "policy": "v3", "retention": kept, "on_evict": "host"})
     return out
 
 
@@ -83,36 +92,60 @@ def counts(cache: Any) -> dict[str, Any] | None:
     return cache.report()["eviction"] if getattr(cache, "eviction", None) is not None else None
 
 
-def measure(model: Any, tokenizer: Any, job: dict[str, Any], quick: bool = False) -> dict[str, Any]:
-    """One row: KL by text, perplexity, needles, and what eviction did. `quick`: 1024 tokens of each text, in blocks of
-    128 only, and one needle in 1500 tokens."""
-    make, implementation = maker(model, job)
-    made: list[Any] = []
+class Bench:
+    """A model, its texts, and what the exact cache predicts for them.
 
-    def keep() -> Any:
-        made.append(make())
-        return made[-1]
+    `quick`: 1536 tokens of each text, in blocks of 128 only, and needles in 1500 tokens only."""
 
-    row: dict[str, Any] = {**job, "kl": {}, "same_top": {}, "perplexity": {}, "exact_perplexity": {}, "counts": []}
-    for name, block in itertools.product(TEXTS, (128,) if quick else (128, 512)):
-        text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        found = kl.compare(model, ids[:, : 1024 if quick else TOKENS], keep, block=block, implementation=implementation)
-        if block == 128:
-            row["kl"][name], row["same_top"][name] = found.kl, found.same_top
-        if block == 512 or quick:
-            row["perplexity"][name], row["exact_perplexity"][name] = found.perplexity, found.exact_perplexity
-        row["counts"].append(counts(made.pop()))
-    cells = []
-    for needle, length in itertools.product(NEEDLES[:1] if quick else NEEDLES, (1500,) if quick else (1500, 2500)):
-        for document in niah.documents("single", tokenizer, [length], needle=needle):
-            cells += niah.ask(model, tokenizer, document, keep, implementation=implementation)
+    def __init__(self, model: Any, tokenizer: Any, quick: bool) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.blocks, self.lengths = ((128,), (1500,)) if quick else ((128, 512), (1500, 2500))
+        self.ids, self.reference = {}, {}
+        for name in TEXTS:
+            text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            self.ids[name] = ids[:, : 1536 if quick else TOKENS]
+        for name, block in itertools.product(TEXTS, self.blocks):
+            with torch.no_grad():
+                self.reference[name, block] = list(predictions(model, self.ids[name], EXACT, block))
+
+    def measure(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One row: KL by text, perplexity, needles, and what eviction did."""
+        make, implementation = maker(self.model, job)
+        made: list[Any] = []
+
+        def keep(_: Any = None) -> Any:
+            made.append(make())
+            return made[-1]
+
+        row: dict[str, Any] = {**job, "kl": {}, "same_top": {}, "perplexity": {}, "exact_perplexity": {}, "counts": []}
+        candidates = [Candidate("this", 0, keep, implementation, "")]
+        for name, block in itertools.product(TEXTS, self.blocks):
+            known = self.reference[name, block]
+            with torch.no_grad():
+                found = compare(self.model, self.ids[name], candidates, block, known)["this"]
+            if block == self.blocks[0]:
+                row["kl"][name], row["same_top"][name] = found["kl"], found["same_top"]
+            if block == self.blocks[-1]:
+                row["perplexity"][name] = math.exp(found["loss"])
+                row["exact_perplexity"][name] = math.exp(self.loss(name, block))
             row["counts"].append(counts(made.pop()))
-    row["needles"] = [{"length": c.length, "depth": c.depth, "outcome": c.outcome.value} for c in cells]
-    row["passed"] = sum(c.outcome is niah.Outcome.PASS for c in cells)
-    if job["policy"] is not None and not all(c["rounds"] for c in row["counts"]):
-        raise ValueError(f"[eviction] expected rounds in every run; got none: {job}")
-    return row
+        cells = []
+        for needle, length in itertools.product(NEEDLES, self.lengths):
+            for document in niah.documents("single", self.tokenizer, [length], needle=needle):
+                cells += niah.ask(self.model, self.tokenizer, document, keep, implementation=implementation)
+                row["counts"].append(counts(made.pop()))
+        row["needles"] = [{"length": c.length, "depth": c.depth, "outcome": c.outcome.value} for c in cells]
+        row["passed"] = sum(c.outcome is niah.Outcome.PASS for c in cells)
+        if job["policy"] is not None and not all(c["rounds"] for c in row["counts"]):
+            raise ValueError(f"[eviction] expected rounds in every run; got none: {job}")
+        return row
+
+    def loss(self, name: str, block: int) -> float:
+        """The exact cache's on a text, nats per token."""
+        known, ids = torch.cat(self.reference[name, block], 1)[0], self.ids[name][0]
+        target = ids[len(ids) // 2 + 1 :, None].to(known.device)
+        return -float(known[: len(target)].gather(-1, target).double().mean())
 
 
 def correlation(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
@@ -192,7 +225,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
-    parser.add_argument("--quick", action="store_true", help="sweep: five rows of less, for a machine without a GPU")
+    parser.add_argument("--quick", action="store_true", help="sweep: fewer, smaller rows, for lack of a GPU")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "merge":
@@ -214,8 +247,9 @@ def main() -> None:
         out["correlation"] = correlation(model, tokenizer)
     else:
         out["rows"] = []
+        bench = Bench(model, tokenizer, args.quick)
         for job in (few() if args.quick else jobs())[args.share[0] :: args.share[1]]:
-            out["rows"].append(measure(model, tokenizer, job, args.quick))
+            out["rows"].append(bench.measure(job))
             row = out["rows"][-1]
             print(json.dumps(job), round(float(np.mean(list(row["kl"].values()))), 4), row["passed"], flush=True)
             report.write_json(args.json, out)

@@ -160,10 +160,10 @@ def same_length(prompts: dict[float, torch.Tensor], most: int) -> list[list[floa
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
-def predictions(model: Any, ids: torch.Tensor, candidate: Candidate) -> Iterator[torch.Tensor]:
+def predictions(model: Any, ids: torch.Tensor, candidate: Candidate, block: int = BLOCK) -> Iterator[torch.Tensor]:
     """Log-probabilities [batch, block, vocabulary] at the second half of documents [batch, tokens], block by block."""
     tokens, cache = ids.shape[1], candidate.make(model)
-    for start, stop in spans(tokens, BLOCK):
+    for start, stop in spans(tokens, block):
         keep = min(stop - tokens // 2, stop - start)
         with attention(model, candidate.implementation):
             logits = step(model, ids[:, start:stop].to(model.device), cache, max(keep, 1))
@@ -171,16 +171,23 @@ def predictions(model: Any, ids: torch.Tensor, candidate: Candidate) -> Iterator
             yield logits.log_softmax(-1)
 
 
-def compare(model: Any, ids: torch.Tensor, candidates: Sequence[Candidate]) -> dict[str, Row]:
+def compare(
+    model: Any,
+    ids: torch.Tensor,
+    candidates: Sequence[Candidate],
+    block: int = BLOCK,
+    reference: Sequence[torch.Tensor] | None = None,
+) -> dict[str, Row]:
     """KL to the exact cache in nats, share of the same top token and loss, means over the second halves of documents
-    [batch, tokens]."""
-    reference = list(predictions(model, ids, EXACT))
+    [batch, tokens]; `reference`: the exact cache's predictions, if they are at hand."""
+    if reference is None:
+        reference = list(predictions(model, ids, EXACT, block))
     batch, tokens = ids.shape
     out = {}
     for candidate in candidates:
         kl = same = loss = 0.0
         at = tokens // 2
-        for p, q in zip(reference, predictions(model, ids, candidate), strict=True):
+        for p, q in zip(reference, predictions(model, ids, candidate, block), strict=True):
             kl += float((p.exp() * (p - q)).sum(-1).double().sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
             target = ids[:, at + 1 : at + 1 + p.shape[1], None].to(q.device)

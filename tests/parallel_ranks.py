@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -86,10 +89,28 @@ def tensor_parallel(folder: str) -> None:
     assert float((outs[0] - outs[1]).abs().max() / outs[0].std()) < 0.1
 
 
+def killed(rank: int) -> None:
+    """Rank 1 is killed between two steps: the other one is told instead of waiting for ever, and its cache stands."""
+    codec = Codec(CodecSpec(window=16), 64, 2)
+    mine = ShardedCache(codec, 1, TorchArrays(torch.device("cpu")))
+    k, q = torch.randn(1, 2, 300, 64), torch.randn(1, 6, 1, 64)
+    mine.append(k, k)
+    mine.attend(q, 0.1)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError) as error:
+        mine.attend(q, 0.1)
+    assert mine.lengths.tolist() == [300]
+    print("rank told:", str(error.value).splitlines()[0], flush=True)
+    os._exit(0)  # the group cannot be left in order any more
+
+
 if __name__ == "__main__":
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["kill"]:
+        killed(distributed.get_rank())
+    elif len(sys.argv) > 1:
         tensor_parallel(sys.argv[1])
     else:
         layers(distributed.get_rank(), distributed.get_world_size())

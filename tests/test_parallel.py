@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,32 @@ def spread(ranks: int, *command: str) -> str:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_give_what_one_process_gives(ranks):
     assert spread(ranks, str(HERE / "parallel_ranks.py")).count("rank done") == ranks
+
+
+def test_a_killed_rank_is_told_to_the_others():
+    """Two ranks without torchrun, which would end the other rank itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join([str(HERE), *sys.path])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "parallel_ranks.py"), "kill"],
+            env=os.environ | env | {"RANK": str(rank), "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said, failed = ranks[0].communicate(timeout=300)
+        assert ranks[0].returncode == 0, failed
+        assert "rank told:" in said
+        assert ranks[1].wait(60) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_parts_merge_to_the_whole():

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -215,43 +217,85 @@ def test_nothing_that_the_schema_describes_breaks_it(made):
     assert {path for path, status in answered if status == 200} == {operation.path for operation in operations}
 
 
-def test_sigterm_lets_requests_finish(tmp_path):
-    """A server of its own process: a request under way is answered whole, and its prefix is on disk afterwards."""
+class Process:
+    """A server of its own process."""
+
+    def __init__(self, folder: Path, prefixes: Path) -> None:
+        code = "import sys; from forgeattention.cli import main; sys.exit(main())"
+        options = ["--cache-memory", "8MB", "--piece", "64", "--prefix-folder", str(prefixes)]
+        command = ["serve", "--engine", "hf", "--model", str(folder), "--port", "0", "--", *options]
+        env = os.environ | {"FORGEATTN_API_KEY": KEY}
+        command = [sys.executable, "-c", code, *command]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().split("/v1")[0].rsplit(":", 1)[1])
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0)
+
+    def stream(self, tokens: int = 200) -> Any:
+        options: Any = {"temperature": 0, "stream": True}
+        return self.client.completions.create(model="model", prompt=PROMPT, max_tokens=tokens, **options)
+
+    def end(self, sig: signal.Signals) -> str:
+        """What the server said last."""
+        assert self.process.stdout is not None
+        self.process.send_signal(sig)
+        self.process.wait(60)
+        self.client.close()
+        return self.process.stdout.read()
+
+
+PROMPT = "prefix " * 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
     from tiny import tokenizer
 
-    folder = tmp_path / "model"
-    model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    prefixes = tmp_path / "prefixes"
-    options = ["--cache-memory", "8MB", "--piece", "64", "--prefix-folder", str(prefixes)]
-    code = "import sys; from forgeattention.cli import main; sys.exit(main())"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "serve",
-        "--engine",
-        "hf",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-        "--",
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"FORGEATTN_API_KEY": KEY})
+    made = tmp_path_factory.mktemp("model") / "model"
+    model().save_pretrained(made)
+    tokenizer().save_pretrained(made)
+    return made
+
+
+def test_sigterm_lets_requests_finish(folder, tmp_path):
+    """A request under way is answered whole, and its prefix is on disk afterwards."""
+    server = Process(folder, tmp_path)
     try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline().split("/v1")[0].rsplit(":", 1)[1])
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0) as client:
-            options = {"model": "model", "prompt": "prefix " * 30, "max_tokens": 200, "stream": True}
-            stream = client.completions.create(**options)
-            first = next(iter(stream))
-            process.send_signal(signal.SIGTERM)
-            chunks = [first, *stream]
+        stream = server.stream()
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        chunks = [first, *stream]
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        assert process.wait(60) == 0
-        assert "0 requests were cut short" in process.stdout.read()
-        assert len(list(prefixes.glob("*.forgecache"))) == len("prefix " * 30) // 64
+        assert server.process.wait(60) == 0
+        assert "0 requests were cut short" in server.process.stdout.read()
+        assert len(list(tmp_path.glob("*.forgecache"))) == len(PROMPT) // 64
     finally:
-        process.kill()
+        server.process.kill()
+
+
+def test_a_killed_server_loses_no_kept_prefix(folder, tmp_path):
+    """SIGKILL in a stream: the client sees the answer break off, and the next server goes on from what was kept.
+
+    A file that was being written is not used."""
+    servers = [Process(folder, tmp_path)]
+    try:
+        wanted = "".join(chunk.choices[0].text for chunk in servers[0].stream(20))
+        servers[0].end(signal.SIGTERM)
+        kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.forgecache")}
+        servers.append(Process(folder, tmp_path))
+        stream = servers[1].stream(3000)
+        next(iter(stream))
+        servers[1].end(signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            list(stream)
+        name, data = next(iter(kept.items()))
+        (tmp_path / f"{name}.1.part").write_bytes(data[: len(data) // 2])
+        servers.append(Process(folder, tmp_path))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+        assert "".join(chunk.choices[0].text for chunk in servers[2].stream(20)) == wanted
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{servers[2].port}/metrics", timeout=60).read().decode()
+        hits = next(line for line in metrics.splitlines() if line.startswith("forgeattention_prefix_hit_tokens_total"))
+        assert float(hits.split()[1]) == len(PROMPT) // 64 * 64
+    finally:
+        for server in servers:
+            server.process.kill()

@@ -200,6 +200,25 @@ def test_a_failing_step_ends_its_requests_only(llama, monkeypatch):
     made.drain(5)
 
 
+def test_an_engine_that_fails_lets_nobody_wait(llama, monkeypatch):
+    """A fault outside of any request's step: every request ends with an error, and no new one is taken."""
+    made = engine(llama, max_running=2)
+    running = [Asked(made, [97] * 5, max_tokens=3000) for _ in range(3)]
+    assert running[0].some.wait(60)
+
+    def failing() -> None:
+        raise MemoryError("a planted fault")
+
+    monkeypatch.setattr(made, "_admit", failing)
+    for asked in running:
+        assert asked.wait().finish == "error"
+        assert "the engine has failed: MemoryError: a planted fault" in asked.events[-1].error
+    assert not made.alive
+    with pytest.raises(Busy, match="the engine has failed"):
+        Asked(made, [98] * 5)
+    assert made.drain(1) == 0
+
+
 def test_draws_do_not_depend_on_the_batch(llama):
     made = engine(llama)
     options = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 40}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Start `peak_rss` afresh from what is held now.
+    """Start `peak_rss` afresh from what is held now; what the allocator keeps of freed memory is given back first.
 
     Raises:
         OSError: not Linux, which alone can do this, or a kernel that takes the request and ignores it, as sandboxes'
@@ -52,6 +53,8 @@ def reset_peak_rss() -> None:
     """
     if sys.platform != "linux":
         raise OSError(f"[reset_peak_rss] expected Linux; got {sys.platform}: measure in a new process instead")
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     # proc(5), /proc/pid/clear_refs: 5 resets the peak resident set size to the current one.
     Path("/proc/self/clear_refs").write_text("5")
     peak, now = _status("VmHWM"), _status("VmRSS")

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m forgeattention.examples.context_parallel --tokens 4096
 
 Every rank runs the same model on the same tokens; rank 0 also runs it alone and compares. Prints bytes of cache per
-rank, tokens per second of both, and how far the logits are apart.
+rank, tokens per second and ms of attention per token (all layers) of both, and how far the logits are apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import distributed
 
 from .. import models
 from ..cache import LayerCache
-from ..evaluation import texts
+from ..evaluation import report, texts
 from ..integrations.hf import ForgeCache
 from ..parallel import ShardedCache
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of the prompt read at once")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the result there")
     args = parser.parse_args()
     distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -43,21 +46,22 @@ def main() -> None:
     distributed.all_gather_object(sizes, shared["bytes"])
     if rank == 0:
         alone = generate(model, ids, args, LayerCache.like)
-        print(
-            json.dumps(
-                {
-                    "ranks": world,
-                    "tokens": ids.shape[1],
-                    "bytes_per_rank": sizes,
-                    "bytes_alone": alone["bytes"],
-                    "tokens_per_second": round(shared["speed"], 2),
-                    "tokens_per_second_alone": round(alone["speed"], 2),
-                    "largest_logit_difference": float((shared["logits"] - alone["logits"]).abs().max()),
-                    "same_tokens": shared["tokens"] == alone["tokens"],
-                }
-            ),
-            flush=True,
-        )
+        found = {
+            "ranks": world,
+            "threads_per_rank": torch.get_num_threads(),
+            "tokens": ids.shape[1],
+            "bytes_per_rank": sizes,
+            "bytes_alone": alone["bytes"],
+            "tokens_per_second": round(shared["speed"], 2),
+            "tokens_per_second_alone": round(alone["speed"], 2),
+            "attention_ms": round(shared["attention"], 2),
+            "attention_ms_alone": round(alone["attention"], 2),
+            "largest_logit_difference": float((shared["logits"] - alone["logits"]).abs().max()),
+            "same_tokens": shared["tokens"] == alone["tokens"],
+        }
+        print(json.dumps(found), flush=True)
+        if args.json:
+            report.write_json(args.json, {**found, "env": report.environment()})
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -75,7 +79,21 @@ def generate(model: Any, ids: torch.Tensor, args: argparse.Namespace, make_layer
         tokens.append(int(token))
         out = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
     speed = args.new / (time.perf_counter() - start)
-    return {"bytes": cache.nbytes, "speed": speed, "logits": logits.float().cpu(), "tokens": tokens}
+    layer = cache.layers[0].cache
+    q = torch.randn(1, model.config.num_attention_heads, 1, layer.codec.head_dim, device=ids.device)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        layer.attend(q, 1.0)
+        times.append(time.perf_counter() - start)
+    attention = 1e3 * statistics.median(times) * len(cache.layers)
+    return {
+        "bytes": cache.nbytes,
+        "speed": speed,
+        "attention": attention,
+        "logits": logits.float().cpu(),
+        "tokens": tokens,
+    }
 
 
 if __name__ == "__main__":

@@ -134,13 +134,13 @@ class Engine:
         self._running: list[Request] = []
         self._batch: ForgeCache | None = None
         self._wake = threading.Condition()
-        self._ended = False
+        self._ended = self._failed = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._failed
 
     @property
     def running(self) -> int:
@@ -171,7 +171,7 @@ class Engine:
             )
         with self._wake:
             if self.draining or not self.alive:
-                raise Busy("the server is ending", 30)
+                raise Busy("the server is ending" if self.draining else "the engine has failed", 30)
             if len(self._waiting) >= self.max_waiting:
                 raise Busy(f"{len(self._waiting)} requests are waiting", 1 + len(self._waiting) // self.max_running)
             self._waiting.append(request)
@@ -206,6 +206,20 @@ class Engine:
         return len(left)
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            log.critical("the engine ends, and all of its requests", exc_info=True)
+            with self._wake:  # from here on `submit` refuses
+                self._failed = True
+                left = [*self._waiting, *self._reading, *self._running]
+                self._waiting.clear()
+                self._reading.clear()
+                self._running, self._batch = [], None
+            for request in left:
+                self._end(request, "error", error=f"the engine has failed: {type(error).__name__}: {error}")
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 while not (self._waiting or self._reading or self._running or self._ended):
