@@ -51,7 +51,7 @@ def jobs() -> list[dict[str, Any]]:
         out += [{"cache": "exact", "join": j, **base} for j in ("mean", "mean-first", "top8")]
         out += [{"cache": "exact", "granularity": g, **base} for g in ("tokens", "entry")]
     base = {"policy": "v3", "retention": 0.5, "on_evict": "host"}
-    for share, pages in ((0.02, 4), (0.1, 4), (0.2, 4), (0.02, 8), (0.05, 8), (0.05, 2)):
+    for share, pages in ((0.02, 8), (0.1, 8), (0.2, 8), (0.05, 4), (0.05, 16), (0.05, 32)):
         out += [{"cache": c, "recall_share": share, "recall_pages": pages, **base} for c in ("exact", "packed")]
     return out
 
@@ -62,12 +62,10 @@ def few() -> list[dict[str, Any]]:
     v3 = {"cache": "packed", "policy": "v3"}
     for kept, where in ((0.5, "host"), (0.9, "drop"), (0.9, "host"), (0.5, "drop"), (0.75, "host"), (0.75, "drop")):
         out.append({**v3, "retention": kept, "on_evict": where})
-    out += [
-        {"cache": "packed", "policy": p, "retention": k} for k in (0.9, 0.5) for p in ("random", "recency", "v1", "v2")
-    ]
-    for kept in (0.9, 0.5):
-        out += [{"cache": "exact", "policy": p, "retention": kept} for p in ("v3", "random")]
-        out.append({"cache": "exact", "policy": "v3", "retention": kept, "on_evict": "host"})
+    out += [{"cache": "packed", "policy": p, "retention": k} for k in (0.9, 0.5) for p in ("random", "recency")]
+    out += [{"cache": "packed", "policy": p, "retention": 0.5} for p in ("v1", "v2")]
+    out += [{"cache": "exact", "policy": "v3", "retention": k} for k in (0.9, 0.5)]
+    out += [{"cache": "exact", "policy": "v3", "retention": k, "on_evict": "host"} for k in (0.9, 0.5)]
     return out
 
 
@@ -218,6 +216,37 @@ def _wait(model: Any) -> None:
         torch.cuda.synchronize()
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL and needles against retention, one line a policy, of the packed cache; of the exact one dotted."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        kl, found = float(np.mean(list(row["kl"].values()))), row["passed"] / len(row["needles"])
+        if row["policy"] is None:
+            for axis, level in zip(axes, (kl, found)):
+                if row["cache"] == "packed":
+                    axis.axhline(level, color="#8a8f98", linestyle="--", linewidth=1, label="packed, all kept")
+            continue
+        if {"join", "granularity", "recall_share", "recall_pages"} & set(row):
+            continue
+        name = f"{row['policy']}{', demoted' if row.get('on_evict', 'drop') != 'drop' else ''}"
+        lines.setdefault(f"{name}{'' if row['cache'] == 'packed' else ', exact cache'}", []).append(
+            (row["retention"], kl, found)
+        )
+    for name, points in lines.items():
+        kept, kls, found = zip(*sorted(points))
+        for axis, values in zip(axes, (kls, found)):
+            axis.plot(kept, values, "o:" if "exact" in name else "o-", label=name, markersize=4)
+    axes[0].set(yscale="log", xlabel="tokens kept", ylabel="KL to the exact cache, nats")
+    axes[1].set(xlabel="tokens kept", ylabel="needles found", ylim=(-0.03, 1.03))
+    axes[1].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(True, alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sweep", "time", "correlation", "merge"))
@@ -227,6 +256,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
     parser.add_argument("--quick", action="store_true", help="sweep: fewer, smaller rows, for lack of a GPU")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="of merge")
     args = parser.parse_args()
     if args.what == "merge":
         merged: dict[str, Any] = {"rows": [], "time": [], "correlation": []}
@@ -236,6 +266,8 @@ def main() -> None:
             for name in ("rows", "time", "correlation"):
                 merged[name] += found.get(name, [])
         report.write_json(args.json, merged)
+        if args.plot:
+            plot(merged["rows"], args.plot)
         return
     model, tokenizer = models.load(args.model, device=args.device)
     out: dict[str, Any] = {"env": {**report.environment(), "device": args.device}}

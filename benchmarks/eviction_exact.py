@@ -36,7 +36,7 @@ class Exact:
     join: str = "max"
     demote: bool = False
     recall_share: float = 0.05
-    recall_pages: int = 4
+    recall_pages: int = 8
     interval: int = 128
 
 
@@ -149,7 +149,7 @@ class EvictedLayer(DynamicLayer):
         keys = self.keys[0].float().cpu().numpy()
         resident = keys[:, index].mean(2).transpose(1, 0, 2)
         means = np.stack([d[3] for d in self.demoted])
-        share = mass_estimates(q, resident, means, scale)
+        share = mass_estimates(q, np.concatenate([resident, means]), scale)[len(resident) :]
         room = max(0, self.how.recall_pages - sum(self._guest(s) for s in self.stamp))
         order = np.argsort(-share)[:room]
         chosen = [int(i) for i in order if share[i] >= self.how.recall_share]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one go: compile in parallel, test, measure. Results go to $OUT (default: build/gpu).
-# Usage: benchmarks/gpu_suite.sh [compile] [test] [bench] [sanitize]
+# Usage: benchmarks/gpu_suite.sh [compile] [test] [bench] [sanitize] [sparse] [prefill] [model] [induction] [fidelity] [eviction] [mlx]
+# The first four without a name. The later ones need minutes each; fidelity, eviction, mlx and the real keys of sparse need SmolLM2.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-build/gpu} PYTHONPATH=src:tests PYTHONUNBUFFERED=1
@@ -27,6 +28,36 @@ PY
     ;;
   test) timeout 200 python3 -m pytest -q -p no:cacheprovider ${TESTS:-tests/test_cuda_ops.py} ${PYTEST_ARGS:-} 2>&1 | tee "$OUT/pytest.log" | tail -${TAIL:-40} ;;
   bench) timeout 300 python3 benchmarks/cuda_decode.py --json "$OUT/decode_attention.json" ${BENCH_ARGS:-} 2>&1 | tee "$OUT/bench.log" ;;
+  sparse)
+    timeout 300 python3 -m pytest -q -p no:cacheprovider tests/test_cuda_sparse.py 2>&1 | tee "$OUT/pytest-sparse.log" | tail -20
+    timeout 400 python3 benchmarks/sparse_attention.py --real smollm2 --json "$OUT/sparse_attention.json" 2>&1 | tee "$OUT/sparse.log"
+    ;;
+  prefill)
+    timeout 300 python3 benchmarks/cuda_prefill.py --json "$OUT/prefill_attention.json" --encode-json "$OUT/encode.json" 2>&1 | tee "$OUT/prefill.log" ;;
+  model)
+    timeout 550 python3 benchmarks/bench_model.py --device cuda --memory 300000 --json "$OUT/model.json" 2>&1 | tee "$OUT/model.log"
+    python3 benchmarks/plot_memory.py "$OUT/model.json" "$OUT/memory-300k.png"
+    ;;
+  induction)
+    timeout 300 python3 benchmarks/induction.py --device cuda --lengths 300000 1000000 --json "$OUT/induction.json" \
+      --caches balanced "balanced sparse=top_k=1024" "balanced evict=v3:0.5" 2>&1 | tee "$OUT/induction.log"
+    ;;
+  fidelity)
+    OMP_NUM_THREADS=1 timeout 590 python3 benchmarks/fidelity.py --full --device cuda --batch 5 --workers 12 \
+      --journal "$OUT/fidelity.jsonl" --json "$OUT/fidelity.json" --plot "$OUT/frontier.png" 2>&1 | tee "$OUT/fidelity.log" | tail -60
+    ;;
+  eviction)
+    for i in $(seq 0 7); do
+      OMP_NUM_THREADS=1 timeout 590 python3 benchmarks/eviction.py sweep --device cuda --share "$i" 8 --json "$OUT/eviction-$i.json" \
+        >"$OUT/eviction-$i.log" 2>&1 &
+    done
+    wait
+    python3 benchmarks/eviction.py merge "$OUT"/eviction-[0-7].json --json "$OUT/eviction.json"
+    ;;
+  mlx)
+    timeout 300 python3 -m pytest -q -p no:cacheprovider tests/test_mlx_cuda.py 2>&1 | tee "$OUT/pytest-mlx.log" | tail -20
+    MLX_ENABLE_TF32=0 timeout 400 python3 benchmarks/bench_mlx.py fidelity --json "$OUT/mlx-fidelity.json" 2>&1 | tee "$OUT/mlx.log"
+    ;;
   sanitize)
     for tool in memcheck racecheck; do
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 compute-sanitizer --report-api-errors no --tool $tool python3 -m pytest -q -p no:cacheprovider \

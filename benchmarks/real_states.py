@@ -38,9 +38,9 @@ def text_of(chars: int) -> str:
 
 
 @torch.no_grad()
-def states(context: int, name: str = "smollm2") -> dict[str, Any]:
+def states(context: int, name: str = "smollm2", device: str = "cuda") -> dict[str, Any]:
     """`kv`: keys and values [8, context, 128] float16 on the host; `q`: [1, 32, 1, 128]."""
-    model, tokenizer = models.load(name, dtype=torch.bfloat16, device="cuda")
+    model, tokenizer = models.load(name, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
     ids = tokenizer(text_of(8 * context), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < context:
         raise ValueError(f"[real_states] expected {context} tokens of text; got {len(ids)}")
@@ -63,6 +63,6 @@ def states(context: int, name: str = "smollm2") -> dict[str, Any]:
     with attention(model, "benchmark_states"):
         for start in range(0, context, DOCUMENT):
             where[:] = start, min(start + DOCUMENT, context)
-            model(ids[None, slice(*where)].cuda(), logits_to_keep=1, use_cache=False)
+            model(ids[None, slice(*where)].to(device), logits_to_keep=1, use_cache=False)
     # The benchmark's scale is that of 128 channels.
     return {"kv": (k, v), "q": q * 2**0.5}

@@ -15,7 +15,7 @@ from forgeattention.cache import LayerCache, PagePool, TorchArrays
 from forgeattention.codec import PAGE, Codec
 from forgeattention.eviction import V1, V3, EvictingCache, Eviction, Recency, Rope
 from forgeattention.eviction.cache import Counts
-from forgeattention.eviction.recall import mass_estimates
+from forgeattention.eviction.recall import mass_estimates, visitors
 from forgeattention.eviction.store import DiskStore, HostStore
 
 CODEC = Codec(CodecSpec(window=64, refine=False), 64, 2)
@@ -141,6 +141,12 @@ def test_a_failed_append_changes_nothing(monkeypatch):
     assert [np.array_equal(a, b) for a, b in zip(now, state)] == [True] * 4
 
 
+def towards(page):
+    """A query that looks for a demoted page alone."""
+    mean = torch.from_numpy(page.note.mean[0])
+    return 40 * mean / mean.norm()
+
+
 @pytest.mark.parametrize("on_evict", ["host", "disk"])
 def test_demoted_pages_come_back_bit_for_bit(on_evict):
     cache, plain = make(Recency(0.5), on_evict=on_evict, recall_share=0.3, recall_pages=2), whole(1000)
@@ -151,7 +157,7 @@ def test_demoted_pages_come_back_bit_for_bit(on_evict):
     assert cache.store.nbytes == len(gone) * CODEC.page_bytes
     target = cache._demoted[0][1]
     q = torch.zeros(1, 4, 1, 64)
-    q[0, 1, 0] = torch.from_numpy(40 * target.note.mean[0] / np.linalg.norm(target.note.mean[0]))
+    q[0, 1, 0] = towards(target)
     cache.prepare(q, 1.0, 1)
     assert records(cache)[target.start] == plain[target.start]
     assert cache.counts.recalled == 1
@@ -161,10 +167,15 @@ def test_demoted_pages_come_back_bit_for_bit(on_evict):
     cache.append(*tokens(64, seed=7))
     assert target.start in records(cache)
     for d in list(cache._demoted[0]):
-        q[0, 1, 0] = torch.from_numpy(40 * d.note.mean[0] / np.linalg.norm(d.note.mean[0]))
+        q[0, 1, 0] = towards(d)
         cache.prepare(q, 1.0, 1)
-    assert len(cache._guests[0]) == 2
-    assert cache.counts.refused > 0
+        assert records(cache)[d.start] == plain[d.start]
+        assert len(cache._guests[0]) == 2
+    # one that nobody wants any more went for each that came
+    assert len(set(gone) & set(records(cache))) == 2
+    assert cache.counts.recalled == len(gone)
+    held = sorted([*records(cache), *(d.start for d in cache._demoted[0])])
+    assert held == list(range(held[0], held[-1] + 1, PAGE))
     cache.trim(cache.lengths)
     assert cache.store.nbytes == 0
     assert cache.pool.in_use == 0
@@ -280,8 +291,38 @@ def test_mass_estimates_are_exact_where_pages_are_their_means():
     for h in range(4):
         s = np.exp(0.5 * q[h] @ k[:, h // 2].T)
         want[h] = (s / s.sum(1, keepdims=True)).reshape(3, 5, PAGE).sum(2)
-    got = mass_estimates(q, means[:3], means[3:], 0.5)
-    np.testing.assert_allclose(got, want[:, :, 3:].max((0, 1)), rtol=1e-5)
+    got = mass_estimates(q, means, 0.5)
+    np.testing.assert_allclose(got, want.max((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("share", "guests", "room", "most", "come", "go"),
+    [
+        ([0.1, 0.5, 0.01], [], 4, 4, [1, 0], []),
+        ([0.1, 0.5, 0.2], [], 1, 4, [1], []),
+        ([0.1, 0.5, 0.2], [0.3, 0.2], 0, 2, [1], [1]),
+        ([0.1, 0.5, 0.4], [0.01, 0.02], 0, 2, [1, 2], [0, 1]),
+        ([0.1, 0.5, 0.4], [0.01, 0.02], 1, 2, [1, 2], [0]),
+        ([0.1, 0.5, 0.4], [0.01, 0.02], 0, 0, [], []),
+        ([0.01, 0.02], [0.001], 0, 1, [], []),
+    ],
+)
+def test_who_comes_and_who_goes(share, guests, room, most, come, go):
+    assert visitors(np.array(share), np.array(guests), 0.05, room, most) == (come, go)
+
+
+def test_a_full_store_costs_no_guest():
+    """A guest that has no room in the store stays, and the page that wants its place does not come."""
+    cache = make(Recency(0.5), on_evict="host", recall_share=0.3, recall_pages=1, max_bytes=4 * CODEC.page_bytes)
+    read(cache, 1000, look=False)
+    cache._gathers = False
+    q = torch.zeros(1, 4, 1, 64)
+    before = {*records(cache), *(d.start for d in cache._demoted[0])}
+    for d in list(cache._demoted[0]):
+        q[0, 1, 0] = towards(d)
+        cache.prepare(q, 1.0, 1)
+        assert {*records(cache), *(d.start for d in cache._demoted[0])} == before
+    assert cache.counts.recalled > 1
 
 
 def test_a_policy_that_scores_needs_a_rotation():

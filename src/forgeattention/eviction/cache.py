@@ -16,7 +16,7 @@ from ..cache.sequence import LayerCache
 from ..codec import PAGE, Codec
 from ..ops.arrays import from_numpy, to_numpy
 from .policy import Items, effective, excess
-from .recall import mass_estimates
+from .recall import mass_estimates, visitors
 from .rope import Rope
 from .settings import Eviction
 from .triattention import Centres, join_heads
@@ -172,6 +172,7 @@ class EvictingCache(LayerCache):
                 self._release(planned.demoted)
             raise
         for planned in rounds:
+            self.counts.rounds += bool(planned.gone.any())
             self._run(planned)
         self._last[due] = lengths[due]
         if rounds and self.pool.spare > max(8, self.pool.in_use // 4):
@@ -305,14 +306,18 @@ class EvictingCache(LayerCache):
             gone[at[self.eviction.policy.choose(items, count)]] = True
         planned = _Round(row, gone, [], 0)
         if self.store is not None:
-            try:
-                self._demote(planned, ids)
-            except BaseException:
-                self._release(planned.demoted)
-                raise
+            self._demote(planned, ids)
         return planned
 
     def _demote(self, planned: _Round, ids: Ids) -> None:
+        """Copies the pages that go to the store; a failure leaves it as it was."""
+        try:
+            self._put(planned, ids)
+        except BaseException:
+            self._release(planned.demoted)
+            raise
+
+    def _put(self, planned: _Round, ids: Ids) -> None:
         assert self.store is not None
         at = np.flatnonzero(planned.gone)
         for i, note in zip(at.tolist(), self._notes(ids[at])):
@@ -332,35 +337,42 @@ class EvictingCache(LayerCache):
         kept = set(self.page_starts(row).tolist())
         self._guests[row] = {s: at for s, at in self._guests[row].items() if s in kept}
         counts = self.counts
-        counts.rounds += 1
         counts.evicted += count
         counts.demoted += len(planned.demoted)
         counts.lost += planned.lost
 
     def _recall(self, row: int, q: NDArray[Any], scale: float) -> None:
-        waiting, store = self._demoted[row], self.store
-        assert store is not None
-        means = [note.mean for note in self._notes(self.row_pages(row))]
-        resident = np.stack(means) if means else np.zeros((0, *waiting[0].note.mean.shape), np.float32)
-        share = mass_estimates(q, resident, np.stack([d.note.mean for d in waiting]), scale)
-        order = np.argsort(-share, kind="stable")
-        wanted = [waiting[i] for i in order.tolist() if share[i] >= self.eviction.recall_share]
-        room = max(0, self.eviction.recall_pages - int(self._fresh(row).sum()))
+        assert self.store is not None
+        waiting, ids, fresh = self._demoted[row], self.row_pages(row).copy(), np.flatnonzero(self._fresh(row))
+        means = [note.mean for note in [*self._notes(ids), *(d.note for d in waiting)]]
+        share = mass_estimates(q, np.stack(means), scale)
+        here, away = share[: len(ids)], share[len(ids) :]
+        limit = self.eviction.recall_pages
+        room = max(0, limit - len(fresh))
         if self.pool.max_pages is not None:
             room = min(room, self.pool.max_pages - self.pool.in_use)
-        chosen = wanted[:room]
-        if chosen:
-            pages = [store.get(d.number) for d in chosen]
-            ids = self.pool.alloc(len(chosen))
-            for page, data, d in zip(ids.tolist(), pages, chosen):
-                self.pool.write(page, data)
-                self.pool.notes[page] = d.note
-            self.insert(row, ids, np.array([d.start for d in chosen]))
-            self._guests[row] |= {d.start: int(self._seen[row]) for d in chosen}
-            self._demoted[row] = [d for d in waiting if d not in chosen]
-            self._release(chosen)
+        come, go = visitors(away, here[fresh], self.eviction.recall_share, room, limit)
+        if self.store.room is not None and self.store.room < len(go):
+            come, go = come[: len(come) - len(go) + self.store.room], go[: self.store.room]
+        self.counts.refused += int((away >= self.eviction.recall_share).sum()) - len(come)
+        if not come:
+            return
+        chosen = [waiting[i] for i in come]
+        pages = [self.store.get(d.number) for d in chosen]
+        if go:
+            swapped = _Round(row, np.zeros(len(ids), np.bool_), [], 0)
+            swapped.gone[fresh[go]] = True
+            self._demote(swapped, ids)
+            self._run(swapped)
+        new = self.pool.alloc(len(chosen))
+        for page, data, d in zip(new.tolist(), pages, chosen):
+            self.pool.write(page, data)
+            self.pool.notes[page] = d.note
+        self.insert(row, new, np.array([d.start for d in chosen]))
+        self._guests[row] |= {d.start: int(self._seen[row]) for d in chosen}
+        self._demoted[row] = [d for d in self._demoted[row] if d not in chosen]
+        self._release(chosen)
         self.counts.recalled += len(chosen)
-        self.counts.refused += len(wanted) - len(chosen)
 
     def _shared(self, row: list[Demoted]) -> list[Demoted]:
         for d in row:

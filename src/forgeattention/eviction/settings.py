@@ -42,7 +42,7 @@ class Eviction:
     folder: str | os.PathLike[str] | None = None
     join: Literal["max", "mean"] = "max"
     recall_share: float = 0.05
-    recall_pages: int = 4
+    recall_pages: int = 8
 
     def __post_init__(self) -> None:
         if self.on_evict not in ON_EVICT:
