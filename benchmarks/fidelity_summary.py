@@ -1,4 +1,7 @@
-"""What fidelity.py measured, summed up: rows by cache and by canary, lines for the terminal, the frontier plot."""
+"""What fidelity.py measured, summed up: rows by cache and by canary, lines for the terminal, the frontier plot.
+
+    python benchmarks/fidelity_summary.py A.json B.json --json OUT --plot PNG     joins results of one model and setting
+"""
 
 from __future__ import annotations
 
@@ -140,3 +143,43 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axis.margins(x=0.12)
     axis.grid(True, which="both", alpha=0.3)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def join(results: list[Row]) -> Row:
+    """One result of several that measured other caches, or other things, of the same model on the same documents.
+
+    Raises:
+        ValueError: documents that are not the same.
+    """
+    documents = [[r["setting"][name] for name in ("texts", "windows", "length")] for r in results]
+    if any(d != documents[0] for d in documents):
+        raise ValueError(f"[fidelity] expected results on the same documents; got {documents}")
+    rows: dict[str, Row] = {}
+    for row in (row for result in results for row in result["rows"]):
+        rows.setdefault(row["name"], {}).update(row)
+    return {
+        **results[0],
+        "rows": sorted(rows.values(), key=lambda row: row["effective_bits"]),
+        "canaries": [row for result in results for row in result["canaries"]],
+        "seconds": sum(result.get("seconds", 0.0) for result in results),
+        "parts": [{"setting": result["setting"], "env": result["env"]} for result in results],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    result = join([json.loads(path.read_text()) for path in args.files])
+    for row in result["rows"]:
+        print(describe(row))
+    if args.json:
+        report.write_json(args.json, result)
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

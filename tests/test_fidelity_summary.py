@@ -72,3 +72,18 @@ def test_agreement_and_canaries() -> None:
     (canary,) = result["canaries"]
     assert (canary["canary"], canary["name"]) == ("c", "a")
     assert canary["kl"] == pytest.approx(0.3)
+
+
+def test_results_on_the_same_documents_are_joined() -> None:
+    setting = {"texts": ["x"], "windows": 1, "length": 8}
+    a = {"setting": setting, "env": {"cores": 1}, "rows": [{"name": "a", "effective_bits": 3.0, "kl": 0.1}]}
+    b = {**a, "env": {"cores": 2}, "rows": [{"name": "b", "effective_bits": 2.0, "kl": 0.2}], "canaries": ["c"]}
+    c = {**a, "rows": [{"name": "a", "effective_bits": 3.0, "mean_first_divergence": 7.0}]}
+    joined = fidelity_summary.join([{"canaries": [], **x} for x in (a, b, c)])
+    assert [row["name"] for row in joined["rows"]] == ["b", "a"]
+    assert joined["rows"][1] == {"name": "a", "effective_bits": 3.0, "kl": 0.1, "mean_first_divergence": 7.0}
+    assert joined["canaries"] == ["c"]
+    assert [part["env"]["cores"] for part in joined["parts"]] == [1, 2, 1]
+    other = {"canaries": [], **a, "setting": {**setting, "length": 9}}
+    with pytest.raises(ValueError, match=r"^\[fidelity\] expected results on the same documents"):
+        fidelity_summary.join([{"canaries": [], **a}, other])
