@@ -1,6 +1,6 @@
 """What fidelity.py measured, summed up: rows by cache and by canary, lines for the terminal, the frontier plot.
 
-    python benchmarks/fidelity_summary.py A.json B.json --json OUT --plot PNG     joins results of one model and setting
+python benchmarks/fidelity_summary.py A.json B.json --json OUT --plot PNG     joins results of one model and setting
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The parts are joined in the order of their names. A line of a part of the form
 becomes the table that `result_tables.RENDERERS[KIND]` makes of benchmarks/results/FILE, with a link to the file and
 what it says of machine, versions and commit. FILE may hold `*`: the newest date in the name is taken. Everything else
 is kept as it is: to add results, put a part beside the others; to give them a table, add a function to
-result_tables.py.
+result_tables.py or result_speed.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 import sys
 from pathlib import Path
 
+import result_format
 import result_tables
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def fill(text: str) -> str:
             raise ValueError(f"[results] expected a kind in {sorted(result_tables.RENDERERS)}; got {kind!r}")
         content = json.loads(file.read_text())
         link = f"[`{file.name}`](../{file.relative_to(ROOT)})"
-        return f"{result_tables.RENDERERS[kind](content)}\n\n{link}: {result_tables.conditions(content)}."
+        return f"{result_tables.RENDERERS[kind](content)}\n\n{link}: {result_format.conditions(content)}."
 
     return LINE.sub(table, text)
 

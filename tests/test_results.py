@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import make_results
+import result_speed
 import result_tables
 
 ROOT = make_results.ROOT
@@ -47,5 +48,5 @@ def test_the_fastest_peer_of_a_shape_is_the_one_compared_with() -> None:
         {**common, "k_code": "scalar", "v_code": "scalar", "us": 10.0, "peers_us": {"a": 30.0, "b": 20.0}},
         {**common, "k_code": "trellis8", "v_code": "scalar", "us": 16.0, "peers_us": {"a": 32.0, "b": 24.0}},
     ]
-    last = result_tables.decode(records).splitlines()[-1]
+    last = result_speed.decode(records).splitlines()[-1]
     assert last == "| 1 x 4K, 8/2, 64 | b | 20.0 | 10.0, 2.00x, 50% | 16.0, 1.25x, 50% |"
