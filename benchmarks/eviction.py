@@ -181,18 +181,18 @@ def spearman(a: Any, b: Any) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def timing(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Prefill and decode of one long text with and without eviction: medians of three, and bytes of the cache."""
+def timing(model: Any, tokenizer: Any, context: int, new: int, repeats: int) -> list[dict[str, Any]]:
+    """Prefill and decode of one long text with and without eviction: medians, and bytes of the cache."""
     ids = tokenizer(texts.read("licences"), add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = ids[:, : CONTEXT + 256].to(model.device)
+    ids = ids[:, : context + new].to(model.device)
     rows = []
     for evict in (None, "random:0.5", "v3:0.9", "v3:0.5", "v3:0.5:host", "v3:0.5:disk"):
         took = []
-        for _ in range(3):
+        for _ in range(repeats):
             cache = ForgeCache(model, eviction=None if evict is None else Eviction.parse(evict))
             with torch.no_grad(), attention(model, "forge"):
                 parts = []
-                for first, last, block in ((0, CONTEXT, 512), (CONTEXT, CONTEXT + 256, 1)):
+                for first, last, block in ((0, context, 512), (context, context + new, 1)):
                     _wait(model)
                     start = time.perf_counter()
                     for a, b in spans(last - first, block):
@@ -203,8 +203,8 @@ def timing(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         prefill, decode = np.median(took, 0)
         held = memory.cache_bytes(cache)
         rows.append({
-            "evict": evict, "tokens": CONTEXT + 256, "prefill_us_per_token": 1e6 * prefill,
-            "decode_us_per_token": 1e6 * decode, "bytes": held, "bytes_per_token": held / (CONTEXT + 256),
+            "evict": evict, "tokens": context + new, "prefill_us_per_token": 1e6 * prefill,
+            "decode_us_per_token": 1e6 * decode, "bytes": held, "bytes_per_token": held / (context + new),
             "counts": counts(cache),
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
@@ -254,6 +254,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--context", type=int, default=CONTEXT, help="of time: tokens of the prompt")
+    parser.add_argument("--new", type=int, default=256, help="of time: tokens decoded")
+    parser.add_argument("--repeats", type=int, default=3, help="of time")
     parser.add_argument("--quick", action="store_true", help="sweep: fewer, smaller rows, for lack of a GPU")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="of merge")
@@ -274,7 +277,7 @@ def main() -> None:
     if args.device == "cuda":
         out["env"]["device"] = torch.cuda.get_device_name()
     if args.what == "time":
-        out["time"] = timing(model, tokenizer)
+        out["time"] = timing(model, tokenizer, args.context, args.new, args.repeats)
     elif args.what == "correlation":
         out["correlation"] = correlation(model, tokenizer)
     else:

@@ -39,9 +39,7 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
         }
         out: Row = {"name": name, "kind": own[0]["kind"], "effective_bits": own[0]["bits"]}
         if means:
-            out |= {key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")}
-            out |= {"perplexity": math.exp(_mean(row["loss"] for row in means.values()))}
-            out |= {"positions": sum(row["positions"] for row in means.values()), "texts": means}
+            out |= _over_texts(means)
         if cells := _cells(measured, name):
             found = {where for where, outcome in cells.items() if outcome == "PASS"}
             exact_found = {where for where, outcome in exact.items() if outcome == "PASS"}
@@ -85,6 +83,16 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
             for (canary, name), own in broken.items()
         ],
         "env": report.environment() | ({"device": _gpu()} if args.device == "cuda" else {}),
+    }
+
+
+def _over_texts(means: dict[str, Row]) -> Row:
+    """Means over texts, which count alike."""
+    return {
+        **{key: _mean(row[key] for row in means.values()) for key in ("kl", "same_top")},
+        "perplexity": math.exp(_mean(row["loss"] for row in means.values())),
+        "positions": sum(row["positions"] for row in means.values()),
+        "texts": means,
     }
 
 
@@ -145,18 +153,31 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def read(name: str) -> Row:
+    """A result, or of its texts only some: FILE[:TEXT,...]."""
+    file, _, names = name.partition(":")
+    result: Row = json.loads(Path(file).read_text())
+    for row in result["rows"] if names else ():
+        row["texts"] = {text: found for text, found in row["texts"].items() if text in names.split(",")}
+    return result
+
+
 def join(results: list[Row]) -> Row:
     """One result of several that measured other caches, or other things, of the same model on the same documents.
 
     Raises:
-        ValueError: documents that are not the same.
+        ValueError: documents that the exact cache reads otherwise in one result than in another.
     """
-    documents = [[r["setting"][name] for name in ("texts", "windows", "length")] for r in results]
-    if any(d != documents[0] for d in documents):
-        raise ValueError(f"[fidelity] expected results on the same documents; got {documents}")
     rows: dict[str, Row] = {}
     for row in (row for result in results for row in result["rows"]):
-        rows.setdefault(row["name"], {}).update(row)
+        known = rows.setdefault(row["name"], {"texts": {}})
+        for text, found in row.get("texts", {}).items():
+            if row["name"] == "exact" and abs(known["texts"].get(text, found)["loss"] - found["loss"]) > 1e-4:
+                raise ValueError(f"[fidelity] expected results on the same documents; got two kinds of {text!r}")
+        known |= {**row, "texts": known["texts"] | row.get("texts", {})}
+    for row in rows.values():
+        texts = row.pop("texts")
+        row |= _over_texts(texts) if texts else {}
     return {
         **results[0],
         "rows": sorted(rows.values(), key=lambda row: row["effective_bits"]),
@@ -168,11 +189,11 @@ def join(results: list[Row]) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", nargs="+", metavar="FILE[:TEXT,...]", help="results, or some texts of them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    result = join([json.loads(path.read_text()) for path in args.files])
+    result = join(list(map(read, args.files)))
     for row in result["rows"]:
         print(describe(row))
     if args.json:

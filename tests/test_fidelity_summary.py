@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -74,16 +75,21 @@ def test_agreement_and_canaries() -> None:
     assert canary["kl"] == pytest.approx(0.3)
 
 
-def test_results_on_the_same_documents_are_joined() -> None:
-    setting = {"texts": ["x"], "windows": 1, "length": 8}
-    a = {"setting": setting, "env": {"cores": 1}, "rows": [{"name": "a", "effective_bits": 3.0, "kl": 0.1}]}
-    b = {**a, "env": {"cores": 2}, "rows": [{"name": "b", "effective_bits": 2.0, "kl": 0.2}], "canaries": ["c"]}
-    c = {**a, "rows": [{"name": "a", "effective_bits": 3.0, "mean_first_divergence": 7.0}]}
-    joined = fidelity_summary.join([{"canaries": [], **x} for x in (a, b, c)])
-    assert [row["name"] for row in joined["rows"]] == ["b", "a"]
-    assert joined["rows"][1] == {"name": "a", "effective_bits": 3.0, "kl": 0.1, "mean_first_divergence": 7.0}
-    assert joined["canaries"] == ["c"]
-    assert [part["env"]["cores"] for part in joined["parts"]] == [1, 2, 1]
-    other = {"canaries": [], **a, "setting": {**setting, "length": 9}}
-    with pytest.raises(ValueError, match=r"^\[fidelity\] expected results on the same documents"):
-        fidelity_summary.join([{"canaries": [], **a}, other])
+def test_results_on_the_same_documents_are_joined(tmp_path: Path) -> None:
+    measured = [text("a", "x", 0, 0.1), text("a", "y", 0, 0.3), text("exact", "x", 0, 0.0), text("exact", "y", 0, 0.0)]
+    a = fidelity_summary.summary(ARGS, measured)
+    b = fidelity_summary.summary(ARGS, [text("b", "x", 0, 0.2), text("a", "x", 0, 0.5), text("exact", "x", 0, 0.0)])
+    c = fidelity_summary.summary(ARGS, [row("a", ["greedy", "x", 0], first_divergence=[7], of=9)])
+    joined = {found["name"]: found for found in fidelity_summary.join([a, b, c])["rows"]}
+    assert list(joined) == ["b", "a", "exact"]
+    assert joined["a"]["kl"] == pytest.approx(0.4)
+    assert joined["a"]["mean_first_divergence"] == 7
+    assert joined["a"]["positions"] == 200
+    other = fidelity_summary.summary(
+        ARGS, [row("exact", ["text", "x", 0], kl=0.0, same_top=1.0, loss=1.0, positions=9)]
+    )
+    with pytest.raises(ValueError, match=r"^\[fidelity\] expected results on the same documents; got two kinds of 'x'"):
+        fidelity_summary.join([a, other])
+    (tmp_path / "a.json").write_text(json.dumps(a))
+    only_y = fidelity_summary.join([fidelity_summary.read(f"{tmp_path}/a.json:y"), other])
+    assert next(found for found in only_y["rows"] if found["name"] == "a")["kl"] == pytest.approx(0.3)
