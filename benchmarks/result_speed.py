@@ -182,29 +182,6 @@ def sparse(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def serving_hf(records: list[dict[str, Any]]) -> str:
-    """`serving_hf.py`: clients at once, beside transformers' own generate."""
-    rows = []
-    for r in records[1:]:
-        if r["op"] in ("serve", "shared"):
-            what = f"{r['clients']} clients" + (", 1,500 tokens in common" if r["op"] == "shared" else "")
-            rows.append([what, f"{r['seconds_to_first_token']:.1f}", f"{r['seconds_per_later_token']:.2f}",
-                         f"{r['all_tokens_per_second']:.0f}", f"{r['processor_seconds'] / r['clients']:.1f}",
-                         f"{r['prefix_hit_tokens']:.0f}"])  # fmt: skip
-        elif r["op"] == "generate":
-            rows.append(["transformers' `generate`, one at a time", f"{r['seconds_to_first_token']:.1f}", None,
-                         f"{r['all_tokens_per_second']:.0f}", f"{r['processor_seconds']:.1f}", None])  # fmt: skip
-    head = [
-        "",
-        "s to first token",
-        "s per later token",
-        "all tokens/s",
-        "processor s per request",
-        "tokens from prefixes",
-    ]
-    return table(head, rows)
-
-
 def context_parallel(found: dict[str, Any]) -> str:
     """`examples/context_parallel`: one run a row."""
     rows = [

@@ -206,5 +206,4 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "sparse": result_speed.sparse,
     "sparse_fidelity": sparse_fidelity,
     "ruler": ruler,
-    "serving_hf": result_speed.serving_hf,
 }
