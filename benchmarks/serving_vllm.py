@@ -23,8 +23,8 @@ import psutil
 
 from forgeattention import models
 from forgeattention.evaluation import report, texts
+from tests.server_process import Server
 from tests.vllm_engine.conftest import SETTINGS
-from tests.vllm_engine.server import Server
 
 
 def sessions(folder: str, ids: list[int], packed: bool, dtype: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.vllm_engine.server import Server
+from tests.server_process import Server
 
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16"]
 

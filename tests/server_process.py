@@ -17,23 +17,33 @@ CLI = "from forgeattention.cli import main; raise SystemExit(main())"
 
 
 class Server:
-    """`forgeattn serve --engine vllm`, or vLLM's own server without our cache, on a free port of this machine.
+    """`forgeattn serve`, or vLLM's own server without our cache, on a free port of this machine.
 
     Args:
         model: as for `forgeattn serve`.
         log: where its output goes.
-        arguments: vLLM's own.
+        arguments: the engine's own.
         packed: False for vLLM's own cache; `model` is a folder then.
+        engine: "hf" or "vllm".
+        code: the program in place of the console script `forgeattn`.
     """
 
-    def __init__(self, model: str, log: Path, arguments: list[str], packed: bool = True) -> None:
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        arguments: list[str],
+        packed: bool = True,
+        engine: str = "vllm",
+        code: str = CLI,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
         at = ["--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
         if packed:
-            command = ["-c", CLI, "serve", "--engine", "vllm", *at, "--", *arguments]
+            command = ["-c", code, "serve", "--engine", engine, *at, "--", *arguments]
         else:
             command = ["-m", "vllm.entrypoints.openai.api_server", *at, "--served-model-name", "smollm2", *arguments]
         with log.open("ab") as output:
@@ -57,7 +67,7 @@ class Server:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
                 return self
             except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(1)
+                time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
