@@ -177,12 +177,13 @@ def prefix(folder: Path, args: argparse.Namespace, texts: Prompts, done: Callabl
 
 
 def exhaustion(folder: Path, args: argparse.Namespace, texts: Prompts, done: Callable[[Record], None]) -> None:
-    """24 clients of 500 tokens, a pool for eight of them and a queue of four: refused ones come back as told."""
+    """24 clients of 500 and 100 tokens, a pool for eight and a queue of four: refused ones come back as told."""
+    new = 100
     limits = ("--cache-memory", args.small_pool, "--max-waiting", "4", "--prefixes", "0", "--max-running", "16")
     server = start("smollm2", folder, *limits)
     try:
         api, prompts, refusals, held = connect(server), texts.take(24, 500), [], []
-        alone = ask(api, prompts[0], args.tokens)
+        alone = ask(api, prompts[0], new)
         over = threading.Event()
 
         def watch() -> None:
@@ -192,7 +193,7 @@ def exhaustion(folder: Path, args: argparse.Namespace, texts: Prompts, done: Cal
         def insist(prompt: list[int]) -> Record:
             while True:
                 try:
-                    return ask(api, prompt, args.tokens)
+                    return ask(api, prompt, new)
                 except openai.RateLimitError as error:
                     refusals.append(float(error.response.headers["retry-after"]))
                     time.sleep(refusals[-1])
@@ -204,14 +205,14 @@ def exhaustion(folder: Path, args: argparse.Namespace, texts: Prompts, done: Cal
         seconds = time.perf_counter() - begun
         over.set()
         watcher.join()
-        again = ask(api, prompts[0], args.tokens)
+        again = ask(api, prompts[0], new)
         time.sleep(0.5)
         done(
             {
                 "op": "exhaustion",
                 "clients": len(prompts),
                 "pages": server.metric("forgeattention_pages"),
-                "pages_of_a_request": (500 + args.tokens) // PAGE + 1,
+                "pages_of_a_request": (500 + new) // PAGE + 1,
                 "most_pages_in_use": max(x[0] for x in held),
                 "most_running": max(x[1] for x in held),
                 "most_waiting": max(x[2] for x in held),
@@ -309,6 +310,8 @@ def main() -> None:
     def done(record: Record) -> None:
         records.append(record)
         print(record, flush=True)
+        if args.output:
+            report.write_json(args.output, records)
 
     with tempfile.TemporaryDirectory() as scratch:
         if args.requests:
