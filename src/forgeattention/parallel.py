@@ -40,6 +40,10 @@ def merge_ranks(o: Any, lse: Any, group: Any = None) -> Part:
         o: float32 [..., head_dim], torch or MLX, of one shape on all ranks.
         lse: float32 [...], natural log-sum-exp; -inf where a rank attends to nothing.
         group: a torch.distributed process group or an mx.distributed group; None for all ranks.
+
+    Raises:
+        RuntimeError: with gloo, a rank that is gone, or that sends nothing within the group's timeout. The ranks'
+            caches have then come apart, and the group is of no more use. With NCCL torch's watchdog ends the process.
     """
     if is_torch(o):
         import torch
@@ -47,7 +51,13 @@ def merge_ranks(o: Any, lse: Any, group: Any = None) -> Part:
 
         mine = torch.cat([o, lse[..., None]], -1).contiguous()
         every = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(every, mine, group=group)
+        try:
+            distributed.all_gather(every, mine, group=group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"[context_parallel] expected a part of every one of {len(every)} ranks; rank "
+                f"{distributed.get_rank(group)} got {error}"
+            ) from error
         return merge_parts([(x[..., :-1].contiguous(), x[..., -1].contiguous()) for x in every])
     mx = sys.modules["mlx.core"]
     mine = mx.concatenate([o, lse[..., None]], -1)

@@ -118,7 +118,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         except Busy as busy:
-            status = 503 if engine.draining else 429
+            status = 503 if engine.draining or not engine.alive else 429
             raise HTTPException(status, str(busy), {"Retry-After": str(busy.retry_after)}) from None
         return job, events
 
@@ -186,7 +186,7 @@ def create_app(engine: Engine, name: str, *, api_key: str | None = None, max_bod
             (404, "Another model"),
             (413, "Too large a body"),
             (429, "Too many wait; see Retry-After"),
-            (503, "The server is ending"),
+            (503, "The server is ending, or its engine has failed"),
         )
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -159,7 +160,7 @@ class Engine:
 
         Raises:
             ValueError: a prompt that is empty, or with its answer too long for the model or the pool.
-            Busy: too many are waiting, or the engine is ending.
+            Busy: too many are waiting, or the engine is ending or has failed.
         """
         total = len(request.prompt) + request.sampling.max_tokens
         if not request.prompt:
@@ -217,7 +218,8 @@ class Engine:
                 self._reading.clear()
                 self._running, self._batch = [], None
             for request in left:
-                self._end(request, "error", error=f"the engine has failed: {type(error).__name__}: {error}")
+                with contextlib.suppress(Exception):  # whatever is wrong with one, the others are told
+                    self._end(request, "error", error=f"the engine has failed: {type(error).__name__}: {error}")
 
     def _serve(self) -> None:
         while True:
@@ -249,8 +251,11 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         for queue in (self._waiting, self._reading):
-            for request in [r for r in queue if r.cancelled]:
-                queue.remove(request)
+            with self._wake:  # a deque must not grow while it is looked through
+                gone = [r for r in queue if r.cancelled]
+                for request in gone:
+                    queue.remove(request)
+            for request in gone:
                 self._end(request, "cancelled")
         self._leave([r for r in self._running if r.cancelled], "cancelled")
 
@@ -263,13 +268,13 @@ class Engine:
                 pass
             if self._pool.in_use + growth > self.max_pages:
                 return
-            self._waiting.popleft()
             request.sampler = Sampler(request.sampling)
             request.text = TextStream(self.tokenizer, request.sampling.stop)
             request.cached, cache = self.prefixes.get(request.prompt)
             request.cache, request.read = cache or self._root.fork(), request.cached
             self.metrics.prompt(len(request.prompt), request.cached)
             self._reading.append(request)
+            self._waiting.popleft()  # last, so that `drain` and a failure always see the request somewhere
 
     def _read_piece(self) -> None:
         request = self._reading[0]
