@@ -1,0 +1,183 @@
+"""The server when it is killed, and when its engine fails: clients are told, and a restart gives the same answers."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from server_process import CLI, Server
+from serving_engine import Asked, engine, model
+
+from forgeattention.serving.api import create_app
+from forgeattention.serving.engine import Busy, Request
+from forgeattention.serving.sampling import Sampling
+from tests.test_serving_api import Running
+
+PROMPT = "prefix " * 30
+CUT = (
+    """
+import os, signal
+from forgeattention.cache import storage
+
+whole, written = storage.save_file, []
+
+def half(tensors, path, metadata):
+    whole(tensors, path, metadata)
+    written.append(path)
+    if len(written) == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+storage.save_file = half
+"""
+    + CLI
+)
+"""The server, killed when half of the second prefix is written."""
+
+
+def connect(port: int) -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def fails(made: Any) -> threading.Event:
+    """Makes the engine's thread fail outside of any request's step, once the event is set."""
+    now, real = threading.Event(), made._drop_cancelled
+
+    def failing() -> None:
+        if now.is_set():
+            raise RuntimeError("a planted fault")
+        real()
+
+    made._drop_cancelled = failing
+    return now
+
+
+def test_a_failing_engine_ends_every_request():
+    made = engine(model(), max_running=2)
+    now = fails(made)
+    asked = [Asked(made, [97 + i] * 5, max_tokens=2000) for i in range(4)]
+    assert asked[0].some.wait(60)
+    now.set()
+    for one in asked:
+        assert one.wait().finish == "error"
+        assert one.events[-1].error == "the engine failed: RuntimeError: a planted fault"
+    assert not made.alive
+    assert made.running == made.waiting == 0
+    with pytest.raises(Busy, match="the engine failed: RuntimeError: a planted fault"):
+        Asked(made, [97])
+    assert made.drain(5) == 0
+
+
+def test_clients_of_a_failing_engine_are_told():
+    made = engine(model())
+    now, server = fails(made), Running(create_app(made, "tiny"))
+    try:
+        with connect(server.port) as client:
+            stream = client.completions.create(model="tiny", prompt="x", max_tokens=2000, stream=True)
+            next(iter(stream))
+            now.set()
+            with pytest.raises(openai.APIError, match="a planted fault"):
+                list(stream)
+            with pytest.raises(openai.InternalServerError, match="a planted fault") as refused:
+                client.completions.create(model="tiny", prompt="x", max_tokens=3)
+            assert refused.value.status_code == 503
+        with pytest.raises(urllib.error.HTTPError) as health:
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health")
+        assert health.value.code == 503
+        assert health.value.read() == b'{"status":"failed"}'
+    finally:
+        server.stop()
+
+
+def test_requests_may_arrive_while_the_queue_is_looked_through():
+    made = engine(model(), max_running=1)
+    asked, extra = [], []
+
+    class Late(Request):
+        """Whose queue grows as soon as the engine looks at it."""
+
+        @property
+        def cancelled(self) -> bool:
+            if threading.current_thread().name == "engine" and not extra:
+                extra.append(threading.Thread(target=lambda: asked.append(Asked(made, [98] * 5))))
+                extra[0].start()
+                extra[0].join(0.3)
+            return False
+
+        @cancelled.setter
+        def cancelled(self, value: bool) -> None:
+            pass
+
+    first, told = Asked(made, [97] * 5, max_tokens=60), threading.Event()
+    assert first.some.wait(60)
+    made.submit(Late([99] * 5, Sampling(3), lambda event: told.set() if event.finish else None))
+    assert told.wait(60)
+    extra[0].join(60)
+    assert asked[0].wait().finish == first.wait().finish == "length"
+    made.drain(5)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Any:
+    from tiny import tokenizer
+
+    folder, prefixes = tmp_path / "model", tmp_path / "prefixes"
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    options = ["--cache-memory", "8MB", "--piece", "64", "--prefix-folder", str(prefixes)]
+    with contextlib.ExitStack() as started:
+
+        def start(code: str = CLI) -> Server:
+            made = Server(str(folder), tmp_path / "log", options, engine="hf", code=code)
+            started.callback(made.stop)
+            return made.wait(120)
+
+        yield start, prefixes, tmp_path / "log"
+
+
+def ask(server: Server, prompt: str) -> tuple[str, int]:
+    with connect(server.port) as client:
+        answer = client.completions.create(model="model", prompt=prompt, max_tokens=20, temperature=0)
+    return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_a_killed_server_loses_nothing_that_was_whole(served):
+    start, prefixes, log = served
+    first, other = start(), PROMPT[:128] + "other"
+    want, want_other = ask(first, PROMPT), None
+    with connect(first.port) as client:
+        stream = client.completions.create(model="model", prompt="y", max_tokens=2000, stream=True)
+        next(iter(stream))
+        first.process.send_signal(signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(openai.APIConnectionError):
+            list(stream)
+        assert time.monotonic() - begun < 10, "the client need not wait"
+    assert list(prefixes.iterdir()) == [], "prefixes are written when the server ends"
+
+    second = start(CUT)
+    assert ask(second, PROMPT) == want
+    want_other = ask(second, "no shared beginning")[0]
+    second.process.terminate()
+    assert second.process.wait(60) == -signal.SIGKILL
+    whole, part = sorted(prefixes.iterdir(), key=lambda path: path.suffix)
+    assert (whole.suffix, part.suffix) == (".forgecache", ".part")
+    # What a disk may keep that lost its last blocks: half a file under its own name.
+    half = prefixes / f"{part.name.partition('.')[0]}.forgecache"
+    half.write_bytes(part.read_bytes())
+
+    third = start()
+    assert not part.exists()
+    assert ask(third, PROMPT) == (want[0], 192), "the whole prefix is used"
+    assert ask(third, "no shared beginning")[0] == want_other
+    assert ask(third, other)[1] == 0, "the damaged one is not"
+    assert not half.exists()
+    assert f"{half} is not used and was removed" in log.read_text()
