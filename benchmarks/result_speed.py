@@ -182,15 +182,38 @@ def sparse(records: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def serving(records: list[dict[str, Any]]) -> str:
+    """`serving_hf.py`: clients whose prompts share nothing, then clients that share a beginning."""
+    names = {"packed": "our server", "transformers": "`generate`, one prompt after another"}
+    rows: list[list[Any]] = []
+    for r in records:
+        if r["op"] == "serve":
+            who = [names[r["cache"]], r["clients"], r["prompt_tokens"] // r["clients"], 0]
+        elif r["op"] == "prefix":
+            new = "" if r["prefix_hit_rate"] else ", first to ask"
+            who = [f"`--piece {r['piece']}`{new}", r["clients"], r["prompt_tokens"] // r["clients"], r["shared_tokens"]]
+        else:
+            continue
+        speed = [f"{r['seconds_to_first_token']:.1f}", f"{r['all_tokens_per_second']:.0f}"]
+        work = f"{r['processor_seconds'] / r['clients']:.1f}"
+        hits = f"{r['prefix_hit_rate']:.0%}" if "prefix_hit_rate" in r else None
+        rows.append([*who, *speed, f"{r['output_tokens_per_second']:.2f}", work, hits])
+    head = ["", "clients", "prompt", "of it shared", "first token, median s", "all tokens/s", "new tokens/s"]
+    return table([*head, "processor s a request", "prefix hits"], rows)
+
+
 def context_parallel(found: dict[str, Any]) -> str:
-    """`examples/context_parallel`: one run a row."""
+    """`examples/context_parallel`: one run a row, ranks beside one process."""
     rows = [
         [count(r["tokens"]), str(r["ranks"]),
-         f"{max(r['bytes_per_rank']) / 1e6:.1f} of {r['bytes_alone'] / 1e6:.1f} MB",
-         f"{r['attention_ms']:.1f} of {r['attention_ms_alone']:.1f} ms",
-         f"{r['tokens_per_second']:.1f} / {r['tokens_per_second_alone']:.1f}", f"{r['largest_logit_difference']:.1e}"]
+         f"{max(r['bytes_per_rank']) / 1e6:.1f} / {r['bytes_alone'] / 1e6:.1f}",
+         f"{r['attention_ms']:.1f} / {r['attention_ms_alone']:.1f}",
+         f"{max(r['processor_ms_per_token']):.0f} / {r['processor_ms_per_token_alone']:.0f}",
+         f"{r['tokens_per_second']:.1f} / {r['tokens_per_second_alone']:.1f}",
+         f"{max(r['read_processor_seconds']):.1f} / {r['read_processor_seconds_alone']:.1f}",
+         f"{r['largest_logit_difference']:.2f}", "yes" if r["same_tokens"] else "no"]
         for r in found["runs"]
     ]  # fmt: skip
-    return table(
-        ["tokens", "ranks", "cache of a rank", "attention per token", "tokens/s, ranks / alone", "logits apart"], rows
-    )
+    head = ["tokens", "ranks", "cache MB, largest rank / alone", "attention, ms a token", "processor ms a new token"]
+    head += ["new tokens/s", "processor s of the prompt", "logits apart", "same tokens"]
+    return table(head, rows)

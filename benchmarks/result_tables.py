@@ -203,6 +203,7 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "niah": niah,
     "plan": plan,
     "prefill": result_speed.prefill,
+    "serving": result_speed.serving,
     "sparse": result_speed.sparse,
     "sparse_fidelity": sparse_fidelity,
     "ruler": ruler,

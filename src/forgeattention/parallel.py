@@ -42,8 +42,8 @@ def merge_ranks(o: Any, lse: Any, group: Any = None) -> Part:
         group: a torch.distributed process group or an mx.distributed group; None for all ranks.
 
     Raises:
-        RuntimeError: with gloo, a rank that is gone, or that sends nothing within the group's timeout. The ranks'
-            caches have then come apart, and the group is of no more use. With NCCL torch's watchdog ends the process.
+        RuntimeError: with gloo, a rank that is gone, or that sends nothing within the group's timeout. The group
+            is then of no more use. With NCCL torch's watchdog ends the process.
     """
     if is_torch(o):
         import torch
