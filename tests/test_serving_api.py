@@ -234,14 +234,6 @@ class Process:
         options: Any = {"temperature": 0, "stream": True}
         return self.client.completions.create(model="model", prompt=PROMPT, max_tokens=tokens, **options)
 
-    def end(self, sig: signal.Signals) -> str:
-        """What the server said last."""
-        assert self.process.stdout is not None
-        self.process.send_signal(sig)
-        self.process.wait(60)
-        self.client.close()
-        return self.process.stdout.read()
-
 
 PROMPT = "prefix " * 30
 
