@@ -134,14 +134,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    labels: dict[tuple[float, float], list[str]] = {}
     for row in result["rows"]:
         if row["kind"] not in ("preset", "calibrated", "peer") or "kl" not in row:
             continue
         own = row["kind"] != "peer"
         at = row["effective_bits"], row["kl"]
         axis.scatter(*at, color="#d9480f" if own else "#8a8f98", s=60 if own else 25, zorder=3 if own else 2)
-        text = row["name"].removeprefix("preset ")
-        axis.annotate(text, at, xytext=(6, 3), textcoords="offset points", fontsize=9 if own else 7)
+        near = next((p for p in labels if p[0] == at[0] and abs(math.log(p[1] / at[1])) < 0.1), at)
+        labels.setdefault(near, []).append(row["name"])
+    for (bits, kl), names in labels.items():
+        own, right = names[0].startswith(("preset", "calibrated")), bits > 7
+        text = ", ".join(name.removeprefix("preset ") for name in names)
+        offset, side = ((-6, 3), "right") if right else ((6, 3), "left")
+        axis.annotate(text, (bits, kl), xytext=offset, textcoords="offset points", ha=side, fontsize=9 if own else 7)
     axis.set(
         yscale="log",
         xlabel="effective bits per element, scales and means included",

@@ -175,7 +175,7 @@ def eviction(content: Any) -> str:
         return sum(values) / len(values)
 
     rows = []
-    for row in content["rows"]:
+    for row in sorted(content["rows"], key=lambda row: (-row.get("retention", 1.0), row["cache"], row["policy"] or "")):
         worse = mean(row["perplexity"][t] / row["exact_perplexity"][t] - 1 for t in row["perplexity"])
         how = [row["policy"] or "keep all", *(str(row[k]) for k in ("granularity", "join", "on_evict") if k in row)]
         rows.append((
@@ -183,6 +183,28 @@ def eviction(content: Any) -> str:
             f"{mean(row['same_top'].values()):.1%}", f"{worse:+.2%}", f"{row['passed']} of {len(row['needles'])}",
         ))  # fmt: skip
     head = ("cache", "policy", "kept", "KL", "same top token", "perplexity", "needles")
+    return table(head, rows)
+
+
+def eviction_time(content: Any) -> str:
+    """What rounds of `eviction.py time` cost, beside a cache that keeps all."""
+    base = content["time"][0]
+    rows = []
+    for row in content["time"]:
+        took = [
+            f"{row[n] / 1e3:.1f} ({row[n] / base[n]:.2f}x)" for n in ("prefill_us_per_token", "decode_us_per_token")
+        ]
+        counts = row["counts"] or {}
+        moved = [str(counts.get(name, "")) for name in ("evicted", "recalled")]
+        rows.append([row["evict"] or "keep all", *took, f"{row['bytes_per_token']:.0f}", *moved])
+    head = [
+        "policy",
+        "ms a token, prompt",
+        "ms a token, decoding",
+        "bytes of cache a token",
+        "pages evicted",
+        "recalled",
+    ]
     return table(head, rows)
 
 
@@ -194,6 +216,7 @@ RENDERERS: dict[str, Callable[[Any], str]] = {
     "decode": result_speed.decode,
     "encode": result_speed.encode,
     "eviction": eviction,
+    "eviction_time": eviction_time,
     "fidelity": fidelity,
     "fidelity_texts": fidelity_texts,
     "induction": induction,
