@@ -59,9 +59,7 @@ def reset_peak_rss() -> None:
     Path("/proc/self/clear_refs").write_text("5")
     peak, now = _status("VmHWM"), _status("VmRSS")
     if peak - now > 16 << 20:
-        raise OSError(
-            f"[reset_peak_rss] expected a peak near the {now} bytes held; got {peak}: measure in a new process"
-        )
+        raise OSError(f"[reset_peak_rss] expected a peak near {now} bytes; got {peak}: measure in a new process")
 
 
 def _status(field: str) -> int:
