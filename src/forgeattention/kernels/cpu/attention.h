@@ -303,18 +303,38 @@ struct Attention {
     }
   }
 
-  static void scores(const Codec& c, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, float* out,
-                     int64_t stride, void* scratch) {
+  static void scores(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows,
+                     float* out, int64_t stride, float* stats, int64_t stats_stride, void* scratch) {
     Scratch s(scratch, c.dim, 0);
-    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES) {
-      const Tile t = open_tile(c, records, 0, 1, first, tokens, true, false, false, s);
-      for (int row = 0; row < rows; row += MAX_ROWS) {
-        const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
-        score_tile(c, t, queries, row, n, s);
-        for (int r = 0; r < n; ++r)
-          __builtin_memcpy(out + (row + r) * stride + first * PAGE, s.scores + r * TILE, sizeof(float) * t.tokens);
+    for (int first = 0; first * PAGE < tokens; first += TILE_PAGES)
+      for (int h = 0; h < heads; ++h) {
+        const Tile t = open_tile(c, records, h, heads, first, tokens, true, false, false, s);
+        for (int row = 0; row < rows; row += MAX_ROWS) {
+          const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
+          score_tile(c, t, queries[h], row, n, s);
+          for (int r = 0; r < n; ++r) {
+            const float* from = s.scores + r * TILE;
+            const int64_t at = h * rows + row + r;
+            __builtin_memcpy(out + at * stride + first * PAGE, from, sizeof(float) * t.tokens);
+            for (int p = 0; stats && p < t.pages; ++p) page_stats(from + p * PAGE, stats + at * stats_stride + 2 * (first + p));
+          }
+        }
       }
+  }
+
+  // The largest of 64 scores and the sum of exp(score - that).
+  static void page_stats(const float* scores, float* out) {
+    constexpr float LOG2_E = 1.4426950408889634f;
+    F32 top = F32{} - INF;
+    for (int i = 0; i < PAGE; i += W) {
+      const F32 x = load<F32>(scores + i);
+      top = x > top ? x : top;
     }
+    const float most = max_of(top);
+    F32 sum = F32{};
+    for (int i = 0; i < PAGE; i += W) sum += exp2<F32, I32>((load<F32>(scores + i) - most) * LOG2_E);
+    out[0] = most;
+    out[1] = sum_of(sum);
   }
 
   static void weigh(const Codec& c, const uint8_t* const* records, int tokens, const float* weights, int64_t stride,
@@ -330,13 +350,15 @@ struct Attention {
         for (int r = 0; r < n; ++r) {
           float* w = s.scores;
           const float* in = weights + (row + r) * stride + first * PAGE;
-          float top = 0;
-          for (int i = 0; i < t.pages * PAGE; ++i) {
-            w[i] = i < t.tokens ? in[i] * s.v_scales[i] : 0.0f;
-            top = w[i] > top ? w[i] : top;
+          F32 top = F32{};
+          for (int i = t.tokens / W * W; i < t.pages * PAGE; ++i) w[i] = i < t.tokens ? in[i] * s.v_scales[i] : 0.0f;
+          for (int i = 0; i < t.pages * PAGE; i += W) {
+            if (i + W <= t.tokens) put(w + i, load<F32>(in + i) * load<F32>(s.v_scales + i));
+            const F32 x = load<F32>(w + i);
+            top = x > top ? x : top;
           }
           keep[r] = 1;
-          back[r] = quantise_weights(w, top, t.pages, dim, s.operands + r * TILE_PAGES * count);
+          back[r] = quantise_weights(w, max_of(top), t.pages, dim, s.operands + r * TILE_PAGES * count);
         }
         by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
                                                                    s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);

@@ -86,9 +86,11 @@ struct Kernels {
   // (worth it from about 16 rows).
   void (*attend)(const Codec&, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows, bool unpack,
                  const Partial* out, void* scratch);
-  // Scores in base-2 units, row r to out + r * stride.
-  void (*scores)(const Codec&, const uint8_t* const* records, int tokens, uint8_t* queries, int rows, float* out,
-                 int64_t stride, void* scratch);
+  // Scores of `heads` neighbouring heads as in attend, in units of the queries' scale; row r of head h to out + (h * rows + r)
+  // * stride. stats, unless null, takes of every page the largest score m and the sum of exp(score - m), natural, pages of
+  // a row one after another, rows at a distance of stats_stride floats; m is -inf and the sum NaN where scores are NaN.
+  void (*scores)(const Codec&, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows, float* out,
+                 int64_t stride, float* stats, int64_t stats_stride, void* scratch);
   // o [rows][dim] = sums of values (rotated) with non-negative weights, row r at weights + r * stride.
   void (*weigh)(const Codec&, const uint8_t* const* records, int tokens, const float* weights, int64_t stride, int rows,
                 float* o, void* scratch);

@@ -56,8 +56,8 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
     const int length = table.lengths[block.b];
     const int64_t first = int64_t(block.b) * shape.q_heads * shape.n + int64_t(block.head) * group * shape.n + block.first;
     float* to = out + first * table.max_length;
-    kernel.scores(codec, all_records(codec, table, block.b, block.head), length, prepared, block.rows, to, table.max_length,
-                  thread_scratch(1, kernel.scratch_bytes(dim, 0)));
+    kernel.scores(codec, all_records(codec, table, block.b, block.head), length, 1, &prepared, block.rows, to, table.max_length,
+                  nullptr, 0, thread_scratch(1, kernel.scratch_bytes(dim, 0)));
     for (int r = 0; r < block.rows; ++r)
       for (int t = length; t < table.max_length; ++t) to[int64_t(r) * table.max_length + t] = -INF;
   });

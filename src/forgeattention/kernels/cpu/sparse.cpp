@@ -2,6 +2,10 @@
 
 #include "sparse.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -22,17 +26,45 @@ typedef int32_t I32 __attribute__((vector_size(16)));
 
 int pages_of(int tokens) { return (tokens + PAGE - 1) / PAGE; }
 
-// Weights exp(score - top) of a page's tokens that `keep`; their sum. `out` may be null.
-float page_mass(const float* scores, int tokens, float top, float* out) {
-  alignas(16) float x[PAGE];
-  for (int i = 0; i < PAGE; ++i) x[i] = i < tokens ? (scores[i] - top) * LOG2_E : -INF;
-  F32 sum = F32{};
-  for (int i = 0; i < PAGE; i += 4) {
-    const F32 e = exp2<F32, I32>(load<F32>(x + i));
-    sum += e;
-    if (out) put(out + i, e);
+// Calls found(i, score) for the scores [count] that are at least `bound`, in order; most groups of four have none.
+template <class Found>
+void at_least(const float* scores, int count, float bound, Found found) {
+  const F32 limit = F32{} + bound;
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    typedef int64_t Halves __attribute__((vector_size(16)));
+    const Halves any = Halves(load<F32>(scores + i) >= limit);
+    if (any[0] | any[1])
+      for (int j = i; j < i + 4; ++j)
+        if (scores[j] >= bound) found(j, scores[j]);
   }
-  return sum_of(sum);
+  for (; i < count; ++i)
+    if (scores[i] >= bound) found(i, scores[i]);
+}
+
+// Sum over pages of their own sums times exp(maximum - top).
+double mass_of(const float* stats, int pages, float top) {
+  double mass = 0;
+  for (int p = 0; p < pages; p += 4) {
+    alignas(16) float x[4], sums[4];
+    for (int i = 0; i < 4; ++i) {
+      x[i] = p + i < pages ? (stats[2 * (p + i)] - top) * LOG2_E : -INF;
+      sums[i] = p + i < pages ? stats[2 * (p + i) + 1] : 0.0f;
+    }
+    const F32 e = exp2<F32, I32>(load<F32>(x)) * load<F32>(sums);
+    mass += (double(e[0]) + double(e[1])) + (double(e[2]) + double(e[3]));
+  }
+  return mass;
+}
+
+// Fresh memory is mapped 4 KB at a time otherwise, which takes longer than writing the scores.
+void advise_huge_pages(float* memory, int64_t count) {
+#if defined(__linux__)
+  constexpr uintptr_t HUGE_PAGE = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory + count) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
+#endif
 }
 
 // What a query's threshold is looked for in: a token and its score, larger ones first, the earlier of equal ones first.
@@ -73,41 +105,50 @@ float lower_bound_p(const float* stats, int pages, float top, double may_drop, s
 void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* scores, float* stats,
                    int threads) {
   const Kernels& kernel = kernels();
-  const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
-  const int runs = (all_pages + RUN - 1) / RUN;
+  const int kv_heads = codec.kv_heads, rows = shape.q_heads / kv_heads * shape.n, dim = codec.dim;
+  const int all_pages = pages_of(table.max_length), runs = (all_pages + RUN - 1) / RUN;
   for (int b = 0; b < shape.batch; ++b) row_length("sparse_scores", codec, table, b);
-  parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item) {
-    const int run = int(item % runs), head = int(item / runs % codec.kv_heads), b = int(item / runs / codec.kv_heads);
-    const int first = run * RUN, length = table.lengths[b];
-    const int end = std::min(first + RUN, all_pages), tokens = std::clamp(length - first * PAGE, 0, (end - first) * PAGE);
-    const int64_t row0 = (int64_t(b) * codec.kv_heads + head) * rows;
-    if (tokens) {
-      auto* prepared = static_cast<uint8_t*>(thread_scratch(3, kernel.queries_bytes(dim, rows)));
-      float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(dim) * sizeof(float)));
-      for (int r = 0; r < rows; ++r) {
-        kernel.load(q.rows(b, head * (rows / shape.n) + r / shape.n, r % shape.n), 1, codec.head_dim, dim, x);
-        kernel.apply(codec.query, head, x, 1, x + dim);
-        const float* mu = codec.mu(codec.k_mu, head);
-        double offset = 0;
-        for (int i = 0; mu && i < dim; ++i) offset += double(x[i]) * mu[i];
-        kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared, r);
-      }
-      const int count = pages_of(tokens);
-      auto** records = static_cast<const uint8_t**>(thread_scratch(2, size_t(count) * sizeof(void*)));
-      row_records(codec, table, b, head, first, count, records);
-      kernel.scores(codec, records, tokens, prepared, rows, scores + row0 * table.max_length + int64_t(first) * PAGE,
-                    table.max_length, thread_scratch(1, kernel.scratch_bytes(dim, 0)));
-    }
+  const int64_t jobs = int64_t(shape.batch) * kv_heads, stride = table.max_length;
+  advise_huge_pages(scores, jobs * rows * stride);
+  const size_t query_bytes = kernel.queries_bytes(dim, rows);
+  auto* prepared = static_cast<uint8_t*>(thread_scratch(3, jobs * query_bytes));
+  parallel_for(jobs, threads, [&](int64_t job) {
+    const int head = int(job % kv_heads), b = int(job / kv_heads);
+    float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(dim) * sizeof(float)));
+    const float* mu = codec.mu(codec.k_mu, head);
     for (int r = 0; r < rows; ++r) {
-      float* line = scores + (row0 + r) * table.max_length;
-      for (int t = std::max(length, first * PAGE); t < std::min(end * PAGE, table.max_length); ++t) line[t] = -INF;
-      for (int p = first; p < end; ++p) {
-        float* out = stats + ((row0 + r) * all_pages + p) * 2;
-        const int valid = std::clamp(length - p * PAGE, 0, int(PAGE));
-        float top = -INF;
-        for (int t = 0; t < valid; ++t) top = std::max(top, line[p * PAGE + t]);
-        out[0] = top;
-        out[1] = valid ? page_mass(line + p * PAGE, valid, top, nullptr) : 0.0f;
+      kernel.load(q.rows(b, head * (rows / shape.n) + r / shape.n, r % shape.n), 1, codec.head_dim, dim, x);
+      kernel.apply(codec.query, head, x, 1, x + dim);
+      double offset = 0;
+      for (int i = 0; mu && i < dim; ++i) offset += double(x[i]) * mu[i];
+      kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared + job * query_bytes, r);
+    }
+  });
+  // As in decode_attention: memory is read as it lies, the heads of a page together, unless threads would go without.
+  int heads = kv_heads;
+  while (heads > 1 && int64_t(shape.batch) * runs * ((kv_heads + heads - 1) / heads) < 4 * int64_t(threads)) heads = (heads + 1) / 2;
+  const int parts = (kv_heads + heads - 1) / heads;
+  parallel_for(int64_t(shape.batch) * runs * parts, threads, [&](int64_t item) {
+    const int head = int(item % parts) * heads, run = int(item / parts % runs), b = int(item / parts / runs);
+    const int here = std::min(heads, kv_heads - head), first = run * RUN, end = std::min(first + RUN, all_pages);
+    const int tokens = std::clamp(table.lengths[b] - first * PAGE, 0, (end - first) * PAGE), used = pages_of(tokens);
+    const int64_t job = int64_t(b) * kv_heads + head, row0 = job * rows;
+    float* to = scores + row0 * stride + int64_t(first) * PAGE;
+    float* stats_to = stats + (row0 * all_pages + first) * 2;
+    if (tokens) {
+      auto** records = static_cast<const uint8_t**>(thread_scratch(2, RUN * sizeof(void*)));
+      row_records(codec, table, b, head, first, used, records);
+      std::vector<uint8_t*> queries;
+      for (int h = 0; h < here; ++h) queries.push_back(prepared + (job + h) * query_bytes);
+      kernel.scores(codec, records, tokens, here, queries.data(), rows, to, stride, stats_to, int64_t(all_pages) * 2,
+                    thread_scratch(1, kernel.scratch_bytes(dim, 0)));
+    }
+    for (int r = 0; r < here * rows; ++r) {
+      float *line = to + r * stride, *of_pages = stats_to + int64_t(r) * all_pages * 2;
+      for (int t = tokens; t < std::min((end - first) * PAGE, table.max_length - first * PAGE); ++t) line[t] = -INF;
+      for (int p = used; p < end - first; ++p) {
+        of_pages[2 * p] = -INF;
+        of_pages[2 * p + 1] = 0;
       }
     }
   });
@@ -116,7 +157,7 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
 void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out, int threads) {
   const Kernels& kernel = kernels();
   const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
-  constexpr int MANY = 512;  // pages of one piece of work
+  constexpr int MANY = 512, AHEAD = 12;  // pages of one piece of work; pages whose means are fetched ahead
   const int runs = (all_pages + MANY - 1) / MANY;
   for (int b = 0; b < shape.batch; ++b) row_length("page_scores", codec, table, b);
   parallel_for(int64_t(shape.batch) * codec.kv_heads * runs, threads, [&](int64_t item) {
@@ -134,13 +175,17 @@ void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& 
       for (int i = 0; mu && i < dim; ++i) offset += double(given[i]) * mu[i];
       shifts[r] = float(offset * scale);
     }
+    const int count = std::clamp(used - first, 0, end - first), at = mean_offset(dim, codec.k.bits, codec.scales);
+    auto** records = static_cast<const uint8_t**>(thread_scratch(2, MANY * sizeof(void*)));
+    row_records(codec, table, b, head, first, count, records);
     for (int p = first; p < end; ++p) {
       alignas(16) float mean[MAX_DIM];
       float step = 0;
+      // Each row of means lies by itself in memory.
+      if (p - first + AHEAD < count)
+        for (int i = 0; i < dim; i += 64) __builtin_prefetch(records[p - first + AHEAD] + at + i);
       if (p < used) {
-        const uint8_t* record;
-        row_records(codec, table, b, head, p, 1, &record);
-        const uint8_t* line = record + mean_offset(dim, codec.k.bits, codec.scales);
+        const uint8_t* line = records[p - first] + at;
         step = read_header(line).mean_step * scale;
         for (int i = 0; i < dim; ++i) mean[i] = float(reinterpret_cast<const int8_t*>(line)[i]);
       }
@@ -167,9 +212,7 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
     const float* stats = s.stats + row * pages * 2;
     float top = -INF;
     for (int p = 0; p < used; ++p) top = std::max(top, stats[2 * p]);
-    double packed = 0;
-    for (int p = 0; p < used; ++p)
-      packed += double(stats[2 * p + 1]) * std::exp(double(stats[2 * p]) - top);
+    const double packed = mass_of(stats, used, top);
     const double exact = exact_lse && exact_lse[row] > -INF ? std::exp(double(exact_lse[row]) - top) : 0, total = packed + exact;
     threshold[row] = packed == packed ? INF : __builtin_nanf("");  // a query that is not finite gives NaN
     last[row] = -1;
@@ -186,8 +229,8 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
     candidates.clear();
     for (int p = 0; p < used; ++p)
       if (stats[2 * p] >= bound)
-        for (int t = p * PAGE; t < std::min((p + 1) * PAGE, length); ++t)
-          if (line[t] >= bound) candidates.push_back({line[t], t});
+        at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound,
+                 [&](int t, float score) { candidates.push_back({score, p * PAGE + t}); });
     int count = k;
     if (top_p > 0) {
       std::sort(candidates.begin(), candidates.end());
@@ -216,65 +259,91 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
   const int rows = s.shape.q_heads / codec.kv_heads * s.shape.n, dim = codec.dim, pages = pages_of(s.max_length);
   const int heads = s.shape.batch * codec.kv_heads;
   for (int b = 0; b < s.shape.batch; ++b) row_length("sparse_attention", codec, table, b);
-  struct Piece {
-    int job, first, count;  // of the job's used pages
+  // Rows of a KV head that read the same pages together, and those pages.
+  struct Group {
+    int row, rows;
+    std::vector<int> pages;
   };
-  // Pages with a survivor, for each KV head; pieces of them by their number alone, so that threads change no result.
-  std::vector<std::vector<int>> used(heads);
+  struct Piece {
+    int job;
+    const Group* group;
+    int first, count;  // of the group's pages
+    size_t part;       // its sums, then the mass of each row, in `parts`
+  };
+  // Everything follows from a KV head's own survivors, so that threads and batch change no result.
+  std::vector<std::vector<Group>> groups(heads);
   parallel_for(heads, threads, [&](int64_t job) {
-    const int length = table.lengths[job / codec.kv_heads];
-    for (int p = 0; p < pages_of(length); ++p) {
-      bool any = false;
-      for (int r = 0; r < rows; ++r) any |= s.stats[((job * rows + r) * pages + p) * 2] >= threshold[job * rows + r];
-      if (any) used[job].push_back(p);
+    const int used = pages_of(table.lengths[job / codec.kv_heads]);
+    Group all{0, rows, {}};
+    std::vector<Group> single(rows);
+    for (int r = 0; r < rows; ++r) single[r] = {r, 1, {}};
+    size_t total = 0;
+    for (int p = 0; p < used; ++p) {
+      const size_t before = total;
+      for (int r = 0; r < rows; ++r)
+        if (s.stats[((job * rows + r) * pages + p) * 2] >= threshold[job * rows + r]) {
+          single[r].pages.push_back(p);
+          ++total;
+        }
+      if (total > before) all.pages.push_back(p);
     }
+    // To unpack a page costs as much as three rows' sums: where few rows share their pages, each reads its own.
+    if (2 * total < 3 * all.pages.size())
+      groups[job] = std::move(single);
+    else
+      groups[job].push_back(std::move(all));
   });
   std::vector<Piece> pieces;
-  std::vector<int> begin(heads + 1);
+  std::vector<size_t> begin(heads + 1);
+  size_t size = 0;
   for (int job = 0; job < heads; ++job) {
-    begin[job] = int(pieces.size());
-    for (int p = 0; p < int(used[job].size()); p += RUN) pieces.push_back({job, p, std::min(RUN, int(used[job].size()) - p)});
+    begin[job] = pieces.size();
+    for (const Group& group : groups[job])
+      for (int p = 0, n = int(group.pages.size()); p < n; p += RUN) {
+        pieces.push_back({job, &group, p, std::min(RUN, n - p), size});
+        size += size_t(group.rows) * (dim + 1);
+      }
   }
-  begin[heads] = int(pieces.size());
-  const size_t width = size_t(rows) * (dim + 1);  // sums, then the mass of each row
-  std::vector<float> parts(pieces.size() * width);
+  begin[heads] = pieces.size();
+  std::vector<float> parts(size);
   parallel_for(int64_t(pieces.size()), threads, [&](int64_t item) {
     const Piece& piece = pieces[item];
-    const int job = piece.job, b = job / codec.kv_heads, length = table.lengths[b];
+    const Group& group = *piece.group;
+    const int b = piece.job / codec.kv_heads, length = table.lengths[b];
     auto** records = static_cast<const uint8_t**>(thread_scratch(2, RUN * sizeof(void*)));
-    float* weights = static_cast<float*>(thread_scratch(3, size_t(rows) * RUN * PAGE * sizeof(float)));
-    float *sums = parts.data() + item * width, *mass = sums + size_t(rows) * dim;
+    float* weights = static_cast<float*>(thread_scratch(3, size_t(group.rows) * RUN * PAGE * sizeof(float)));
+    float *sums = parts.data() + piece.part, *mass = sums + size_t(group.rows) * dim;
     int tokens = 0;
     for (int i = 0; i < piece.count; ++i) {
-      const int page = used[job][piece.first + i], valid = std::min(length - page * PAGE, int(PAGE));
-      row_records(codec, table, b, job % codec.kv_heads, page, 1, records + i);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t row = int64_t(job) * rows + r;
+      const int page = group.pages[piece.first + i], valid = std::min(length - page * PAGE, int(PAGE));
+      row_records(codec, table, b, piece.job % codec.kv_heads, page, 1, records + i);
+      for (int r = 0; r < group.rows; ++r) {
+        const int64_t row = int64_t(piece.job) * rows + group.row + r;
         float* w = weights + (size_t(r) * RUN + i) * PAGE;
+        std::fill(w, w + PAGE, 0.0f);
         const float limit = threshold[row];
-        if (s.stats[(row * pages + page) * 2] < limit) {
-          std::fill(w, w + PAGE, 0.0f);
-          continue;
-        }
-        const float* line = s.scores + row * s.max_length + int64_t(page) * PAGE;
-        alignas(16) float chosen[PAGE];
-        for (int t = 0; t < PAGE; ++t) {
-          const bool keep = t < valid && (line[t] > limit || (line[t] == limit && page * PAGE + t <= last[row]));
-          chosen[t] = keep ? line[t] : -INF;
-        }
-        mass[r] += page_mass(chosen, PAGE, top[row], w);
+        if (!(s.stats[(row * pages + page) * 2] >= limit)) continue;
+        at_least(s.scores + row * s.max_length + int64_t(page) * PAGE, valid, limit, [&](int t, float score) {
+          if (score > limit || page * PAGE + t <= last[row]) mass[r] += w[t] = std::exp(score - top[row]);
+        });
       }
       tokens += valid;  // only the last page of a row can be partly used
     }
-    kernel.weigh(codec, records, tokens, weights, int64_t(RUN) * PAGE, rows, sums, thread_scratch(1, kernel.scratch_bytes(dim, rows)));
+    kernel.weigh(codec, records, tokens, weights, int64_t(RUN) * PAGE, group.rows, sums,
+                 thread_scratch(1, kernel.scratch_bytes(dim, group.rows)));
   });
   parallel_for(heads, threads, [&](int64_t job) {
     const int head = int(job % codec.kv_heads);
+    const size_t width = size_t(rows) * (dim + 1);
     float* sums = static_cast<float*>(thread_scratch(0, 2 * width * sizeof(float)));
     std::fill(sums, sums + width, 0.0f);
-    for (int i = begin[job]; i < begin[job + 1]; ++i)
-      for (size_t j = 0; j < width; ++j) sums[j] += parts[i * width + j];
     float *o = sums + width, *mass = sums + size_t(rows) * dim;
+    for (size_t i = begin[job]; i < begin[job + 1]; ++i) {
+      const Group& group = *pieces[i].group;
+      const float *from = parts.data() + pieces[i].part, *masses = from + size_t(group.rows) * dim;
+      for (int j = 0; j < group.rows * dim; ++j) sums[size_t(group.row) * dim + j] += from[j];
+      for (int r = 0; r < group.rows; ++r) mass[group.row + r] += masses[r];
+    }
     kernel.apply(codec.v_inverse, head, sums, rows, o);
     const float* mu = codec.mu(codec.v_mu, head);
     for (int r = 0; r < rows; ++r) {
