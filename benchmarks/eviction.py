@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from candidates import EXACT, Candidate
 from eviction_exact import EvictedCache, Exact
-from fidelity import compare, predictions
+from fidelity import compare, loss_of, predictions
 from transformers import DynamicCache
 
 from forgeattention import models
@@ -98,14 +98,17 @@ class Bench:
     def __init__(self, model: Any, tokenizer: Any, quick: bool) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.blocks, self.lengths = ((128,), (1500,)) if quick else ((128, 512), (1500, 2500))
-        self.ids, self.reference = {}, {}
+        self.ids, self.reference, self.exact_loss = {}, {}, {}
         for name in TEXTS:
             text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             self.ids[name] = ids[:, : 1536 if quick else TOKENS]
         for name, block in itertools.product(TEXTS, self.blocks):
+            ids, half = self.ids[name], self.ids[name].shape[1] // 2
             with torch.no_grad():
-                self.reference[name, block] = list(predictions(model, self.ids[name], EXACT, block))
+                known = list(predictions(model, ids, EXACT, block))
+            self.reference[name, block] = known
+            self.exact_loss[name, block] = loss_of(torch.cat(known, 1), ids, half) / (ids.shape[1] - half - 1)
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """One row: KL by text, perplexity, needles, and what eviction did."""
@@ -126,7 +129,7 @@ class Bench:
                 row["kl"][name], row["same_top"][name] = found["kl"], found["same_top"]
             if block == self.blocks[-1]:
                 row["perplexity"][name] = math.exp(found["loss"])
-                row["exact_perplexity"][name] = math.exp(self.loss(name, block))
+                row["exact_perplexity"][name] = math.exp(self.exact_loss[name, block])
             row["counts"].append(counts(made.pop()))
         cells = []
         for needle, length in itertools.product(NEEDLES, self.lengths):
@@ -138,12 +141,6 @@ class Bench:
         if job["policy"] is not None and not all(c["rounds"] for c in row["counts"]):
             raise ValueError(f"[eviction] expected rounds in every run; got none: {job}")
         return row
-
-    def loss(self, name: str, block: int) -> float:
-        """The exact cache's on a text, nats per token."""
-        known, ids = torch.cat(self.reference[name, block], 1)[0], self.ids[name][0]
-        target = ids[len(ids) // 2 + 1 :, None].to(known.device)
-        return -float(known[: len(target)].gather(-1, target).double().mean())
 
 
 def correlation(model: Any, tokenizer: Any) -> list[dict[str, Any]]:

@@ -27,10 +27,10 @@ import canaries
 import candidates as caches
 import torch
 from candidates import EXACT, Candidate
-from fidelity_summary import describe, plot, summary
+from fidelity_summary import describe, save, summary
 
 from forgeattention import models
-from forgeattention.evaluation import niah, report, texts
+from forgeattention.evaluation import niah, texts
 from forgeattention.evaluation.setup import head_dim
 from forgeattention.evaluation.streaming import attention, spans, step
 
@@ -171,6 +171,13 @@ def predictions(model: Any, ids: torch.Tensor, candidate: Candidate, block: int 
             yield logits.log_softmax(-1)
 
 
+def loss_of(predicted: torch.Tensor, ids: torch.Tensor, at: int) -> float:
+    """Sum over the tokens of documents [batch, tokens] that log-probabilities [batch, block, vocabulary], those at
+    positions from `at` on, predict."""
+    target = ids[:, at + 1 : at + 1 + predicted.shape[1], None].to(predicted.device)
+    return -float(predicted[:, : target.shape[1]].gather(-1, target).double().sum())
+
+
 def compare(
     model: Any,
     ids: torch.Tensor,
@@ -190,8 +197,7 @@ def compare(
         for p, q in zip(reference, predictions(model, ids, candidate, block), strict=True):
             kl += float((p.exp() * (p - q)).sum(-1).double().sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
-            target = ids[:, at + 1 : at + 1 + p.shape[1], None].to(q.device)
-            loss -= float(q[:, : target.shape[1]].gather(-1, target).double().sum())
+            loss += loss_of(q, ids, at)
             at += p.shape[1]
         count = batch * (tokens - tokens // 2)
         out[candidate.name] = {
@@ -293,10 +299,7 @@ def main() -> None:
     args.length = args.length or (1152 if args.quick else 2048)
     start = time.time()
     result = run(args) | {"seconds": time.time() - start, "cpu_seconds": sum(os.times()[:4])}
-    if args.json:
-        report.write_json(args.json, result)
-    if args.plot:
-        plot(result, args.plot)
+    save(result, args.json, args.plot)
 
 
 if __name__ == "__main__":

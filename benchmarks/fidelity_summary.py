@@ -1,6 +1,8 @@
 """What fidelity.py measured, summed up: rows by cache and by canary, lines for the terminal, the frontier plot.
 
-python benchmarks/fidelity_summary.py A.json B.json --json OUT --plot PNG     joins results of one model and setting
+Results of one model on the same documents are joined:
+
+    python benchmarks/fidelity_summary.py A.json B.json --json OUT --plot PNG
 """
 
 from __future__ import annotations
@@ -159,6 +161,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def save(result: dict[str, Any], json_file: Path | None, plot_file: Path | None) -> None:
+    if json_file:
+        report.write_json(json_file, result)
+    if plot_file:
+        plot(result, plot_file)
+
+
 def read(name: str) -> Row:
     """A result, or of its texts only some: FILE[:TEXT,...]."""
     file, _, names = name.partition(":")
@@ -202,10 +211,7 @@ def main() -> None:
     result = join(list(map(read, args.files)))
     for row in result["rows"]:
         print(describe(row))
-    if args.json:
-        report.write_json(args.json, result)
-    if args.plot:
-        plot(result, args.plot)
+    save(result, args.json, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ three queries, of the last position; the fourth is the first head's of the posit
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,20 @@ def text_of(chars: int) -> str:
     return "\n".join(parts)
 
 
+@contextmanager
+def watched(model: Any, look: Callable[[int, Any, Any, Any], None]) -> Iterator[None]:
+    """In it every attention of the model first calls `look(layer, q, k, v)`: [batch, heads, tokens, head_dim]."""
+
+    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+        look(module.layer_idx, q, k, v)
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    AttentionInterface.register("benchmark_states", attend)
+    AttentionMaskInterface.register("benchmark_states", sdpa_mask)
+    with attention(model, "benchmark_states"):
+        yield
+
+
 @torch.no_grad()
 def states(context: int, name: str = "smollm2", device: str = "cuda") -> dict[str, Any]:
     """`kv`: keys and values [8, context, 128] float16 on the host; `q`: [1, 32, 1, 128]."""
@@ -49,18 +65,15 @@ def states(context: int, name: str = "smollm2", device: str = "cuda") -> dict[st
     q = torch.zeros(1, 32, 1, DIM, dtype=torch.float16)
     where = [0, 0]
 
-    def record(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        if module.layer_idx in LAYERS:
-            i = LAYERS.index(module.layer_idx)
+    def record(layer: int, query: Any, key: Any, value: Any) -> None:
+        if layer in LAYERS:
+            i = LAYERS.index(layer)
             head, group = i % 3, query.shape[1] // key.shape[1]
             k[i, slice(*where), :64], v[i, slice(*where), :64] = key[0, head].half().cpu(), value[0, head].half().cpu()
             own = query[0, head * group : (head + 1) * group].half().cpu()
             q[0, 4 * i : 4 * i + 3, 0, :64], q[0, 4 * i + 3, 0, :64] = own[:, -1], own[0, -2]
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
-    AttentionInterface.register("benchmark_states", record)
-    AttentionMaskInterface.register("benchmark_states", sdpa_mask)
-    with attention(model, "benchmark_states"):
+    with watched(model, record):
         for start in range(0, context, DOCUMENT):
             where[:] = start, min(start + DOCUMENT, context)
             model(ids[None, slice(*where)].to(device), logits_to_keep=1, use_cache=False)

@@ -18,14 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from real_states import watched
 
 from forgeattention import models, ops
 from forgeattention.codec import PAGE, Codec, CodecSpec
 from forgeattention.evaluation import report, texts
-from forgeattention.evaluation.streaming import attention
 from forgeattention.ops import PageTable
 
 SINKS, WINDOW = 4, 128
@@ -38,13 +35,10 @@ def states(model: Any, ids: torch.Tensor, queries: int) -> list[Any]:
     """Of each layer: queries [q_heads, queries, head_dim] of the last positions, keys and values of all."""
     found: list[Any] = []
 
-    def record(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+    def record(_: int, q: Any, k: Any, v: Any) -> None:
         found.append([x[0].float().numpy() for x in (q[:, :, -queries:], k, v)])
-        return sdpa_attention_forward(module, q, k, v, mask, **options)
 
-    AttentionInterface.register("benchmark_redundancy", record)
-    AttentionMaskInterface.register("benchmark_redundancy", sdpa_mask)
-    with attention(model, "benchmark_redundancy"):
+    with watched(model, record):
         model(ids[None], logits_to_keep=1, use_cache=False)
     return found
 

@@ -43,5 +43,12 @@ def shape(record: dict[str, Any]) -> str:
     return f"{s['batch']} x {count(s['context'])}, {s['q_heads']}/{s['kv_heads']}, {s['head_dim']}"
 
 
+def sparse_rule(record: dict[str, Any]) -> str:
+    """Which tokens a `sparse_attention` record kept."""
+    if "top_p" in record:
+        return f"top-p {record['top_p']}"
+    return f"{'fast ' if record.get('fast') else ''}top-{record['top_k']}"
+
+
 def best_peer(record: dict[str, Any]) -> tuple[str, float]:
     return min(record["peers_us"].items(), key=lambda item: item[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from result_format import best_peer, count, shape, table
+from result_format import best_peer, count, shape, sparse_rule, table
 
 
 def decode(records: list[dict[str, Any]]) -> str:
@@ -172,7 +172,7 @@ def sparse(records: list[dict[str, Any]]) -> str:
         phases = r["phases_us"]
         peer = min(r["peers_us"].values(), default=None)
         rows.append(
-            [count(r["shape"]["context"]), r["distribution"], f"{'fast ' if r.get('fast') else ''}top-{r['top_k']}"]
+            [count(r["shape"]["context"]), r["distribution"], sparse_rule(r)]
             + [f"{r['us']:.0f}"]
             + [f"{phases[n]:.0f}" if n in phases else None for n in ("scores", "threshold", "attention", "page_scores")]
             + [f"{r['dense_us']:.0f}", f"{r['dense_us'] / r['us']:.2f}x", f"{peer:.0f}" if peer else None]

@@ -22,8 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_decode
 import real_states
 import torch
+from cuda_decode import L2_TIMES, SINKS_AND_WINDOW
+from result_format import sparse_rule
 
 from forgeattention import bench, ops
 from forgeattention.codec import Codec, CodecSpec
@@ -34,8 +37,6 @@ from forgeattention.sparse import SparseLayer, SparseSpec
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 CONTEXTS = {"cuda": (50_048, 131_072, 524_288, 1_048_576), "cpu": (50_048, 131_072, 524_288)}
-L2_TIMES = 3
-SINKS_AND_WINDOW = 132 + 31
 Calls = dict[str, list[Callable[[], Any]]]
 
 
@@ -45,9 +46,6 @@ class Cuda:
     device, dtype = "cuda", torch.float16
 
     def __init__(self) -> None:
-        import cuda_decode
-
-        self._bench = cuda_decode
         self.name = torch.cuda.get_device_name()
         self.env = cuda_decode.environment(cuda_decode.copy_bandwidth())
 
@@ -57,12 +55,12 @@ class Cuda:
     def us(self, phases: Calls) -> dict[str, float]:
         found = {}
         for name, calls in phases.items():
-            found[name] = self._bench.in_graph(calls, max(1, 12 // len(calls)))[0]
+            found[name] = cuda_decode.in_graph(calls, max(1, 12 // len(calls)))[0]
         return found
 
     def peers(self, context: int) -> dict[str, float]:
         copies = 1 if context > 200_000 else 2
-        return self._bench.peers_us(1, Q_HEADS, KV_HEADS, DIM, context, copies)
+        return cuda_decode.peers_us(1, Q_HEADS, KV_HEADS, DIM, context, copies)
 
 
 class Cpu:
@@ -286,11 +284,10 @@ def run_fast(case: Case, top_k: int, peers: dict[str, float]) -> dict[str, Any]:
 
 
 def describe(r: dict[str, Any]) -> str:
-    rule = f"fast {r['top_k']}" if r.get("fast") else f"top_k {r['top_k']}" if "top_k" in r else f"top_p {r['top_p']}"
     phases = ", ".join(f"{name} {us:.1f}" for name, us in r["phases_us"].items())
     peer = min(r["peers_us"].values(), default=math.nan)
     return (
-        f"{r['shape']['context']:>8} {r['distribution']:9} {rule}: {r['us']:.1f} us ({phases}), dense "
+        f"{r['shape']['context']:>8} {r['distribution']:9} {sparse_rule(r)}: {r['us']:.1f} us ({phases}), dense "
         f"{r['dense_us']:.1f} us = {r['dense_us'] / r['us']:.2f}x, torch {peer:.1f} us, tiles skipped "
         f"{r['tiles_skipped']:.3f}, pages unread {r['pages_unread']:.3f}, kept {r['kept_tokens']:.0f}, bytes "
         f"{r['bytes_read'] / r['bytes_dense']:.3f}, dropped {r['dropped_mass']:.4f} ({r['dropped_mass_worst']:.4f})"

@@ -1,11 +1,13 @@
-"""An engine over a model of random weights, and requests to it."""
+"""An engine over a model of random weights, requests to it, and an application over it."""
 
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import tiny
+import uvicorn
 
 from forgeattention import CodecSpec
 from forgeattention.serving.engine import Engine, Event, Request
@@ -52,3 +54,21 @@ class Asked:
     @property
     def finish(self) -> str | None:
         return self.events[-1].finish
+
+
+class Running:
+    """An application in a thread of its own."""
+
+    def __init__(self, app: Any) -> None:
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)

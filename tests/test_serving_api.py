@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import content_type_conformance, not_a_server_error, status_code_conformance
-from serving_engine import engine, model
+from serving_engine import Running, engine, model
 
 from forgeattention.serving.api import create_app
 
 KEY = "a-key"
-
-
-class Running:
-    """An application in a thread of its own."""
-
-    def __init__(self, app: Any) -> None:
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive()
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -214,51 +189,3 @@ def test_nothing_that_the_schema_describes_breaks_it(made):
         )
         quick(given(case=operation.as_strategy())(call))()
     assert {path for path, status in answered if status == 200} == {operation.path for operation in operations}
-
-
-class Process:
-    """A server of its own process."""
-
-    def __init__(self, folder: Path, prefixes: Path) -> None:
-        code = "import sys; from forgeattention.cli import main; sys.exit(main())"
-        options = ["--cache-memory", "8MB", "--piece", "64", "--prefix-folder", str(prefixes)]
-        command = ["serve", "--engine", "hf", "--model", str(folder), "--port", "0", "--", *options]
-        env = os.environ | {"FORGEATTN_API_KEY": KEY}
-        command = [sys.executable, "-c", code, *command]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline().split("/v1")[0].rsplit(":", 1)[1])
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0)
-
-    def stream(self, tokens: int = 200) -> Any:
-        options: Any = {"temperature": 0, "stream": True}
-        return self.client.completions.create(model="model", prompt=PROMPT, max_tokens=tokens, **options)
-
-
-PROMPT = "prefix " * 30
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    from tiny import tokenizer
-
-    made = tmp_path_factory.mktemp("model") / "model"
-    model().save_pretrained(made)
-    tokenizer().save_pretrained(made)
-    return made
-
-
-def test_sigterm_lets_requests_finish(folder, tmp_path):
-    """A request under way is answered whole, and its prefix is on disk afterwards."""
-    server = Process(folder, tmp_path)
-    try:
-        stream = server.stream()
-        first = next(iter(stream))
-        server.process.send_signal(signal.SIGTERM)
-        chunks = [first, *stream]
-        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        assert server.process.wait(60) == 0
-        assert "0 requests were cut short" in server.process.stdout.read()
-        assert len(list(tmp_path.glob("*.forgecache"))) == len(PROMPT) // 64
-    finally:
-        server.process.kill()

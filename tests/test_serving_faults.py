@@ -1,4 +1,4 @@
-"""The server when it is killed, and when its engine fails: clients are told, and a restart gives the same answers."""
+"""The server ended, killed, and with an engine that fails: clients are told, and a restart gives the same answers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import openai
 import pytest
 from server_process import CLI, Server
-from serving_engine import Asked, engine, model
+from serving_engine import Asked, Running, engine, model
 
 from forgeattention.serving.api import create_app
 from forgeattention.serving.engine import Request
 from forgeattention.serving.sampling import Sampling
-from tests.test_serving_api import Running
 
 PROMPT = "prefix " * 30
 CUT = (
@@ -125,6 +124,22 @@ def served(tmp_path: Path) -> Any:
             return made.wait(120)
 
         yield start, prefixes, tmp_path / "log"
+
+
+def test_sigterm_lets_requests_finish(served, monkeypatch):
+    """A request under way is answered whole, and its prefix is on disk afterwards."""
+    monkeypatch.setenv("FORGEATTN_API_KEY", "none")
+    start, prefixes, log = served
+    server = start()
+    with connect(server.port) as client:
+        stream = client.completions.create(model="model", prompt=PROMPT, max_tokens=200, stream=True)
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        chunks = [first, *stream]
+    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+    assert server.process.wait(60) == 0
+    assert "0 requests were cut short" in log.read_text()
+    assert len(list(prefixes.glob("*.forgecache"))) == len(PROMPT) // 64
 
 
 def ask(server: Server, prompt: str) -> tuple[str, int]:

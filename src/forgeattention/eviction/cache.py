@@ -311,21 +311,18 @@ class EvictingCache(LayerCache):
 
     def _demote(self, planned: _Round, ids: Ids) -> None:
         """Copies the pages that go to the store; a failure leaves it as it was."""
+        assert self.store is not None
+        at = np.flatnonzero(planned.gone)
         try:
-            self._put(planned, ids)
+            for i, note in zip(at.tolist(), self._notes(ids[at])):
+                if self.store.room == 0:
+                    planned.lost += 1
+                    continue
+                page = np.asarray(self.arrays.to_host(self.pool.page(int(ids[i]))))
+                planned.demoted.append(Demoted(int(self._starts[planned.row, i]), self.store.put(page), note))
         except BaseException:
             self._release(planned.demoted)
             raise
-
-    def _put(self, planned: _Round, ids: Ids) -> None:
-        assert self.store is not None
-        at = np.flatnonzero(planned.gone)
-        for i, note in zip(at.tolist(), self._notes(ids[at])):
-            if self.store.room == 0:
-                planned.lost += 1
-                continue
-            page = np.asarray(self.arrays.to_host(self.pool.page(int(ids[i]))))
-            planned.demoted.append(Demoted(int(self._starts[planned.row, i]), self.store.put(page), note))
 
     def _run(self, planned: _Round) -> None:
         row, count = planned.row, int(planned.gone.sum())

@@ -324,7 +324,6 @@ struct Attention {
 
   // The largest of 64 scores and the sum of exp(score - that).
   static void page_stats(const float* scores, float* out) {
-    constexpr float LOG2_E = 1.4426950408889634f;
     F32 top = F32{} - INF;
     for (int i = 0; i < PAGE; i += W) {
       const F32 x = load<F32>(scores + i);

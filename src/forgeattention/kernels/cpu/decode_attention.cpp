@@ -15,7 +15,7 @@
 namespace fa {
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = 0.6931471805599453f;
 constexpr int BLOCK = 64;         // rows (queries of one KV head) that one piece of work holds
 constexpr int UNPACK_ROWS = 16;   // from so many rows on, a tile is unpacked once for all
 constexpr int EXACT_SPLIT = 256;  // exact tokens of one piece
@@ -192,8 +192,7 @@ void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) 
     parts += kv_heads * (packed + exact);
   }
   // Heads are shared out only as far as there are threads to feed: each head is computed by itself, whoever does it.
-  int heads = kv_heads;
-  while (heads > 1 && runs * ((kv_heads + heads - 1) / heads) < 4 * size_t(threads)) heads = (heads + 1) / 2;
+  const int heads = together(kv_heads, int64_t(runs), threads);
   std::vector<Piece> pieces;
   for (int b = 0; b < c.shape.batch; ++b) {
     const int run = pages_per_split((lengths[b] + PAGE - 1) / PAGE) * PAGE;

@@ -5,7 +5,7 @@
 
 namespace fa {
 
-constexpr float INF = __builtin_huge_valf();
+constexpr float INF = __builtin_huge_valf(), LOG2_E = 1.4426950408889634f;
 
 #define FA_INLINE inline __attribute__((always_inline))
 

@@ -15,8 +15,8 @@
 
 #include "half.h"
 #include "ops.h"
-#include "thread_pool.h"
 #include "sparse.h"
+#include "thread_pool.h"
 
 namespace nb = nanobind;
 using namespace fa;

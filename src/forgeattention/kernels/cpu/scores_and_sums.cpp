@@ -6,6 +6,7 @@
 #include "half.h"
 #include "ops.h"
 #include "pages.h"
+#include "queries.h"
 #include "thread_pool.h"
 
 namespace fa {
@@ -43,16 +44,7 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
     const Block& block = blocks[item];
     const int dim = codec.dim, group = shape.q_heads / codec.kv_heads;
     auto* prepared = static_cast<uint8_t*>(thread_scratch(3, kernel.queries_bytes(dim, block.rows)));
-    float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(dim) * sizeof(float)));
-    for (int r = 0; r < block.rows; ++r) {
-      const int row = block.first + r;
-      kernel.load(q.rows(block.b, block.head * group + row / shape.n, row % shape.n), 1, codec.head_dim, dim, x);
-      kernel.apply(codec.query, block.head, x, 1, x + dim);
-      const float* mu = codec.mu(codec.k_mu, block.head);
-      double offset = 0;
-      for (int i = 0; mu && i < dim; ++i) offset += double(x[i]) * mu[i];
-      kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared, r);
-    }
+    prepare_queries(codec, shape, q, block.b, block.head, block.first, block.rows, scale, prepared);
     const int length = table.lengths[block.b];
     const int64_t first = int64_t(block.b) * shape.q_heads * shape.n + int64_t(block.head) * group * shape.n + block.first;
     float* to = out + first * table.max_length;

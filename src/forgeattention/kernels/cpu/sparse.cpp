@@ -13,12 +13,12 @@
 
 #include "numbers.h"
 #include "pages.h"
+#include "queries.h"
 #include "thread_pool.h"
 
 namespace fa {
 namespace {
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr int RUN = 64;  // pages of one piece of work: a multiple of a tile
 
 typedef float F32 __attribute__((vector_size(16)));
@@ -113,20 +113,10 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
   const size_t query_bytes = kernel.queries_bytes(dim, rows);
   auto* prepared = static_cast<uint8_t*>(thread_scratch(3, jobs * query_bytes));
   parallel_for(jobs, threads, [&](int64_t job) {
-    const int head = int(job % kv_heads), b = int(job / kv_heads);
-    float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(dim) * sizeof(float)));
-    const float* mu = codec.mu(codec.k_mu, head);
-    for (int r = 0; r < rows; ++r) {
-      kernel.load(q.rows(b, head * (rows / shape.n) + r / shape.n, r % shape.n), 1, codec.head_dim, dim, x);
-      kernel.apply(codec.query, head, x, 1, x + dim);
-      double offset = 0;
-      for (int i = 0; mu && i < dim; ++i) offset += double(x[i]) * mu[i];
-      kernel.prepare_query(codec, x + dim, float(offset * scale), scale, prepared + job * query_bytes, r);
-    }
+    prepare_queries(codec, shape, q, int(job / kv_heads), int(job % kv_heads), 0, rows, scale, prepared + job * query_bytes);
   });
-  // As in decode_attention: memory is read as it lies, the heads of a page together, unless threads would go without.
-  int heads = kv_heads;
-  while (heads > 1 && int64_t(shape.batch) * runs * ((kv_heads + heads - 1) / heads) < 4 * int64_t(threads)) heads = (heads + 1) / 2;
+  // Memory is read as it lies, the heads of a page together.
+  const int heads = together(kv_heads, int64_t(shape.batch) * runs, threads);
   const int parts = (kv_heads + heads - 1) / heads;
   parallel_for(int64_t(shape.batch) * runs * parts, threads, [&](int64_t item) {
     const int head = int(item % parts) * heads, run = int(item / parts % runs), b = int(item / parts / runs);
@@ -155,7 +145,6 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
 }
 
 void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out, int threads) {
-  const Kernels& kernel = kernels();
   const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
   constexpr int MANY = 512, AHEAD = 12;  // pages of one piece of work; pages whose means are fetched ahead
   const int runs = (all_pages + MANY - 1) / MANY;
@@ -166,15 +155,8 @@ void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& 
     const int64_t row0 = (int64_t(b) * codec.kv_heads + head) * rows;
     float* x = static_cast<float*>(thread_scratch(0, size_t(rows + 1) * dim * sizeof(float)));
     float* shifts = static_cast<float*>(thread_scratch(1, size_t(rows) * sizeof(float)));
-    for (int r = 0; r < rows; ++r) {
-      float* given = x + size_t(rows) * dim;
-      kernel.load(q.rows(b, head * (rows / shape.n) + r / shape.n, r % shape.n), 1, codec.head_dim, dim, given);
-      kernel.apply(codec.query, head, given, 1, x + size_t(r) * dim);
-      const float* mu = codec.mu(codec.k_mu, head);
-      double offset = 0;
-      for (int i = 0; mu && i < dim; ++i) offset += double(given[i]) * mu[i];
-      shifts[r] = float(offset * scale);
-    }
+    for (int r = 0; r < rows; ++r)
+      shifts[r] = float(rotate_query(codec, shape, q, b, head, r, x + size_t(rows) * dim, x + size_t(r) * dim) * scale);
     const int count = std::clamp(used - first, 0, end - first), at = mean_offset(dim, codec.k.bits, codec.scales);
     auto** records = static_cast<const uint8_t**>(thread_scratch(2, MANY * sizeof(void*)));
     row_records(codec, table, b, head, first, count, records);
