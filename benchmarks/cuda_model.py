@@ -104,8 +104,8 @@ def flash(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float | None 
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("bench_flash", flash)
-AttentionMaskInterface.register("bench_flash", lambda *_, **__: None)
+AttentionInterface.register("bench_fp16", flash)
+AttentionMaskInterface.register("bench_fp16", lambda *_, **__: None)
 
 
 def build(name: str) -> Any:
@@ -175,7 +175,7 @@ def packed(model: Any, context: int, steps: int) -> dict[str, Any]:
 
 
 def exact(model: Any, context: int, steps: int) -> dict[str, Any]:
-    model.set_attn_implementation("bench_flash")
+    model.set_attn_implementation("bench_fp16")
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = [
