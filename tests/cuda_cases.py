@@ -26,6 +26,7 @@ class Case:
     dtype: str = "float16"
     exact_dtype: str = "float16"
     key_mean: bool = True
+    diagonal: bool = False
 
     def spec(self) -> CodecSpec:
         return CodecSpec(
@@ -46,7 +47,9 @@ class Case:
         short = {"scalar": "", "trellis4": "t4", "trellis8": "t8"}
         return (
             f"d{self.head_dim}-g{self.group}x{self.n}-k{self.k_bits}{short[self.k_code]}-v{self.v_bits}{short[self.v_code]}"
-            f"-{self.scales}-{self.rotation}-{self.dtype}-{self.exact_dtype}" + ("" if self.key_mean else "-nomean")
+            f"-{self.scales}-{self.rotation}-{self.dtype}-{self.exact_dtype}"
+            + ("" if self.key_mean else "-nomean")
+            + ("-diagonal" if self.diagonal else "")
         )
 
 
@@ -75,6 +78,8 @@ CASES = [
     Case(rotation="planar", dtype="bfloat16", exact_dtype="bfloat16", **_T),
     Case(rotation="custom", dtype="float32", exact_dtype="bfloat16"),
     Case(head_dim=80, rotation="custom", group=2, dtype="bfloat16", exact_dtype="float32"),
+    Case(diagonal=True, dtype="bfloat16", exact_dtype="bfloat16", **_T),
+    *(Case(head_dim=d, group=3, diagonal=True, **_T) for d in (64, 80)),
 ]
 
 

@@ -28,6 +28,8 @@ def make_codec(case: Case, mu: bool = False) -> Codec:
             extra[f"{side}_matrix"] = np.eye(case.head_dim) + 0.3 / math.sqrt(case.head_dim) * rng.standard_normal(
                 (KV, case.head_dim, case.head_dim)
             )
+    if case.diagonal:
+        extra["k_diagonal"] = np.exp(0.5 * rng.standard_normal((KV, case.head_dim)))
     if mu:
         extra |= {f"{side}_mu": rng.standard_normal((KV, case.head_dim)) for side in "kv"}
     return case.codec(KV, **extra)
@@ -185,6 +187,28 @@ def test_scores_sums_and_prefill(case: Case) -> None:
     assert float((out.double() - expected).norm() / expected.norm()) < tolerances.CUDA_PREFILL
     assert torch.equal(torch.isinf(lse), torch.isinf(torch.logsumexp(masked, 3)))
     assert float((lse.double() - torch.logsumexp(masked, 3)).nan_to_num().abs().max()) < tolerances.CUDA_PREFILL_LSE
+
+
+@pytest.mark.parametrize("lengths", [[64 * 330 + 5], [5000, 1100, 70, 0]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(n=512, k_code="trellis8"), Case(head_dim=64, group=3, n=512, diagonal=True, dtype="bfloat16")],
+    ids=str,
+)
+def test_prefill_of_whole_chunks(case: Case, lengths: list[int]) -> None:
+    """Chunks that cuDNN may take, over parts of every size and more parts than one launch joins."""
+    setup = Setup(case, lengths, [1] * len(lengths), mu=True)
+    scale = 1 / math.sqrt(case.head_dim)
+    out, lse = ops.prefill_attention(setup.q, setup.codec, setup.table, scale)
+    k, v = ops.decode_pages(setup.codec, setup.table)
+    for row, length in enumerate(lengths):
+        keys, values = (x[row, :, :length].double().repeat_interleave(case.group, 0) for x in (k, v))
+        s = scale * setup.q[row].double() @ keys.transpose(1, 2)
+        want = torch.nan_to_num(torch.softmax(s, 2)) @ values
+        assert float((out[row].double() - want).norm()) <= tolerances.CUDA_PREFILL * float(want.norm())
+        want_lse = torch.logsumexp(s, 2)
+        assert torch.equal(torch.isinf(lse[row]), torch.isinf(want_lse))
+        assert float((lse[row].double() - want_lse).nan_to_num().abs().max()) < tolerances.CUDA_PREFILL_LSE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -70,6 +70,8 @@ def make_codec(case: Case, mu: bool = True) -> Codec:
         for side in "kv":
             noise = 0.3 / math.sqrt(case.head_dim) * rng.standard_normal(shape)
             extra[f"{side}_matrix"] = np.eye(case.head_dim) + noise
+    if case.diagonal:
+        extra["k_diagonal"] = np.exp(0.5 * rng.standard_normal((KV, case.head_dim)))
     if mu:
         extra |= {f"{side}_mu": rng.standard_normal((KV, case.head_dim)) for side in "kv"}
     return case.codec(KV, **extra)

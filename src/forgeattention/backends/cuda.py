@@ -23,7 +23,6 @@ import torch
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from ..codec.transform import Transform, random_signs
 from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from . import cuda_args as args
@@ -47,16 +46,22 @@ class _Constants:
         self._device = device
         self._keep: list[Any] = []
         self.kernels: dict[Any, Any] = {}  # looked up by what a call varies in, as macros take long to put together
-        spec, dim = codec.spec, codec.format.padded_dim
-        signs = self._put(random_signs(dim, spec.seed)) if codec.rotation == "hadamard" else 0
+        dim = codec.format.padded_dim
         matrices = args.ROTATIONS[codec.rotation] == 2
         self.encode: list[args.TransformArgs] = []
         self.attend: list[args.TransformArgs] = []
         for t in (codec.k_transform, codec.v_transform):
-            out = self._put(t.inverse.transpose(0, 2, 1)) if matrices else 0
             mu = self._put(t.mu) if t.mu is not None else 0
-            for target, matrix in ((self.encode, t.forward.transpose(0, 2, 1)), (self.attend, t.inverse)):
-                target.append(self._args(t, signs, self._put(matrix) if matrices else 0, out, mu))
+            mu_stride = dim if t.mu is not None and len(t.mu) > 1 else 0
+            if matrices:
+                out, stride = self._put(t.inverse.transpose(0, 2, 1)), dim * dim if len(t.forward) > 1 else 0
+                for target, matrix in ((self.encode, t.forward.transpose(0, 2, 1)), (self.attend, t.inverse)):
+                    target.append(args.TransformArgs(0, self._put(matrix), out, mu, stride, mu_stride))
+                continue
+            signs = args.signs(codec, t)
+            stride = dim if len(signs[0]) > 1 else 0
+            for target, own in zip((self.encode, self.attend), signs):
+                target.append(args.TransformArgs(self._put(own), 0, 0, mu, stride, mu_stride))
 
     def kernel(self, key: tuple[Any, ...], options: Callable[[], tuple[args.Macros, int]]) -> nvrtc.Kernel:
         """The kernel key[0], of which the key tells the variant; `options`: its macros and bytes of shared memory."""
@@ -69,13 +74,6 @@ class _Constants:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
         self._keep.append(tensor)
         return int(tensor.data_ptr())
-
-    @staticmethod
-    def _args(t: Transform, signs: int, matrix: int, out: int, mu: int) -> args.TransformArgs:
-        _, rows, columns = t.forward.shape
-        own = t.forward.shape[0] > 1
-        own_mu = t.mu is not None and t.mu.shape[0] > 1
-        return args.TransformArgs(signs, matrix, out, mu, rows * columns if own else 0, rows if own_mu else 0)
 
 
 _HERE: AbstractContextManager[None] = nullcontext()
@@ -255,7 +253,7 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
 
 
 def _without_mu(t: args.TransformArgs) -> args.TransformArgs:
-    return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.matrix_stride, 0)
+    return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.stride, 0)
 
 
 _decode_params = args.Packer(args.DecodeParams)

@@ -11,8 +11,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..codec.codec import Codec
 from ..codec.spec import CODES, PAGE, SCALE_FORMATS, SCALE_RULES, PageFormat
+from ..codec.transform import Transform, random_signs
 from .nvrtc import Macros
 
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -26,7 +30,7 @@ class TransformArgs(ctypes.Structure):
         ("in_matrix", P),
         ("out_matrix", P),
         ("mu", P),
-        ("matrix_stride", I64),
+        ("stride", I64),
         ("mu_stride", I64),
     ]
 
@@ -195,6 +199,14 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
 
 
+def signs(codec: Codec, t: Transform) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The signs s of a Hadamard rotation with a side's diagonal d, [1 or kv_heads, padded_dim]: s d for what encodes,
+    s / d for queries and outputs."""
+    s = random_signs(codec.format.padded_dim, codec.spec.seed)[None]
+    d = 1.0 if t.diagonal is None else t.diagonal.astype(np.float64)
+    return (s * d).astype(np.float32), (s / d).astype(np.float32)
+
+
 def merge_macros(dim: int, dtype: str) -> Macros:
     named = {"FA_DIM": dim, "FA_TYPE": TYPES[dtype], "FA_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
     return tuple((name, str(value)) for name, value in named.items())
@@ -306,16 +318,17 @@ def decode_plan(
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
 
-    Two CTAs of eight warps share a multiprocessor where 128 registers suffice: to head_dim 128 and eight queries. With
-    four queries or fewer there is room for two pages at a time. Larger ones take 255 registers. A chunk holds `rounds`
-    groups of pages for every warp.
+    To head_dim 128 two CTAs of eight warps share a multiprocessor with four queries or fewer (128 registers, two pages
+    at a time), and one of twelve has it with eight (168 registers): half as many chunks to join make up for the warps.
+    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
     blocks = -(-queries // held)
     light = d <= 128 and held <= 8
-    warps = warps or 8
-    ctas = ctas or (2 if light else 1)
+    eight = light and held == 8
+    warps = warps or (12 if eight else 8)
+    ctas = ctas or (2 if light and not eight else 1)
     pages = pages or (2 if light and held == 4 else 1)
     fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
     per_group = warps * (pages * fmt.record_bytes + 16)

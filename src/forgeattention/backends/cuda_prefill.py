@@ -25,30 +25,28 @@ WIDE_SCRATCH_TOKENS = 1024
 """The same for heads wider than `FLASH_HEAD_DIM`, whose scores are kept in memory."""
 FLASH_HEAD_DIM = 256
 CUDNN_TOKENS = tuple(1 << i for i in range(14, 9, -1))
-"""What cuDNN is asked for: it builds a plan for every number of tokens, in up to a second, so there must be few."""
+"""What cuDNN is asked for: it builds a plan for every shape and every set of strides, in 50 to 70 ms, so there must be
+few. Each has scratch of its own for that reason."""
+CUDNN_QUERIES = 512
+"""Chunks of multiples of this many queries go to cuDNN: all but a prompt's last in practice."""
 
 Part = tuple[torch.Tensor, torch.Tensor]
 _turn_params = args.Packer(args.TurnQueriesParams)
 _merge_params = args.Packer(args.MergePartsParams)
 
 
-def pieces(tokens: int, scratch: int, cudnn: bool) -> list[list[int]]:
-    """How many tokens each call attends: a list per filling of the scratch."""
-    fillings: list[list[int]] = []
-    while tokens:
-        left = min(tokens, scratch)
-        tokens -= left
-        sizes: list[int] = []
-        for size in CUDNN_TOKENS if cudnn else ():
-            sizes += [size] * (left // size)
-            left %= size
-        fillings.append(sizes + [left] * (left > 0))
-    return fillings
+def pieces(tokens: int, scratch: int, cudnn: bool) -> list[int]:
+    """How many tokens are decoded and attended at a time."""
+    sizes: list[int] = []
+    for size in [s for s in CUDNN_TOKENS if s <= scratch] if cudnn else [scratch]:
+        sizes += [size] * (tokens // size)
+        tokens %= size
+    return sizes + [tokens] * (tokens > 0)
 
 
-def _cudnn_helps(q: torch.Tensor) -> bool:
-    """Whether cuDNN runs here and is the faster one: on Hopper and newer."""
-    if torch.cuda.get_device_capability(q.device)[0] < 9:
+def _cudnn_helps(q: torch.Tensor, n: int) -> bool:
+    """Whether cuDNN runs here and is the faster one for chunks of n tokens: on Hopper and newer."""
+    if n % CUDNN_QUERIES or torch.cuda.get_device_capability(q.device)[0] < 9:
         return False
     params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False)
     return torch.backends.cuda.can_use_cudnn_attention(params)
@@ -107,23 +105,23 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
         q.data_ptr(), turned.data_ptr(), shift.data_ptr(), own[0], *q.stride()[:3], total, q_heads, group, n
     )
     kernel.launch(grid, threads, stream, params)
-    cudnn = _cudnn_helps(turned)
+    cudnn = _cudnn_helps(turned, n)
     scratch = max(PAGE, (SCRATCH_TOKENS if dim <= FLASH_HEAD_DIM else WIDE_SCRATCH_TOKENS) // batch // PAGE * PAGE)
-    fillings = pieces(length, scratch, cudnn)
-    joined = torch.empty((total, dim), dtype=torch.float32, device=device) if len(fillings) > 1 else None
+    sizes = pieces(length, scratch, cudnn)
+    rounds = [sizes[at : at + args.PARTS] for at in range(0, len(sizes), args.PARTS)]
+    joined = torch.empty((total, dim), dtype=torch.float32, device=device) if len(rounds) > 1 else None
     merge = constants.kernel(("merge_parts",), lambda: (args.rotation_macros(codec, args.MergePartsParams), 0))
     first = 0
-    for i, sizes in enumerate(fillings):
-        tokens = sum(sizes)
-        held = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        pages = slice(first // PAGE, -(-(first + tokens) // PAGE))
-        part = PageTable(table.base, table.offsets[rows, pages], held, tokens)
-        k, v = cuda.decode_pages(codec, part, "float16", True)
-        parts, at = [], 0
-        for size in sizes:
-            parts.append(_attend(turned, k[:, :, at : at + size], v[:, :, at : at + size], scale, cudnn))
-            at += size
-        del k, v
+    for i, joins in enumerate(rounds):
+        parts = []
+        for size in joins:
+            held = torch.full((batch,), size, dtype=torch.int32, device=device)
+            pages = slice(first // PAGE, -(-(first + size) // PAGE))
+            part = PageTable(table.base, table.offsets[rows, pages], held, size)
+            k, v = cuda.decode_pages(codec, part, "float16", True)
+            parts.append(_attend(turned, k, v, scale, cudnn))
+            del k, v
+            first += size
         params = _merge_params(
             *_filled([o.data_ptr() for o, _ in parts], args.PARTS),
             *_filled([l.data_ptr() for _, l in parts], args.PARTS),
@@ -133,11 +131,10 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
             lse.data_ptr(),
             own[1],
             *_filled([s for o, _ in parts for s in o.stride()[:3]], 3 * args.PARTS),
-            *(total, kv_heads, group * n, len(parts), i == 0, i + 1 == len(fillings)),
+            *(total, kv_heads, group * n, len(parts), i == 0, i + 1 == len(rounds)),
             scale,
         )
         merge.launch(grid, threads, stream, params)
-        first += tokens
 
 
 def _filled(values: list[int], count: int) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from ..codec.transform import Transform, random_signs
+from ..codec.transform import Transform
 from ..ops.arrays import dtype_of
 from ..ops.merge import merge
 from ..ops.table import ExactTokens, PageTable
@@ -115,22 +115,22 @@ class Launch:
 class _Side:
     """One side's transform on the device. What a transform lacks is `nothing`."""
 
-    def __init__(self, codec: Codec, t: Transform, matrix: Any, nothing: mx.array) -> None:
+    def __init__(self, codec: Codec, t: Transform, encodes: bool, nothing: mx.array) -> None:
         def put(x: Any) -> mx.array:
             return mx.array(np.ascontiguousarray(x, np.float32))
 
-        signs, matrices = codec.rotation == "hadamard", args.ROTATIONS[codec.rotation] == 2
-        heads, rows, columns = t.forward.shape
+        matrices, dim = args.ROTATIONS[codec.rotation] == 2, codec.format.padded_dim
+        signs = args.signs(codec, t)[0 if encodes else 1]
         self._arrays = {
-            "signs": put(random_signs(codec.format.padded_dim, codec.spec.seed)) if signs else nothing,
-            "in": put(matrix) if matrices else nothing,
+            "signs": nothing if matrices else put(signs),
+            "in": put(t.forward.transpose(0, 2, 1) if encodes else t.inverse) if matrices else nothing,
             "out": put(t.inverse.transpose(0, 2, 1)) if matrices else nothing,
             "mu": nothing if t.mu is None else put(t.mu),
         }
         self._given = int(t.mu is not None)
         self._strides = {
-            "matrix_stride": rows * columns if heads > 1 else 0,
-            "mu_stride": rows if t.mu is not None and len(t.mu) > 1 else 0,
+            "stride": (dim * dim if matrices else dim) if len(t.forward) > 1 else 0,
+            "mu_stride": dim if t.mu is not None and len(t.mu) > 1 else 0,
         }
 
     def arrays(self, name: str) -> dict[str, mx.array]:
@@ -148,8 +148,8 @@ class _Constants:
     def __init__(self, codec: Codec) -> None:
         nothing = mx.zeros((4,), dtype=mx.float32)
         sides = codec.k_transform, codec.v_transform
-        self.encode = [_Side(codec, t, t.forward.transpose(0, 2, 1), nothing) for t in sides]
-        self.attend = [_Side(codec, t, t.inverse, nothing) for t in sides]
+        self.encode = [_Side(codec, t, True, nothing) for t in sides]
+        self.attend = [_Side(codec, t, False, nothing) for t in sides]
         self.known: dict[Any, Any] = {}
         self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}  # by batch
 

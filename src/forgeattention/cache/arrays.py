@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,8 +52,8 @@ class Arrays(Protocol):
     def owns(self, array: Any) -> bool:
         """Whether an array belongs to this framework and device."""
 
-    def finite(self, array: Any) -> bool:
-        """Whether every element is finite. Waits for the device."""
+    def finite(self, arrays: Sequence[Any]) -> Callable[[], list[bool]]:
+        """Starts to look whether every element of each array is finite; what it gives waits for the answer."""
 
     @property
     def on_host(self) -> bool:
@@ -106,8 +107,8 @@ class NumpyArrays:
     def owns(self, array: Any) -> bool:
         return isinstance(array, np.ndarray)
 
-    def finite(self, array: Any) -> bool:
-        return bool(np.isfinite(array).all())
+    def finite(self, arrays: Sequence[Any]) -> Callable[[], list[bool]]:
+        return lambda: [bool(np.isfinite(x).all()) for x in arrays]
 
 
 class TorchArrays:
@@ -185,11 +186,21 @@ class TorchArrays:
     def owns(self, array: Any) -> bool:
         return isinstance(array, self._torch.Tensor) and array.device == self.device
 
-    def finite(self, array: Any) -> bool:
+    def finite(self, arrays: Sequence[Any]) -> Callable[[], list[bool]]:
         # A sum is one pass over few bytes of code; only one that is not finite needs the elements looked at.
-        if math.isfinite(array.sum(dtype=self._torch.float32).item()):
-            return True
-        return bool(self._torch.isfinite(array).all())
+        sums = self._torch.stack([x.sum(dtype=self._torch.float32) for x in arrays])
+        if not self.on_host:
+            sums = self._torch.empty(len(arrays), pin_memory=True).copy_(sums, non_blocking=True)
+            copied = self._torch.cuda.current_stream(self.device).record_event()
+
+        def answer() -> list[bool]:
+            if not self.on_host:
+                copied.synchronize()
+            return [
+                math.isfinite(total) or bool(self._torch.isfinite(x).all()) for total, x in zip(sums.tolist(), arrays)
+            ]
+
+        return answer
 
 
 class MLXArrays:
@@ -238,8 +249,8 @@ class MLXArrays:
     def owns(self, array: Any) -> bool:
         return is_mlx(array)
 
-    def finite(self, array: Any) -> bool:
-        return bool(self._mx.isfinite(array).all())
+    def finite(self, arrays: Sequence[Any]) -> Callable[[], list[bool]]:
+        return lambda: [bool(self._mx.isfinite(x).all()) for x in arrays]
 
 
 def arrays_of(array: Any) -> Arrays:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,9 @@ class LayerCache(Rows):
         """Told, before `append`, of the queries q [batch, q_heads, m, head_dim] of the last m of n tokens to come (real
         where `keep` [batch, n] says so). Nothing here; a cache that evicts may recall pages."""
 
-    def append(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> None:
+    def append(
+        self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None, confirm: Callable[[], int] | None = None
+    ) -> None:
         """Adds tokens to every row.
 
         A long append is encoded from `k` and `v` where they lie; no copy of them is kept.
@@ -72,12 +74,13 @@ class LayerCache(Rows):
         Args:
             k, v: [batch, kv_heads, n, head_dim] in the cache's dtype, on its device, the last axis contiguous.
             keep: bool [batch, n] on the host: which tokens are real; None for all.
+            confirm: what `check` gave for the same arguments, where it was called before.
 
         Raises:
             ValueError: a wrong shape, dtype or device; NaN or infinity (off the CPU this is looked for where more
                 than 8 tokens are appended, and else left to the encoder); a full pool.
         """
-        n = self.check(k, v, keep)
+        n = (confirm or self.check(k, v, keep))()
         if keep is None and self._exact_max + n < self._flush_at:
             self._write(k, v, n)
         else:
@@ -189,8 +192,9 @@ class LayerCache(Rows):
         """Removes all tokens; the rows stay."""
         self.trim(self._seen)
 
-    def check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> int:
-        """Raises what `append` would raise for these arguments but for a full pool; gives n."""
+    def check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> Callable[[], int]:
+        """Raises what `append` would raise for these arguments, but for a full pool and for values. What it gives
+        raises for values and gives n; it waits for the device, which may be given other work before."""
         want = (self.batch, self.codec.kv_heads, k.shape[2] if len(k.shape) == 4 else 0, self.codec.head_dim)
         for name, x in (("k", k), ("v", v)):
             if tuple(x.shape) != want:
@@ -202,11 +206,17 @@ class LayerCache(Rows):
         if keep is not None and (keep.shape != (self.batch, n) or keep.dtype != np.bool_):
             got = f"{keep.dtype} {list(keep.shape)}"
             raise ValueError(f"[cache.append] expected keep bool [{self.batch}, {n}]; got {got}")
-        if self.arrays.on_host or n > 8:
-            for name, x in (("k", k), ("v", v)):
-                if not self.arrays.finite(x):
+        if not self.arrays.on_host and n <= 8:
+            return lambda: n
+        finite = self.arrays.finite((k, v))
+
+        def confirm() -> int:
+            for name, good in zip("kv", finite()):
+                if not good:
                     raise ValueError(f"[cache.append] expected finite {name}; got NaN or infinity")
-        return n
+            return n
+
+        return confirm
 
     def _write(self, k: Any, v: Any, n: int) -> None:
         """Appends to the exact tokens of every row, which have room."""

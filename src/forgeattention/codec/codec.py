@@ -99,9 +99,10 @@ class Codec:
 
     @property
     def rotation(self) -> Rotation:
-        """How kernels apply the transforms: the spec's rotation, or matrices ("custom") where a diagonal joins it."""
+        """How kernels apply the transforms: the spec's rotation, for "hadamard" after a diagonal if there is one, or
+        matrices ("custom") where a diagonal joins another rotation."""
         plain = self.k_transform.diagonal is None and self.v_transform.diagonal is None
-        return self.spec.rotation if plain else "custom"
+        return self.spec.rotation if plain or self.spec.rotation == "hadamard" else "custom"
 
     def head(self, head: int) -> Codec:
         """The codec of one KV head by itself, for readers of its records."""

@@ -152,8 +152,10 @@ class EvictingCache(LayerCache):
             if self._demoted[row]:
                 self._recall(row, host[row][:, real], scale)
 
-    def append(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> None:
-        self._with_rounds(lambda: super(EvictingCache, self).append(k, v, keep))
+    def append(
+        self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None, confirm: Callable[[], int] | None = None
+    ) -> None:
+        self._with_rounds(lambda: super(EvictingCache, self).append(k, v, keep, confirm))
 
     def make_room(self, n: int) -> None:
         self._with_rounds(lambda: super(EvictingCache, self).make_room(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -74,8 +75,8 @@ class PackedStates:
         if keep is None and (n == 1 or (n <= step and (layer.seen or self.appended))) and self.past is None:
             self._append(keep)
             return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sinks)[0]
-        if not self.appended:
-            cache.check(self.k, self.v, keep)
+        # The device attends to the past while what was asked of the new values comes back.
+        confirm = None if self.appended else cache.check(self.k, self.v, keep)
         # Layers that share these keys attend later, when the cache has moved on.
         past = self.past
         if past is None:
@@ -83,13 +84,13 @@ class PackedStates:
         out = hf_attention.chunk(past, q, self.k, self.v, keep, scale, sinks)
         if layer.shared:
             self.past = past
-        self._append(keep)
+        self._append(keep, confirm)
         return out
 
-    def _append(self, keep: Keep | None) -> None:
+    def _append(self, keep: Keep | None, confirm: Callable[[], int] | None = None) -> None:
         if not self.appended:
             assert self.layer.cache is not None
-            self.layer.cache.append(self.k, self.v, keep)
+            self.layer.cache.append(self.k, self.v, keep, confirm)
             self.layer.record(self.k.shape[2], keep)
             self.appended = True
 

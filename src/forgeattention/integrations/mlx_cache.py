@@ -175,7 +175,7 @@ class PackedKVCache:
         assert self.cache is not None
         n = keys.shape[2]
         keep = self._new_tokens(n)
-        self.cache.check(keys, values, keep)
+        self.cache.check(keys, values, keep)()
         self._states = PackedStates(self, keys, values, keep)
         self._move(n)
         return self._states, self._states

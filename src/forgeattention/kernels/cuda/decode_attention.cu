@@ -175,7 +175,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
   constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E > 4 ? 64 / E : PARTS > 2 ? 32 / PARTS : 16;
   static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
-  const Signs<DIM, FA_ROTATION> signs(p.v_transform, lane);
+  const Signs<DIM, FA_ROTATION> signs(p.v_transform, it.head, lane);
   for (int i = warp / PARTS; i < QUERIES; i += WARPS / PARTS) {
     const int query = it.block * QUERIES + i, q_head = it.head * p.group + query / p.n;
     if (PARTS == 1 && query >= p.queries) break;
@@ -285,7 +285,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   if (warp < QUERY_WARPS)
 #pragma unroll
     for (int i = 0; i < OF_WARP; ++i) load_query(p, it, warp * OF_WARP + i, lane, x[i]);
-  const Signs<DIM, FA_ROTATION> signs(p.k_transform, lane);
+  const Signs<DIM, FA_ROTATION> signs(p.k_transform, it.head, lane);
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;

@@ -6,6 +6,6 @@
 
 // A side's transform, of which what does not exist is some other array; `given` says whether `mu` does.
 #define FA_TRANSFORM_ARRAYS(side) const float *side##_signs, const float *side##_in, const float *side##_out, const float *side##_mu
-#define FA_TRANSFORM_SCALARS(side) int side##_given, int side##_matrix_stride, int side##_mu_stride
+#define FA_TRANSFORM_SCALARS(side) int side##_given, int side##_stride, int side##_mu_stride
 #define FA_TRANSFORM(side) \
-  { side##_signs, side##_in, side##_out, side##_given ? side##_mu : nullptr, side##_matrix_stride, side##_mu_stride }
+  { side##_signs, side##_in, side##_out, side##_given ? side##_mu : nullptr, side##_stride, side##_mu_stride }

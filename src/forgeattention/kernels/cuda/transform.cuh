@@ -34,7 +34,7 @@ struct Rotate {
 #pragma unroll
     for (int k = 0; k < E; ++k) s[k] = load_early<FLOAT>(signs, lane + 32 * k);
   }
-  // x -> A x with A = H diag(signs).
+  // x -> H diag(signs) x.
   static __device__ __forceinline__ void forward(float (&x)[E], const float (&signs)[E], int lane) {
 #pragma unroll
     for (int k = 0; k < E; ++k) x[k] *= signs[k] * norm();
@@ -46,7 +46,7 @@ struct Rotate {
       x[2] = 0.40824829046386302f * (a - 2.f * b + c);
     }
   }
-  // x -> A^-1 x = diag(signs) H^T x.
+  // x -> diag(signs) H^T x.
   static __device__ __forceinline__ void inverse(float (&x)[E], const float (&signs)[E], int lane) {
     if constexpr (DCT) {
       const float a = 0.57735026918962576f * x[0], b = 0.70710678118654752f * x[1], c = 0.40824829046386302f * x[2];
@@ -79,11 +79,11 @@ struct Rotate {
 
 // One side's transform as a kernel is told of it.
 struct TransformArgs {
-  const float* signs;       // [DIM] of +1 and -1, for HADAMARD
+  const float* signs;       // [heads][DIM], for HADAMARD with A = H diag(s d): s d (encode) or s / d (queries, outputs)
   const float* in_matrix;   // [heads][DIM][DIM], for MATRIX: A^T (encode) or A^-1 (queries)
   const float* out_matrix;  // [heads][DIM][DIM], for MATRIX: (A^-1)^T
   const float* mu;          // [heads][DIM], or null
-  i64 matrix_stride;        // elements between heads, 0 if all share one
+  i64 stride;               // elements between heads of signs or matrices, 0 if all share one
   i64 mu_stride;
 };
 
@@ -91,27 +91,27 @@ struct TransformArgs {
 template <int DIM, int ROTATION>
 struct Signs {
   float s[ROTATION == HADAMARD ? DIM / 32 : 1];
-  __device__ __forceinline__ Signs(const TransformArgs& t, int lane) {
-    if constexpr (ROTATION == HADAMARD) Rotate<DIM>::load_signs(t.signs, lane, s);
+  __device__ __forceinline__ Signs(const TransformArgs& t, int head, int lane) {
+    if constexpr (ROTATION == HADAMARD) Rotate<DIM>::load_signs(t.signs + head * t.stride, lane, s);
   }
 };
 template <int DIM, int ROTATION>
 __device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
   if constexpr (ROTATION == HADAMARD) Rotate<DIM>::forward(x, signs.s, lane);
-  if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.in_matrix + head * t.matrix_stride, lane);
+  if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.in_matrix + head * t.stride, lane);
 }
 template <int DIM, int ROTATION>
 __device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
   if constexpr (ROTATION == HADAMARD) Rotate<DIM>::inverse(x, signs.s, lane);
-  if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.out_matrix + head * t.matrix_stride, lane);
+  if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.out_matrix + head * t.stride, lane);
 }
 template <int DIM, int ROTATION>
 __device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
-  transform_in<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, lane), head, lane);
+  transform_in<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, head, lane), head, lane);
 }
 template <int DIM, int ROTATION>
 __device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, int head, int lane) {
-  transform_out<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, lane), head, lane);
+  transform_out<DIM, ROTATION>(x, t, Signs<DIM, ROTATION>(t, head, lane), head, lane);
 }
 // q . mu of a head, before q is transformed; the same in every lane.
 template <int DIM>
