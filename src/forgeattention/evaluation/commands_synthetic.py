@@ -19,30 +19,40 @@ def run_ruler(args: argparse.Namespace) -> dict[str, Any]:
     made = setup(args)
     makers = {"exact": (made.make_exact, None), "packed": (made.make_packed, "forge")}
     rows: list[dict[str, Any]] = []
-    with report.progress("RULER", 2 * len(tasks) * len(args.lengths) * args.samples) as advance:
-        for length in args.lengths:
-            for task in tasks:
-                samples = [ruler.make(task, made.tokenizer, length, args.seed + i) for i in range(args.samples)]
-                row: dict[str, Any] = {"task": task, "length": length, "samples": args.samples}
-                for name, (make, implementation) in makers.items():
-                    said = []
-                    for sample in samples:
-                        said.append(
-                            ruler.answer(made.model, made.tokenizer, sample, make(), block=args.block,
-                                         implementation=implementation)
-                        )  # fmt: skip
-                        advance()
-                    row[name] = ruler.score(task, said, [sample.answers for sample in samples])
-                    row[f"{name}_texts"] = said
-                row["answers"] = [list(sample.answers) for sample in samples]
-                rows.append(row)
-                print(
-                    f"{task:<16} {length:>8} tokens: exact {row['exact']:6.1f}, packed {row['packed']:6.1f}", flush=True
-                )
+    seeds = range(args.seed, args.seed + args.samples)
+    needs = {task: max(ruler.least_length(task, made.tokenizer, seed) for seed in seeds) for task in tasks}
+    asked = [(task, length) for length in args.lengths for task in tasks]
+    # Without names all tasks are asked that have room.
+    left_out = [(task, length) for task, length in asked if needs[task] > length and not args.tasks]
+    asked = [pair for pair in asked if pair not in left_out]
+    for task, length in left_out:
+        print(f"{task:<16} {length:>8} tokens: left out, needs at least {needs[task]}", flush=True)
+    if not asked:
+        raise ValueError(f"[ruler] expected a length of at least {min(needs.values())} tokens; got {max(args.lengths)}")
+    samples_of = {
+        (task, length): [ruler.make(task, made.tokenizer, length, seed) for seed in seeds] for task, length in asked
+    }
+    with report.progress("RULER", 2 * len(asked) * args.samples) as advance:
+        for (task, length), samples in samples_of.items():
+            row: dict[str, Any] = {"task": task, "length": length, "samples": args.samples}
+            for name, (make, implementation) in makers.items():
+                said = []
+                for sample in samples:
+                    said.append(
+                        ruler.answer(made.model, made.tokenizer, sample, make(), block=args.block,
+                                     implementation=implementation)
+                    )  # fmt: skip
+                    advance()
+                row[name] = ruler.score(task, said, [sample.answers for sample in samples])
+                row[f"{name}_texts"] = said
+            row["answers"] = [list(sample.answers) for sample in samples]
+            rows.append(row)
+            print(f"{task:<16} {length:>8} tokens: exact {row['exact']:6.1f}, packed {row['packed']:6.1f}", flush=True)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in makers}
     print(f"mean of {len(rows)}: exact {means['exact']:.1f}, packed {means['packed']:.1f}, at {made.bits:.3f} bits")
     return {
         "rows": rows,
+        "left_out": [{"task": task, "length": length, "needs": needs[task]} for task, length in left_out],
         "mean": means,
         "effective_bits": made.bits,
         "seed": args.seed,

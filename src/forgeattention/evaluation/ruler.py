@@ -55,16 +55,15 @@ def make(task: str, tokenizer: Any, length: int, seed: int = 0) -> Sample:
     Raises:
         ValueError: an unknown task, or not even the smallest question fits.
     """
-    check(task)
+    least = least_length(task, tokenizer, seed)
+    if least > length:
+        raise ValueError(f"[ruler] expected a length of at least {least} tokens for {task}; got {length}")
     new_tokens = NEW_TOKENS[task.partition("_")[0]]
 
     def sized(size: int) -> tuple[Draft, int]:
-        draft = TASKS[task](random.Random(f"{task} {seed}"), size)
-        return draft, _prompt(tokenizer, draft.text, draft.prefix).shape[1]
+        return _sized(task, tokenizer, seed, size)
 
     draft, tokens = sized(1)
-    if tokens + new_tokens > length:
-        raise ValueError(f"[ruler] expected a length of at least {tokens + new_tokens} tokens for {task}; got {length}")
     low, high = 1, 2
     while (found := sized(high))[1] + new_tokens <= length:
         (draft, tokens), low, high = found, high, 2 * high
@@ -76,6 +75,21 @@ def make(task: str, tokenizer: Any, length: int, seed: int = 0) -> Sample:
         else:
             high = middle
     return Sample(task, draft.text, draft.prefix, draft.answers, new_tokens, tokens)
+
+
+def least_length(task: str, tokenizer: Any, seed: int = 0) -> int:
+    """Tokens of a task's smallest question, those to generate included.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    check(task)
+    return _sized(task, tokenizer, seed, 1)[1] + NEW_TOKENS[task.partition("_")[0]]
+
+
+def _sized(task: str, tokenizer: Any, seed: int, size: int) -> tuple[Draft, int]:
+    draft = TASKS[task](random.Random(f"{task} {seed}"), size)
+    return draft, _prompt(tokenizer, draft.text, draft.prefix).shape[1]
 
 
 def answer(

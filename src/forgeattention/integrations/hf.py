@@ -39,6 +39,15 @@ from .hf_layer import Keep, PackedLayer, PackedStates
 log = logging.getLogger("forgeattention")
 
 
+def _layers_that_share(config: Any, own: int) -> set[int]:
+    """Which of the `own` layers with keys of their own are read by later layers too."""
+    if (modes := getattr(config, "kv_sharing_modes", None)) is not None:
+        return {i for i, mode in enumerate(modes) if mode == "store"}
+    if not getattr(config, "num_kv_shared_layers", 0):  # where transformers does not name the modes yet
+        return set()
+    return set({kind: i for i, kind in enumerate(config.layer_types[:own])}.values())
+
+
 class ForgeCache(Cache):
     """A cache for `past_key_values` whose full-attention layers are packed.
 
@@ -95,9 +104,9 @@ class ForgeCache(Cache):
             budgets = Budgets.load(sparse.budgets, fingerprint(model)).layers
             if not set(packed) <= set(budgets):
                 raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
-        sharing = getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or [None] * len(layers)
+        stored = _layers_that_share(config.get_text_config(decoder=True), len(layers))
         for i in packed:
-            layers[i] = PackedLayer(self, own.get(i), sharing[i] == "store")
+            layers[i] = PackedLayer(self, own.get(i), i in stored)
             if sparse is not None:
                 layers[i].sparse = SparseLayer(sparse, budgets.get(i), sparse_log)
         self._codecs: dict[tuple[int, int], Codec] = {}

@@ -48,6 +48,12 @@ class PackedStates:
     def __getattr__(self, name: str) -> NoReturn:
         raise ValueError(f"[forge] expected attn_implementation='forge' with a ForgeCache; got one reading .{name}")
 
+    def to(self, device: torch.device) -> PackedStates:
+        """What layers that share keys ask for before they use them."""
+        if torch.device(device) != self.k.device:
+            raise ValueError(f"[forge] expected layers that share keys on one device, {self.k.device}; got {device}")
+        return self
+
     def attend(self, q: torch.Tensor, mask: Any, scale: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of the new tokens over the whole sequence; the first call appends them.
 
@@ -179,7 +185,7 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last positions; see `LayerCache.trim` for what a cut inside a page costs."""
-        n = -tokens_to_remove
+        n = -int(tokens_to_remove)  # some versions of transformers give a tensor
         if not 0 <= n <= self.seen:
             raise ValueError(f"[forge.crop] expected minus 0 to {self.seen} positions; got {tokens_to_remove}")
         if n == 0 or self.cache is None:
