@@ -42,17 +42,19 @@ CONTEXT = 7168
 def jobs() -> list[dict[str, Any]]:
     """What is measured, one dict a row."""
     out: list[dict[str, Any]] = [{"cache": "exact", "policy": None}, {"cache": "packed", "policy": None}]
+    caches = ("exact", "packed")
+    for kept, policy in itertools.product(RETENTIONS, ("v3", "random", "recency", "v1", "v2")):
+        out += [{"cache": c, "policy": policy, "retention": kept} for c in caches]
+        if policy == "v3":
+            out += [{"cache": c, "on_evict": "host", "policy": policy, "retention": kept} for c in caches]
     for kept in RETENTIONS:
-        for policy in ("random", "recency", "v1", "v2", "v3"):
-            out += [{"cache": c, "policy": policy, "retention": kept} for c in ("exact", "packed")]
         base = {"policy": "v3", "retention": kept}
-        out += [{"cache": c, "on_evict": "host", **base} for c in ("exact", "packed")]
         out += [{"cache": "packed", "join": "mean", **base}]
         out += [{"cache": "exact", "join": j, **base} for j in ("mean", "mean-first", "top8")]
         out += [{"cache": "exact", "granularity": g, **base} for g in ("tokens", "entry")]
     base = {"policy": "v3", "retention": 0.5, "on_evict": "host"}
     for share, pages in ((0.02, 8), (0.1, 8), (0.2, 8), (0.05, 4), (0.05, 16), (0.05, 32)):
-        out += [{"cache": c, "recall_share": share, "recall_pages": pages, **base} for c in ("exact", "packed")]
+        out += [{"cache": c, "recall_share": share, "recall_pages": pages, **base} for c in caches]
     return out
 
 

@@ -40,19 +40,20 @@ PY
     ;;
   induction)
     timeout 300 python3 benchmarks/induction.py --device cuda --lengths 300000 1000000 --json "$OUT/induction.json" \
-      --caches balanced "balanced sparse=top_k=1024" "balanced evict=v3:0.5" 2>&1 | tee "$OUT/induction.log"
+      --caches balanced "balanced sparse=top_k=1024" "balanced evict=v3:0.5" "balanced evict=v3:0.5:host" 2>&1 | tee "$OUT/induction.log"
     ;;
   fidelity)
     OMP_NUM_THREADS=1 timeout 590 python3 benchmarks/fidelity.py --full --device cuda --batch 5 --workers 12 \
       --journal "$OUT/fidelity.jsonl" --json "$OUT/fidelity.json" --plot "$OUT/frontier.png" 2>&1 | tee "$OUT/fidelity.log" | tail -60
     ;;
   eviction)
-    for i in $(seq 0 7); do
-      OMP_NUM_THREADS=1 timeout 590 python3 benchmarks/eviction.py sweep --device cuda --share "$i" 8 --json "$OUT/eviction-$i.json" \
-        >"$OUT/eviction-$i.log" 2>&1 &
+    mkdir -p "$OUT/parts"
+    for i in $(seq 0 14); do
+      OMP_NUM_THREADS=1 timeout ${EVICTION_S:-590} python3 benchmarks/eviction.py sweep --device cuda --share "$i" 15 --json "$OUT/parts/eviction-$i.json" \
+        >"$OUT/parts/eviction-$i.log" 2>&1 &
     done
     wait
-    python3 benchmarks/eviction.py merge "$OUT"/eviction-[0-7].json --json "$OUT/eviction.json"
+    python3 benchmarks/eviction.py merge "$OUT"/parts/eviction-*.json --json "$OUT/eviction.json"
     ;;
   mlx)
     timeout 300 python3 -m pytest -q -p no:cacheprovider tests/test_mlx_cuda.py 2>&1 | tee "$OUT/pytest-mlx.log" | tail -20

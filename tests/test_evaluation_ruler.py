@@ -2,12 +2,16 @@
 
 import random
 import re
+from argparse import Namespace
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from transformers import DynamicCache
 
-from forgeattention.evaluation import ruler
+from forgeattention.codec import CodecSpec
+from forgeattention.evaluation import commands_synthetic, ruler
+from forgeattention.integrations.hf import ForgeCache
 from tests import tiny
 
 LENGTH = 12000
@@ -121,3 +125,25 @@ def test_unknown_tasks_and_lengths_without_room():
 def test_every_size_can_be_drawn(task):
     sizes = [len(ruler.TASKS[task](random.Random(1), size).text) for size in (1, 10, 100)]
     assert sizes == sorted(sizes)
+
+
+def test_the_command_leaves_out_tasks_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.llama(head_dim=64).float(), tiny.tokenizer()
+    stock = SimpleNamespace(
+        model=model, tokenizer=tokenizer, bits=3.0, spec=CodecSpec(),
+        make_exact=lambda: DynamicCache(config=model.config), make_packed=lambda: ForgeCache(model.config),
+    )  # fmt: skip
+    monkeypatch.setattr(commands_synthetic, "setup", lambda _: stock)
+    args = Namespace(tasks=None, lengths=[700, 1000], samples=1, seed=0, block=512, model="tiny")
+    got = commands_synthetic.run_ruler(args)
+    left = {(x["task"], x["length"]) for x in got["left_out"]}
+    assert left == {(t, n) for t in ruler.TASKS for n in (700, 1000) if ruler.least_length(t, tokenizer) > n}
+    assert {(x["task"], x["length"]) for x in got["rows"]} == {(t, n) for t in ruler.TASKS for n in (700, 1000)} - left
+    assert left
+    assert got["rows"]
+    args.tasks = ["cwe"]
+    with pytest.raises(ValueError, match=r"^\[ruler\] expected a length of at least \d+ tokens for cwe"):
+        commands_synthetic.run_ruler(args)
+    args.tasks, args.lengths = None, [10]
+    with pytest.raises(ValueError, match=r"^\[ruler\] expected a length of at least"):
+        commands_synthetic.run_ruler(args)
