@@ -250,6 +250,7 @@ def memory_curve(model: Any, tokens: int, chunk: int, steps: int) -> dict[str, A
         torch.cuda.reset_peak_memory_stats()
 
     ids = torch.randint(0, 1000, (1, chunk), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
     for at in range(0, tokens, chunk):
         piece = ids[:, : min(chunk, tokens - at)]
         model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
