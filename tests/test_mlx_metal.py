@@ -20,8 +20,9 @@ from tiny import tokenizer  # noqa: E402
 from tolerances import MLX_MODEL  # noqa: E402
 
 from forgeattention import mlx_lm as forge  # noqa: E402
-from forgeattention.backends import metal  # noqa: E402
+from forgeattention.backends import metal, metal_scores  # noqa: E402
 from forgeattention.ops import dispatch  # noqa: E402
+from forgeattention.sparse import SparseSpec  # noqa: E402
 
 
 class Device:
@@ -46,7 +47,8 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: Any) -> Any:
     made = Device()
-    monkeypatch.setattr(metal, "mlx_device", lambda: made)
+    for module in (metal, metal_scores):
+        monkeypatch.setattr(module, "mlx_device", lambda: made)
     monkeypatch.setattr(metal, "available", lambda: (True, "the emulator"))
     monkeypatch.setattr(dispatch, "native", lambda kind: "metal" if kind == "mlx" else kind)
     dispatch.load.cache_clear()
@@ -66,6 +68,27 @@ def test_models_compute_what_stock_layers_of_decoded_values_do(device: Device, k
     assert found == want
     kernels = {"encode", "decode_attention", "merge_attention"}
     assert device.kernels == (kernels | {"prefill_attention"} if chunk == 90 else kernels)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_sparse_steps(device: Device, fast: bool) -> None:
+    """All tokens kept is the dense cache; of some, what the CPU's backend computes."""
+    made, prompt = model(), tokens(1, 420)[0]
+
+    def run(sparse: SparseSpec | None, backend: str = "auto") -> Any:
+        cache = forge.make_prompt_cache(made, SPEC, fitted=False, sparse=sparse, backend=backend)
+        return greedy(made, cache, prompt, 4, 1000)[1]
+
+    dense = run(None)
+    everything = SparseSpec(top_k=4096, fast=fast, min_context=0)
+    assert np.abs(run(everything) - dense).max() < MLX_MODEL
+    before = set(device.kernels)
+    few = SparseSpec(top_k=64, fast=True, min_context=0) if fast else SparseSpec(top_p=0.9, min_context=0)
+    some = run(few)
+    assert np.abs(some - run(few, "reference")).max() < MLX_MODEL
+    assert np.abs(some - dense).max() > 10 * MLX_MODEL
+    sparse = {"sparse_scores", "sparse_threshold", "sparse_attention"}
+    assert (before | device.kernels) >= sparse or fast
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -8,6 +8,7 @@ from tolerances import METAL
 
 from forgeattention.backends import metal
 from forgeattention.backends.metal_launch import MLX, kernel_text
+from forgeattention.ops.sparse import Scores, Threshold
 from forgeattention.ops.table import ExactTokens, PageTable
 
 from .cases import Emulator, make_codec, make_exact, make_table, queries, relative_error
@@ -41,7 +42,17 @@ def as_mlx(x, dtype=None):
         return PageTable(mx.array(x.base), mx.array(x.offsets), mx.array(x.lengths), x.max_length)
     if isinstance(x, ExactTokens):
         return ExactTokens(mx.array(x.k).astype(dtype), mx.array(x.v).astype(dtype), mx.array(x.lengths), x.max_length)
+    if isinstance(x, (Scores, Threshold)):
+        return type(x)(*map(mx.array, vars(x).values()))
+    if isinstance(x, tuple):
+        return tuple(mx.array(y) for y in x)
     return mx.array(x) if isinstance(x, np.ndarray) else x
+
+
+def arrays(result):
+    if isinstance(result, (Scores, Threshold)):
+        return list(vars(result).values())
+    return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.fixture
@@ -59,8 +70,9 @@ def launches_of(case):
     codec, table, q, p, exact = case
     device = EmulatedMLX()
     sinks = np.ones(4, np.float32)
-    scores, tile_max = metal.sparse_scores(q, codec, table, 0.1, Emulator())
-    threshold, last = np.sort(scores, -1)[..., -9], np.full((2, 4, 1), 2**30, np.int32)
+    scores = metal.sparse_scores(q, codec, table, 0.1, Emulator())
+    threshold = metal.sparse_threshold(scores, table, 9, None, None, Emulator())
+    budgets, lse = np.arange(4, dtype=np.int32), np.ones((2, 4, 1), np.float32)
     for op, args in (
         (metal.decode_attention, (q, codec, table, exact, 0.1, True, None)),
         (metal.decode_attention, (q, codec, table, None, 0.1, True, sinks)),
@@ -70,13 +82,20 @@ def launches_of(case):
         (metal.decode_pages, (codec, table, "float16", False)),
         (metal.decode_pages, (codec, table, "float32", True)),
         (metal.sparse_scores, (q, codec, table, 0.1)),
-        (metal.sparse_attention, (scores, tile_max, threshold, last, codec, table)),
+        (metal.page_scores, (q, codec, table, 0.1)),
+        (metal.sparse_threshold, (scores, table, budgets, None, lse)),
+        (metal.sparse_threshold, (scores, table, None, 0.9, None)),
+        (metal.sparse_attention, (scores, threshold, codec, table, None)),
+        (metal.sparse_attention, (scores, threshold, codec, table, (q, lse))),
     ):
         with_numpy = op(*args, device=Emulator())
         with_mlx = op(*(as_mlx(a, mx.float32) for a in args), device=device)
-        for want, got in zip(*((x if isinstance(x, tuple) else (x,)) for x in (with_numpy, with_mlx))):
+        for want, got in zip(*map(arrays, (with_numpy, with_mlx)), strict=True):
             assert str(got.dtype).endswith(want.dtype.name)
-            assert relative_error(np.array(got), want) < METAL[want.dtype.name]
+            if want.dtype == np.int32:
+                assert np.array_equal(np.array(got), want)
+            else:
+                assert relative_error(np.array(got), want) < METAL[want.dtype.name]
     return device.launches
 
 
@@ -89,6 +108,7 @@ def test_ops_on_mlx_arrays(case):
         "value_sum",
         "decode_pages",
         "sparse_scores",
+        "sparse_threshold",
         "sparse_attention",
     }
 

@@ -17,19 +17,27 @@ from ..ops.arrays import dtype_of
 from ..ops.table import ExactTokens, PageTable
 from .metal_launch import (
     THREADS,
+    TILE,
     Device,
     Launch,
     constants,
     format_template,
     mlx_device,
     packed_queries,
+    paged,
+    rows_per_block,
+    split_count,
     unpacked_values,
 )
+from .metal_scores import page_scores as page_scores
+from .metal_scores import qk_scores as qk_scores
+from .metal_scores import sparse_attention as sparse_attention
+from .metal_scores import sparse_scores as sparse_scores
+from .metal_scores import sparse_threshold as sparse_threshold
+from .metal_scores import value_sum as value_sum
 from .mlx_arrays import page_places, some_exact, some_table, store_pages
 
 LOG2E = 1.4426950408889634
-TILE = 4 * PAGE
-"""Tokens that a threadgroup takes at once, a page for each of its simdgroups."""
 
 
 def available() -> tuple[bool, str]:
@@ -41,23 +49,6 @@ def available() -> tuple[bool, str]:
     if not mx.metal.is_available():
         return False, f"MLX {mx.__version__} without a Metal device"
     return True, f"MLX {mx.__version__} on {mx.metal.device_info()['device_name']}"
-
-
-def split_count(tiles: int) -> int:
-    """Threadgroups over which a sequence of so many tiles is split; `split_count` in page.metal."""
-    return min((tiles + 1) // 2, 32)
-
-
-def rows_per_block(rows: int, padded_dim: int) -> int:
-    """Rows (queries of the heads of one KV head) that share a read of the pages: the size of the fewest equal blocks
-    whose sums fit in registers."""
-    most = 4 if padded_dim == 512 else 8
-    blocks = -(-rows // most)
-    return -(-rows // blocks)
-
-
-def _pages(table: PageTable) -> dict[str, Any]:
-    return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
 
 
 def decode_attention(
@@ -88,7 +79,7 @@ def decode_attention(
                 "q": rotated,
                 "q_exact": plain,
                 "bias": bias,
-                **_pages(table),
+                **paged(table),
                 "exact_k": exact.k,
                 "exact_v": exact.v,
                 "exact_lengths": exact.lengths,
@@ -146,7 +137,7 @@ def prefill_attention(
     inputs = {
         "q": rotated,
         "bias": bias,
-        **_pages(table),
+        **paged(table),
         "k_levels": c.k_levels,
         "v_levels": c.v_levels,
         "units": c.units,
@@ -162,126 +153,6 @@ def prefill_attention(
     )
     mass = xp.where(lse == -xp.inf, 0.0, 1.0).astype(xp.float32)
     return unpacked_values(o, mass, codec, xp), lse
-
-
-def _scores(kernel: str, q: Any, codec: Codec, table: PageTable, scale: float, device: Device) -> list[Any]:
-    """Scores [batch, q_heads, n, max_length] and, from "sparse_scores", the maxima [batch, q_heads, n, tiles]."""
-    xp = device.xp
-    batch, heads, n, _ = q.shape
-    rows, tiles = heads // codec.kv_heads * n, -(-table.max_length // TILE)
-    outputs = {"scores": ((batch, heads, n, table.max_length), "float32")}
-    if kernel == "sparse_scores":
-        outputs["tile_max"] = ((batch, heads, n, tiles), "float32")
-    if batch * n * tiles == 0:
-        return [xp.zeros(shape, dtype=xp.float32) for shape, _ in outputs.values()]
-    block = rows_per_block(rows, codec.format.padded_dim)
-    rotated, _, bias = packed_queries(q, codec, scale, xp)
-    inputs = {"q": rotated, "bias": bias, **_pages(table), "k_levels": constants(codec, xp).k_values}
-    return device.run(
-        Launch(
-            kernel,
-            {**inputs, "max_length": xp.array(table.max_length, dtype=xp.int32)},
-            outputs,
-            (tiles, -(-rows // block), batch * codec.kv_heads),
-            [*format_template(codec), ("ROWS", block), ("KV_HEADS", codec.kv_heads)],
-        )
-    )
-
-
-def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None) -> Any:
-    """See `forgeattention.ops.qk_scores`."""
-    return _scores("qk_scores", q, codec, table, scale, device or mlx_device())[0]
-
-
-def _sums(
-    kernel: str, weights: dict[str, Any], codec: Codec, table: PageTable, device: Device, *template: tuple[str, bool]
-) -> tuple[Any, Any]:
-    """Sums of stored values [batch, q_heads, n, padded_dim] and of their weights [batch, q_heads, n]. The first array
-    of `weights` is [batch, q_heads, n, max_length]."""
-    batch, heads, n, length = next(iter(weights.values())).shape
-    rows, padded = heads // codec.kv_heads * n, codec.format.padded_dim
-    splits, block = split_count(-(-length // TILE)), rows_per_block(rows, padded)
-    sums, mass = device.run(
-        Launch(
-            kernel,
-            {**weights, **_pages(table), "v_levels": constants(codec, device.xp).v_values},
-            {
-                "sums": ((batch, codec.kv_heads, splits, rows, padded), "float32"),
-                "mass": ((batch, codec.kv_heads, splits, rows), "float32"),
-            },
-            (splits, -(-rows // block), batch * codec.kv_heads),
-            [*format_template(codec), ("ROWS", block), ("KV_HEADS", codec.kv_heads), *template],
-        )
-    )
-    return sums.sum(2).reshape(batch, heads, n, padded), mass.sum(2).reshape(batch, heads, n)
-
-
-def value_sum(p: Any, codec: Codec, table: PageTable, skip: bool = True, device: Device | None = None) -> Any:
-    """See `forgeattention.ops.value_sum`. Weights are not checked to be finite: that would wait for the GPU.
-
-    Args:
-        p, codec, table: as there.
-        skip: leave out pages and groups of 16 tokens whose weights are all zero; else read every page.
-        device: what runs the kernel, MLX if None.
-    """
-    device = device or mlx_device()
-    if 0 in p.shape:
-        return device.xp.zeros((*p.shape[:3], codec.head_dim), dtype=device.xp.float32)
-    return unpacked_values(*_sums("value_sum", {"p": p}, codec, table, device, ("SKIP", skip)), codec, device.xp)
-
-
-def sparse_scores(
-    q: Any, codec: Codec, table: PageTable, scale: float, device: Device | None = None
-) -> tuple[Any, Any]:
-    """The first phase of sparse attention.
-
-    Args:
-        q: [batch, q_heads, n, head_dim].
-        codec, table, scale: as for `qk_scores`.
-        device: what runs the kernel, MLX if None.
-
-    Returns:
-        scores float32 [batch, q_heads, n, table.max_length], -inf from each row's length on, and the largest score of
-        each 256 tokens, float32 [batch, q_heads, n, tiles].
-    """
-    scores, tile_max = _scores("sparse_scores", q, codec, table, scale, device or mlx_device())
-    return scores, tile_max
-
-
-def sparse_attention(
-    scores: Any,
-    tile_max: Any,
-    threshold: Any,
-    last: Any,
-    codec: Codec,
-    table: PageTable,
-    device: Device | None = None,
-) -> tuple[Any, Any]:
-    """The second phase of sparse attention: softmax over the tokens that reach their query's threshold.
-
-    Args:
-        scores, tile_max: from `sparse_scores`.
-        threshold: float32 [batch, q_heads, n]; tokens with larger scores are attended.
-        last: int32 [batch, q_heads, n]; of the tokens with just that score, those up to this position are attended.
-        codec, table: as for `sparse_scores`.
-        device: what runs the kernel, MLX if None.
-
-    Returns:
-        out float32 [batch, q_heads, n, head_dim] and lse float32 [batch, q_heads, n]; zeros and -inf where no token is
-        attended.
-    """
-    device = device or mlx_device()
-    xp = device.xp
-    if 0 in scores.shape:
-        empty = xp.zeros((*scores.shape[:3], codec.head_dim), dtype=xp.float32)
-        return empty, xp.full(scores.shape[:3], -xp.inf, dtype=xp.float32)
-    top = tile_max.max(-1)
-    weights = {"scores": scores, "tile_max": tile_max, "threshold": threshold, "last": last, "top": top}
-    sums, mass = _sums("sparse_attention", weights, codec, table, device)
-    some = mass > 0
-    share = xp.where(some, 1 / xp.where(some, mass, 1.0), 0.0).astype(xp.float32)
-    lse = xp.where(some, top + xp.log(xp.where(some, mass, 1.0)), -xp.inf).astype(xp.float32)
-    return unpacked_values(sums * share[..., None], mass * share, codec, xp), lse
 
 
 def compact(base: Any | None, offsets: Any, page_bytes: int, device: Device | None = None) -> Any:
@@ -317,7 +188,7 @@ def decode_pages(
         Launch(
             "decode_pages",
             {
-                **_pages(table),
+                **paged(table),
                 "k_levels": c.k_values,
                 "v_levels": c.v_values,
                 "max_length": xp.array(table.max_length, dtype=xp.int32),

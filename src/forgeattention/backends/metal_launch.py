@@ -14,7 +14,8 @@ import numpy as np
 
 from ..codec.codec import Codec
 from ..codec.packing import key_orders
-from ..codec.spec import CODES, SCALE_FORMATS
+from ..codec.spec import CODES, PAGE, SCALE_FORMATS
+from ..ops.table import PageTable
 
 KERNELS = Path(__file__).parent.parent / "kernels" / "metal"
 BODY = "//! body\n"
@@ -107,6 +108,27 @@ class MLX:
 @cache
 def mlx_device() -> MLX:
     return MLX()
+
+
+TILE = 4 * PAGE
+"""Tokens that a threadgroup takes at once, a page for each of its simdgroups."""
+
+
+def split_count(tiles: int) -> int:
+    """Threadgroups over which a sequence of so many tiles is split; `split_count` in page.metal."""
+    return min((tiles + 1) // 2, 32)
+
+
+def rows_per_block(rows: int, padded_dim: int) -> int:
+    """Rows (queries of the heads of one KV head) that share a read of the pages: the size of the fewest equal blocks
+    whose sums fit in registers."""
+    most = 4 if padded_dim == 512 else 8
+    blocks = -(-rows // most)
+    return -(-rows // blocks)
+
+
+def paged(table: PageTable) -> dict[str, Any]:
+    return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
 
 
 @dataclass(frozen=True)

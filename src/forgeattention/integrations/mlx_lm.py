@@ -79,7 +79,7 @@ def make_prompt_cache(
             `trim_prompt_cache` can go back to them.
         backend: which kernels run, "auto" or a name of `ops`.
         eviction: how packed layers give up pages; None keeps all.
-        sparse: which packed tokens decode steps read; None for all. Not with budgets, nor on Metal.
+        sparse: which packed tokens decode steps read; None for all. Not with budgets, nor on MLX's CUDA backend.
 
     Raises:
         ValueError: a codec for a layer that is not packed, no layer that could be, or eviction from a model whose

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import ops
 from ..codec import PAGE, Codec
-from ..ops.arrays import from_numpy, is_torch, to_numpy
+from ..ops.arrays import is_mlx, is_torch, to_numpy
 from ..ops.table import ExactTokens, PageTable
 from .spec import SparseSpec
 
@@ -64,13 +64,15 @@ def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: Sp
 
     Returns:
         offsets of the records int64 [batch, kv_heads, most], tokens in them int32 [batch, kv_heads], and which pages
-        they are, bool [batch, kv_heads, pages] (on the host but for torch).
+        they are, bool [batch, kv_heads, pages].
     """
     most = means.shape[3] if spec.top_k is None else min(spec.top_k // PAGE, means.shape[3])
     if is_torch(means) and means.is_cuda and spec.top_k is not None:
         from ..backends.cuda_sparse import page_select
 
         return page_select(means, codec, table, most)
+    if is_mlx(means):
+        return _select_mlx(means, codec, table, lse, spec, most)
     import torch
 
     def tensor(x: Any) -> Any:
@@ -96,10 +98,39 @@ def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: Sp
     read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=m.device).scatter(-1, order, taken)
     heads_at = codec.format.record_bytes * torch.arange(kv_heads, device=m.device)[:, None]
     chosen = offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
-    results = (chosen, (counts * PAGE).to(torch.int32), read)
-    if is_torch(means):
-        return results
-    return from_numpy(chosen.numpy(), means, "int64"), from_numpy(results[1].numpy(), means, "int32"), read.numpy()
+    held = (counts * PAGE).to(torch.int32)
+    return (chosen, held, read) if is_torch(means) else (chosen.numpy(), held.numpy(), read.numpy())
+
+
+def _select_mlx(
+    means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: SparseSpec, most: int
+) -> tuple[Any, Any, Any]:
+    """`select` in MLX's operations."""
+    import mlx.core as mx
+
+    batch, _, _, pages = means.shape
+    kv_heads = codec.kv_heads
+    z = means.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
+    total = mx.logsumexp(z, axis=-1)
+    if lse is not None:
+        total = mx.logaddexp(total, lse.reshape(total.shape))
+    z = z - total[..., None]
+    used = mx.broadcast_to(((table.lengths + (PAGE - 1)) // PAGE)[:, None], (batch, kv_heads))
+    order = mx.argsort(-z.max(axis=2), axis=-1)[..., :most]
+    counts = mx.minimum(used, most)
+    if spec.top_p is not None:
+        share = mx.exp(z)
+        sums = mx.cumsum(mx.take_along_axis(share, mx.broadcast_to(order[:, :, None], share.shape), axis=-1), axis=-1)
+        left = share.sum(axis=-1, keepdims=True) - mx.concatenate(
+            [mx.zeros_like(sums[..., :1]), sums[..., :-1]], axis=-1
+        )
+        counts = mx.minimum((left > 1 - spec.top_p).any(axis=2).sum(axis=-1), used)
+    taken = mx.arange(most) < counts[..., None]
+    read = mx.put_along_axis(mx.zeros((batch, kv_heads, pages), dtype=mx.bool_), order, taken, axis=-1)
+    heads_at = codec.format.record_bytes * mx.arange(kv_heads, dtype=mx.int64)[:, None]
+    offsets = mx.broadcast_to(table.offsets[:, None, :pages], (batch, kv_heads, pages))
+    chosen = mx.take_along_axis(offsets, order, axis=-1) + heads_at
+    return chosen, (counts * PAGE).astype(mx.int32), read
 
 
 def estimated_drop(means: Any, read: Any, lse: Any) -> Any:
@@ -138,8 +169,12 @@ def _attend_rows(
         of_rows = PageTable(table.base, offsets.reshape(rows, most), tokens.reshape(rows), most * PAGE)
         if is_torch(q):
             lengths = exact.lengths.repeat_interleave(kv_heads)
+        elif is_mlx(q):
+            import mlx.core as mx
+
+            lengths = mx.repeat(exact.lengths, kv_heads)
         else:
-            lengths = from_numpy(to_numpy(exact.lengths).repeat(kv_heads), exact.lengths, "int32")
+            lengths = exact.lengths.repeat(kv_heads)
         cap = exact.k.shape[2]
         k, v = (x.reshape(rows, 1, cap, dim) for x in (exact.k, exact.v))
         held = ExactTokens(k, v, lengths, exact.max_length)

@@ -13,11 +13,12 @@ namespace fa {
 // q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
 // base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
 // scores: [batch, q_heads, n, max_length] f32, -inf from each row's length on.
-// tile_max: [batch, q_heads, n, tiles] f32, the largest score of each tile; written with MAXIMA only.
-template <class P, int ROWS, bool MAXIMA, class Bias, class Offsets, class Lengths>
+// pages: [batch, q_heads, n, page_count, 2] f32, of each page the largest score m and the sum of exp(score - m), -inf and 0
+// for a page without tokens; written with STATISTICS only.
+template <class P, int ROWS, bool STATISTICS, class Bias, class Offsets, class Lengths>
 inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
                       int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
-                      device float* scores, device float* tile_max, threadgroup float* scratch, uint3 group, uint3 groups,
+                      device float* scores, device float* pages, threadgroup float* scratch, uint3 group, uint3 groups,
                       uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
@@ -40,18 +41,18 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
       if (r < rows && token < max_length) scores[(query + r) * max_length + token] = s[h][r];
     }
   }
-  if (!MAXIMA) return;
-  threadgroup float* tops = scratch + ROWS * P::D;
+  const int page_count = (max_length + PAGE - 1) / PAGE;
+  if (!STATISTICS || page >= page_count) return;
   FA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const float m = simd_max(max(s[0][r], s[1][r]));
-    if (lane == 0) tops[int(simdgroup) * ROWS + r] = m;
+    const float m = simd_max(max(s[0][r], s[1][r])), top = finite_or_zero(m);
+    const float sum = simd_sum(exp(s[0][r] - top) + exp(s[1][r] - top));
+    if (lane == 0 && r < rows) {
+      device float* out = pages + 2 * ((query + r) * page_count + page);
+      out[0] = m;
+      out[1] = sum;
+    }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (me >= rows) return;
-  float m = tops[me];
-  for (int k = 1; k < TILE_PAGES; ++k) m = max(m, tops[k * ROWS + me]);
-  tile_max[(query + me) * groups.x + group.x] = m;
 }
 
 }  // namespace fa

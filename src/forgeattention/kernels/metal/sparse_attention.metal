@@ -1,8 +1,8 @@
 // sparse_attention: the second phase of sparse attention: softmax over the tokens that reach their row's threshold.
-// A tile without survivors is left by its maximum alone; of other tiles only pages and groups of 16 tokens with
+// A tile without survivors is left by its pages' maxima alone; of other tiles only pages and groups of 16 tokens with
 // survivors are unpacked. Grid as in value_sum.
 //
-// What limits it: 4 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for the
+// What limits it: 32 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for the
 // scores and the values of the pages that hold survivors (3,200 bytes each for head_dim 128 at 3 bits).
 
 #include "value_sum.metal"
@@ -10,17 +10,22 @@
 namespace fa {
 
 // Weights exp2(score log2 e - top) of the survivors: scores above the threshold, and of those equal to it the ones
-// up to token `last`. scores: [batch, q_heads, n, max_length] f32; tile_max: [batch, q_heads, n, tiles] f32;
+// up to token `last`. scores: [batch, q_heads, n, max_length] f32; pages: [batch, q_heads, n, page_count, 2] f32;
 // threshold, last (i32), top (row maximum): [batch, q_heads, n].
 template <class Scores, class Maxima, class Floats, class Ints>
 struct Survivors {
   Scores scores;
-  Maxima tile_max;
+  Maxima pages;
   Floats threshold;
   Ints last;
   Floats top;
-  int max_length, tiles;
-  bool tile_used(long row, int tile) const { return tile_max[row * tiles + tile] >= threshold[row]; }
+  int max_length, page_count;
+  bool tile_used(long row, int tile) const {
+    const int first = tile * TILE_PAGES, end = min(first + TILE_PAGES, page_count);
+    for (int page = first; page < end; ++page)
+      if (pages[2 * (row * page_count + page)] >= threshold[row]) return true;
+    return false;
+  }
   float weight(long row, int token) const {
     const float s = scores[row * max_length + token];
     const bool survives = s > threshold[row] || (s == threshold[row] && token <= last[row]);
@@ -28,16 +33,16 @@ struct Survivors {
   }
 };
 template <class Scores, class Maxima, class Floats, class Ints>
-inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima tile_max, Floats threshold, Ints last,
-                                                         Floats top, int max_length, int tiles) {
+inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima pages, Floats threshold, Ints last,
+                                                         Floats top, int max_length, int page_count) {
   Survivors<Scores, Maxima, Floats, Ints> s;
   s.scores = scores;
-  s.tile_max = tile_max;
+  s.pages = pages;
   s.threshold = threshold;
   s.last = last;
   s.top = top;
   s.max_length = max_length;
-  s.tiles = tiles;
+  s.page_count = page_count;
   return s;
 }
 
@@ -46,6 +51,6 @@ inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima t
 //! body
   threadgroup float scratch[fa::value_scratch(D, ROWS)];
   fa::value_sum<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
-      fa::survivors(scores, tile_max, threshold, last, top, scores_shape[3], tile_max_shape[3]), base, offsets, lengths,
+      fa::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
       offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
       threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
