@@ -12,7 +12,7 @@ from tolerances import HF
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from forgeattention import CodecSpec
-from forgeattention.evaluation.setup import eviction_report
+from forgeattention.evaluation.setup import eviction_report, eviction_summary
 from forgeattention.eviction import V3, Eviction, Recency
 from forgeattention.integrations.hf import ForgeCache
 
@@ -204,3 +204,11 @@ def test_centres_from_a_file_serve_a_cache_that_reads_no_prompt(tmp_path):
     count = cache.layers[0].cache.centres.count
     assert other.layers[0].cache.centres.count == known[0].count == count > 200
     assert eviction_report(other)["rounds"]
+
+
+def test_the_summary_adds_up_all_caches():
+    report = {"rounds": 3, "evicted": 4, "demoted": 2, "recalled": 1, "held": 30, "seen": 40}
+    assert eviction_summary("v3:0.75", [report, report]) == (
+        "eviction v3:0.75: 6 rounds of layers, 8 pages evicted, 4 demoted, 2 recalled; "
+        "75% of the tokens in memory at the end"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 from ..integrations.hf_layer import DECODE_TOKENS
 from . import kl, memory, niah, report, texts
 from .needles import Fact, Hidden, Needle, Outcome
-from .setup import Setup, eviction_report, setup
+from .setup import Setup, eviction_report, eviction_summary, setup
 
 RAMP_DEPTHS = (0.1, 0.5, 0.9)
 SPARSE_TAIL = 64
@@ -51,6 +51,8 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
             f"  positions {part.start:>6} to {part.stop:>6}: KL {part.kl:.4f}, same top token {part.same_top:.1%}, "
             f"perplexity {part.perplexity:.3f} (exact {part.exact_perplexity:.3f})"
         )
+    if args.evict:
+        print(eviction_summary(args.evict, [found for found in evicted if found is not None]))
     layers = []
     if args.layers:
         from .layers import attention_errors
@@ -108,6 +110,8 @@ def run_niah(args: argparse.Namespace) -> dict[str, Any]:
         f"{made.bits:.3f} bits per element; kept {result['kept']} of the {result['exact_pass']} "
         "that the exact cache finds"
     )
+    if args.evict:
+        print(eviction_summary(args.evict, [cell["eviction"] for cell in result["cells"]]))
     return {
         **result,
         **made.sparse_result(),

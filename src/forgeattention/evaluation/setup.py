@@ -119,3 +119,13 @@ def eviction_report(cache: Any) -> dict[str, Any] | None:
     if not found.get("rounds"):
         raise ValueError("[eval] expected rounds of eviction; got none: take a longer text or a smaller retention")
     return found
+
+
+def eviction_summary(evict: str, reports: list[dict[str, Any]]) -> str:
+    """What eviction did in all of a run's caches together, as a line."""
+    total = {name: sum(report[name] for report in reports) for name in ("rounds", "evicted", "demoted", "recalled")}
+    share = sum(report["held"] for report in reports) / sum(report["seen"] for report in reports)
+    return (
+        f"eviction {evict}: {total['rounds']:,} rounds of layers, {total['evicted']:,} pages evicted, "
+        f"{total['demoted']:,} demoted, {total['recalled']:,} recalled; {share:.0%} of the tokens in memory at the end"
+    )
