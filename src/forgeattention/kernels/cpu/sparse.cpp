@@ -76,13 +76,83 @@ struct Candidate {
   }
 };
 
-// The largest page maximum under which no kept token can lie, so that only pages from it on need be looked at.
+// Scores by their distance to the largest, in bins of one width and one bin for all that are further away.
+struct Bins {
+  static constexpr int COUNT = 2048;
+  float top, range, per_score;
+  Bins(const float* stats, int pages, float top, float most) : top(top) {
+    float least = top;
+    for (int p = 0; p < pages; ++p) least = std::min(least, stats[2 * p]);
+    range = std::min(2 * (top - least) + 1e-3f, most);
+    per_score = COUNT / range;
+  }
+  int of(float score) const { return int(std::min((top - score) * per_score, float(COUNT))); }
+};
+// A score that k tokens reach, found by counting; k is at least the number of pages.
+float lower_bound_many(const float* line, int length, const float* stats, int pages, int k, float top) {
+  const Bins bins(stats, pages, top, INF);
+  int counts[Bins::COUNT + 1] = {};
+  for (int t = 0; t < length; ++t) ++counts[bins.of(line[t])];
+  int bin = 0;
+  for (int above = counts[0]; above < k && bin < Bins::COUNT; above += counts[bin]) ++bin;
+  // Slack for rounding: a bound that is a little low only costs time.
+  return bin == Bins::COUNT ? -INF : top - float(bin + 1) / bins.per_score - 1e-5f * (std::fabs(top) + bins.range);
+}
+// A score under which no kept token can lie, so that only pages that reach it need be looked at.
 float lower_bound_k(const float* stats, int pages, int k, std::vector<float>& room) {
-  if (k >= pages) return -INF;
   room.resize(pages);
   for (int p = 0; p < pages; ++p) room[p] = stats[2 * p];
   std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<float>());
   return room[k - 1];
+}
+// The fewest tokens, largest scores first, that leave at most `may_drop` of the mass `packed`; the mass of all but the last
+// bin's is known by bins, so that only the tokens of that bin are sorted. Gives the last one kept; `held` and `count` are of
+// all that are.
+Candidate last_by_mass(const float* line, int length, const float* stats, int pages, float top, double packed, double may_drop,
+                       float bound, std::vector<Candidate>& room, double& held, int& count) {
+  const Bins bins(stats, pages, top, 40);
+  static thread_local std::vector<double> mass;
+  static thread_local std::vector<int> counts;
+  mass.assign(Bins::COUNT + 1, 0);
+  counts.assign(Bins::COUNT + 1, 0);
+  const auto each = [&](const auto& visit) {
+    for (int p = 0; p < pages; ++p)
+      if (stats[2 * p] >= bound)
+        at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound, [&](int t, float score) { visit(p * PAGE + t, score); });
+  };
+  each([&](int, float score) {
+    const int bin = bins.of(score);
+    mass[bin] += std::exp(score - top);
+    ++counts[bin];
+  });
+  held = 0;
+  count = 0;
+  Candidate lowest{INF, -1};
+  for (int bin = 0; bin <= Bins::COUNT && packed - held > may_drop; ++bin) {
+    if (bin < Bins::COUNT && packed - held - mass[bin] > may_drop && count + counts[bin] < length) {
+      held += mass[bin];
+      count += counts[bin];
+      continue;
+    }
+    room.clear();
+    each([&](int position, float score) {
+      if (bins.of(score) == bin) room.push_back({score, position});
+    });
+    std::sort(room.begin(), room.end());
+    for (size_t i = 0; i < room.size() && packed - held > may_drop; ++i) {
+      held += std::exp(double(room[i].score) - top);
+      ++count;
+      lowest = room[i];
+    }
+  }
+  if (lowest.position < 0 && count) {
+    // Rounding put the end on a bin's edge: the last of the bins that are kept whole.
+    room.clear();
+    each([&](int position, float score) { room.push_back({score, position}); });
+    std::nth_element(room.begin(), room.begin() + (count - 1), room.end());
+    lowest = room[count - 1];
+  }
+  return lowest;
 }
 // Mass below it is at most that of the pages wholly below it and 64 exp(bound) of every other page.
 float lower_bound_p(const float* stats, int pages, float top, double may_drop, std::vector<Candidate>& room) {
@@ -207,26 +277,25 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
 
     static thread_local std::vector<float> maxima;
     static thread_local std::vector<Candidate> candidates;
-    const float bound = top_p > 0 ? lower_bound_p(stats, used, top, may_drop, candidates) : lower_bound_k(stats, used, k, maxima);
-    candidates.clear();
-    for (int p = 0; p < used; ++p)
-      if (stats[2 * p] >= bound)
-        at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound,
-                 [&](int t, float score) { candidates.push_back({score, p * PAGE + t}); });
-    int count = k;
-    if (top_p > 0) {
-      std::sort(candidates.begin(), candidates.end());
-      double left = packed;
-      for (count = 0; count < int(candidates.size()) && left > may_drop; ++count)
-        left -= std::exp(double(candidates[count].score) - top);
-    } else if (count < int(candidates.size())) {
-      std::nth_element(candidates.begin(), candidates.begin() + (count - 1), candidates.end());
-    }
     double held = 0;
+    int count = k;
     Candidate lowest{INF, -1};
-    for (int i = 0; i < count; ++i) {
-      held += std::exp(double(candidates[i].score) - top);
-      if (lowest < candidates[i] || lowest.position < 0) lowest = candidates[i];
+    if (top_p > 0) {
+      const float bound = lower_bound_p(stats, used, top, may_drop, candidates);
+      lowest = last_by_mass(line, length, stats, used, top, packed, may_drop, bound, candidates, held, count);
+    } else {
+      const float bound = k >= used ? lower_bound_many(line, length, stats, used, k, top) : lower_bound_k(stats, used, k, maxima);
+      candidates.clear();
+      for (int p = 0; p < used; ++p)
+        if (stats[2 * p] >= bound)
+          at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound,
+                   [&](int t, float score) { candidates.push_back({score, p * PAGE + t}); });
+      if (count < int(candidates.size()))
+        std::nth_element(candidates.begin(), candidates.begin() + (count - 1), candidates.end());
+      for (int i = 0; i < count; ++i) {
+        held += std::exp(double(candidates[i].score) - top);
+        if (lowest < candidates[i] || lowest.position < 0) lowest = candidates[i];
+      }
     }
     threshold[row] = lowest.score;
     last[row] = lowest.position;
