@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
+import psutil
 import pytest
 
 from tests.server_process import Server
@@ -99,3 +101,21 @@ def test_a_restarted_server_says_the_same(server: Server, text: str, log: Path) 
         assert ask(other.wait(), text[:3000], max_tokens=16).choices[0].text == before
     finally:
         other.stop()
+
+
+def test_a_killed_engine_ends_its_requests_and_the_server(text: str, tmp_path: Path) -> None:
+    server = Server("smollm2", tmp_path / "log", ARGUMENTS).wait()
+    try:
+        stream = iter(ask(server, text[:1500], max_tokens=1500, stream=True))
+        next(stream)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        (engine,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+        engine.kill()
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            for _ in stream:
+                pass
+        with pytest.raises(openai.APIError):
+            ask(server, "The capital of France is", max_tokens=3)
+        server.process.wait(60)  # with status 0, which is vLLM's choice
+    finally:
+        server.stop()
