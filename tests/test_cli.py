@@ -128,6 +128,7 @@ def test_doctor_reports_every_backend_and_why(capsys, tmp_path):
         assert row["backend"] in out
         assert row["reason"] in out
     assert written["env"]["versions"]["torch"] in out
+    assert "CPU kernels run on" in out
 
 
 def test_help_needs_no_framework():
