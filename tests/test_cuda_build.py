@@ -132,6 +132,21 @@ def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -
                 assert len(chunks) + tasks <= plan.slots(length, bound)
 
 
+@pytest.mark.parametrize("cudnn", [False, True])
+@pytest.mark.parametrize("scratch", [64, 512, 1024, 1472, 16384])
+@pytest.mark.parametrize("tokens", [1, 64, 1023, 1024, 5000, 16384, 70001])
+def test_prefill_takes_pieces_that_the_scratch_holds(tokens: int, scratch: int, cudnn: bool) -> None:
+    """Also for so many rows that no size of cuDNN's fits."""
+    from forgeattention.backends.cuda_prefill import CUDNN_TOKENS, pieces
+
+    sizes = pieces(tokens, scratch, cudnn)
+    assert sum(sizes) == tokens
+    assert 0 < min(sizes) <= max(sizes) <= scratch
+    assert all(size % 64 == 0 for size in sizes[:-1])
+    if cudnn and scratch >= min(CUDNN_TOKENS):
+        assert all(size in CUDNN_TOKENS for size in sizes[:-1])
+
+
 def test_sources_name_no_toolkit_header() -> None:
     for path in (nvrtc.KERNELS / "cuda").iterdir():
         includes = [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include")]

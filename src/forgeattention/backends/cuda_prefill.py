@@ -36,9 +36,9 @@ _merge_params = args.Packer(args.MergePartsParams)
 
 
 def pieces(tokens: int, scratch: int, cudnn: bool) -> list[int]:
-    """How many tokens are decoded and attended at a time."""
+    """How many tokens are decoded and attended at a time, never more than the scratch holds."""
     sizes: list[int] = []
-    for size in [s for s in CUDNN_TOKENS if s <= scratch] if cudnn else [scratch]:
+    for size in [*(s for s in CUDNN_TOKENS if cudnn and s <= scratch), scratch]:
         sizes += [size] * (tokens // size)
         tokens %= size
     return sizes + [tokens] * (tokens > 0)
