@@ -46,22 +46,8 @@ class _Constants:
         self._device = device
         self._keep: list[Any] = []
         self.kernels: dict[Any, Any] = {}  # looked up by what a call varies in, as macros take long to put together
-        dim = codec.format.padded_dim
-        matrices = args.ROTATIONS[codec.rotation] == 2
-        self.encode: list[args.TransformArgs] = []
-        self.attend: list[args.TransformArgs] = []
-        for t in (codec.k_transform, codec.v_transform):
-            mu = self._put(t.mu) if t.mu is not None else 0
-            mu_stride = dim if t.mu is not None and len(t.mu) > 1 else 0
-            if matrices:
-                out, stride = self._put(t.inverse.transpose(0, 2, 1)), dim * dim if len(t.forward) > 1 else 0
-                for target, matrix in ((self.encode, t.forward.transpose(0, 2, 1)), (self.attend, t.inverse)):
-                    target.append(args.TransformArgs(0, self._put(matrix), out, mu, stride, mu_stride))
-                continue
-            signs = args.signs(codec, t)
-            stride = dim if len(signs[0]) > 1 else 0
-            for target, own in zip((self.encode, self.attend), signs):
-                target.append(args.TransformArgs(self._put(own), 0, 0, mu, stride, mu_stride))
+        sides = codec.k_transform, codec.v_transform
+        self.encode, self.attend = ([self._args(args.Side.of(codec, t, e)) for t in sides] for e in (True, False))
 
     def kernel(self, key: tuple[Any, ...], options: Callable[[], tuple[args.Macros, int]]) -> nvrtc.Kernel:
         """The kernel key[0], of which the key tells the variant; `options`: its macros and bytes of shared memory."""
@@ -74,6 +60,10 @@ class _Constants:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
         self._keep.append(tensor)
         return int(tensor.data_ptr())
+
+    def _args(self, side: args.Side) -> args.TransformArgs:
+        arrays = side.signs, side.in_matrix, side.out_matrix, side.mu
+        return args.TransformArgs(*(0 if x is None else self._put(x) for x in arrays), side.stride, side.mu_stride)
 
 
 _HERE: AbstractContextManager[None] = nullcontext()

@@ -35,6 +35,33 @@ class TransformArgs(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What `TransformArgs` holds of one side of a codec, as arrays on the host; None for what the rotation lacks."""
+
+    signs: NDArray[np.float32] | None
+    in_matrix: NDArray[np.float32] | None
+    out_matrix: NDArray[np.float32] | None
+    mu: NDArray[np.float32] | None
+    stride: int
+    mu_stride: int
+
+    @classmethod
+    def of(cls, codec: Codec, t: Transform, encodes: bool) -> Side:
+        """For what encodes, or for queries and outputs. A diagonal d turns the rotation's signs s to s d or s / d."""
+        dim, rotation = codec.format.padded_dim, ROTATIONS[codec.rotation]
+        signs = matrix = out = None
+        if rotation == 1:
+            s = random_signs(dim, codec.spec.seed)[None]
+            d = 1.0 if t.diagonal is None else t.diagonal.astype(np.float64)
+            signs = (s * d if encodes else s / d).astype(np.float32)
+        if rotation == 2:
+            matrix = t.forward.transpose(0, 2, 1) if encodes else t.inverse
+            out = None if encodes else t.inverse.transpose(0, 2, 1)
+        stride = (dim * dim if rotation == 2 else dim) if len(t.forward) > 1 else 0
+        return cls(signs, matrix, out, t.mu, stride, dim if t.mu is not None and len(t.mu) > 1 else 0)
+
+
 class DecodeParams(ctypes.Structure):
     """Params of kernels/cuda/decode_args.cuh."""
 
@@ -197,14 +224,6 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
         "FA_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
-
-
-def signs(codec: Codec, t: Transform) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The signs s of a Hadamard rotation with a side's diagonal d, [1 or kv_heads, padded_dim]: s d for what encodes,
-    s / d for queries and outputs."""
-    s = random_signs(codec.format.padded_dim, codec.spec.seed)[None]
-    d = 1.0 if t.diagonal is None else t.diagonal.astype(np.float64)
-    return (s * d).astype(np.float32), (s / d).astype(np.float32)
 
 
 def merge_macros(dim: int, dtype: str) -> Macros:

@@ -19,7 +19,6 @@ import numpy as np
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from ..codec.transform import Transform
 from ..ops.arrays import dtype_of
 from ..ops.merge import merge
 from ..ops.table import ExactTokens, PageTable
@@ -115,23 +114,13 @@ class Launch:
 class _Side:
     """One side's transform on the device. What a transform lacks is `nothing`."""
 
-    def __init__(self, codec: Codec, t: Transform, encodes: bool, nothing: mx.array) -> None:
-        def put(x: Any) -> mx.array:
-            return mx.array(np.ascontiguousarray(x, np.float32))
-
-        matrices, dim = args.ROTATIONS[codec.rotation] == 2, codec.format.padded_dim
-        signs = args.signs(codec, t)[0 if encodes else 1]
+    def __init__(self, side: args.Side, nothing: mx.array) -> None:
+        arrays = {"signs": side.signs, "in": side.in_matrix, "out": side.out_matrix, "mu": side.mu}
         self._arrays = {
-            "signs": nothing if matrices else put(signs),
-            "in": put(t.forward.transpose(0, 2, 1) if encodes else t.inverse) if matrices else nothing,
-            "out": put(t.inverse.transpose(0, 2, 1)) if matrices else nothing,
-            "mu": nothing if t.mu is None else put(t.mu),
+            name: nothing if x is None else mx.array(np.ascontiguousarray(x, np.float32)) for name, x in arrays.items()
         }
-        self._given = int(t.mu is not None)
-        self._strides = {
-            "stride": (dim * dim if matrices else dim) if len(t.forward) > 1 else 0,
-            "mu_stride": dim if t.mu is not None and len(t.mu) > 1 else 0,
-        }
+        self._given = int(side.mu is not None)
+        self._strides = {"stride": side.stride, "mu_stride": side.mu_stride}
 
     def arrays(self, name: str) -> dict[str, mx.array]:
         """By the side's name in a kernel."""
@@ -148,8 +137,9 @@ class _Constants:
     def __init__(self, codec: Codec) -> None:
         nothing = mx.zeros((4,), dtype=mx.float32)
         sides = codec.k_transform, codec.v_transform
-        self.encode = [_Side(codec, t, True, nothing) for t in sides]
-        self.attend = [_Side(codec, t, False, nothing) for t in sides]
+        self.encode, self.attend = (
+            [_Side(args.Side.of(codec, t, encodes), nothing) for t in sides] for encodes in (True, False)
+        )
         self.known: dict[Any, Any] = {}
         self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}  # by batch
 

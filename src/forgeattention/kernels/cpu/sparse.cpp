@@ -86,8 +86,19 @@ struct Bins {
     range = std::min(2 * (top - least) + 1e-3f, most);
     per_score = COUNT / range;
   }
-  int of(float score) const { return int(std::min((top - score) * per_score, float(COUNT))); }
+  // In the range whatever the scores are: what is not finite is far away.
+  int of(float score) const {
+    const float at = (top - score) * per_score;
+    return at < COUNT ? std::max(int(at), 0) : COUNT;
+  }
 };
+// Calls visit(token, score) for the tokens that reach `bound`; only pages that do are looked at.
+template <class Visit>
+void each_reaching(const float* line, int length, const float* stats, int pages, float bound, Visit visit) {
+  for (int p = 0; p < pages; ++p)
+    if (stats[2 * p] >= bound)
+      at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound, [&](int t, float score) { visit(p * PAGE + t, score); });
+}
 // A score that k tokens reach, found by counting; k is at least the number of pages.
 float lower_bound_many(const float* line, int length, const float* stats, int pages, int k, float top) {
   const Bins bins(stats, pages, top, INF);
@@ -115,11 +126,7 @@ Candidate last_by_mass(const float* line, int length, const float* stats, int pa
   static thread_local std::vector<int> counts;
   mass.assign(Bins::COUNT + 1, 0);
   counts.assign(Bins::COUNT + 1, 0);
-  const auto each = [&](const auto& visit) {
-    for (int p = 0; p < pages; ++p)
-      if (stats[2 * p] >= bound)
-        at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound, [&](int t, float score) { visit(p * PAGE + t, score); });
-  };
+  const auto each = [&](const auto& visit) { each_reaching(line, length, stats, pages, bound, visit); };
   each([&](int, float score) {
     const int bin = bins.of(score);
     mass[bin] += std::exp(score - top);
@@ -129,7 +136,7 @@ Candidate last_by_mass(const float* line, int length, const float* stats, int pa
   count = 0;
   Candidate lowest{INF, -1};
   for (int bin = 0; bin <= Bins::COUNT && packed - held > may_drop; ++bin) {
-    if (bin < Bins::COUNT && packed - held - mass[bin] > may_drop && count + counts[bin] < length) {
+    if (bin < Bins::COUNT && packed - held - mass[bin] > may_drop) {
       held += mass[bin];
       count += counts[bin];
       continue;
@@ -146,7 +153,7 @@ Candidate last_by_mass(const float* line, int length, const float* stats, int pa
     }
   }
   if (lowest.position < 0 && count) {
-    // Rounding put the end on a bin's edge: the last of the bins that are kept whole.
+    // Rounding left nothing to sort: the last of the bins that are kept whole.
     room.clear();
     each([&](int position, float score) { room.push_back({score, position}); });
     std::nth_element(room.begin(), room.begin() + (count - 1), room.end());
@@ -286,10 +293,7 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
     } else {
       const float bound = k >= used ? lower_bound_many(line, length, stats, used, k, top) : lower_bound_k(stats, used, k, maxima);
       candidates.clear();
-      for (int p = 0; p < used; ++p)
-        if (stats[2 * p] >= bound)
-          at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound,
-                   [&](int t, float score) { candidates.push_back({score, p * PAGE + t}); });
+      each_reaching(line, length, stats, used, bound, [&](int token, float score) { candidates.push_back({score, token}); });
       if (count < int(candidates.size()))
         std::nth_element(candidates.begin(), candidates.begin() + (count - 1), candidates.end());
       for (int i = 0; i < count; ++i) {
