@@ -18,7 +18,7 @@ namespace fa {
 template <class P, int ROWS, bool STATISTICS, class Bias, class Offsets, class Lengths>
 inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
                       int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
-                      device float* scores, device float* pages, threadgroup float* scratch, uint3 group, uint3 groups,
+                      device float* scores, device float* pages, threadgroup float* scratch, uint3 group,
                       uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
@@ -61,5 +61,5 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
   threadgroup float scratch[ROWS * D];
   fa::qk_scores<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
       q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
-      scores, scores, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
+      scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
       thread_index_in_simdgroup);
