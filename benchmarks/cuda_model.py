@@ -4,8 +4,9 @@
 
 Weights are random, of the models' true shapes. The past is random keys and values put into the caches directly, so that
 long contexts cost no prefill; `--memory` reads its tokens through the model instead, in chunks, and keeps the memory
-after each. Both caches decode in a CUDA graph. The exact cache is the best that torch offers: keys in one buffer of
-fixed size, flash attention over just the context (its every step is the same one; it does not grow).
+after each. Both caches decode in a CUDA graph. The exact cache is keys in one buffer of fixed size with flash attention
+over just the context (its every step is the same one; it does not grow). cuDNN's attention would be up to 13 % faster
+for its steps and nearly twice as fast for its chunks: ratios here are over flash alone.
 """
 
 from __future__ import annotations
