@@ -5,7 +5,7 @@ python benchmarks/bench_decode_attention.py --device cpu --json benchmarks/resul
 
 import sys
 
-from forgeattention.cli import main
+from forgeattention.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", "decode", *sys.argv[1:]]))

@@ -23,11 +23,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
-from forgeattention import bench_mlx, models
+from forgeattention import models
 from forgeattention.codec import CodecSpec
 from forgeattention.codec.presets import PRESETS
-from forgeattention.evaluation import report
-from forgeattention.mlx_lm import make_prompt_cache, patched
+from forgeattention.integrations.mlx import make_prompt_cache, patched
+from forgeattention.tools.bench import metal as bench_mlx
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 SHAPES = [(1, 32768), (1, 131072), (1, 524288), (8, 32768), (8, 131072)]
 HEADS = (32, 8, 128)
@@ -143,8 +145,8 @@ def fidelity(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
     from transformers import DynamicCache
 
-    from forgeattention.evaluation import kl, niah, texts
-    from forgeattention.integrations.hf import ForgeCache
+    from forgeattention.integrations.hf.cache import ForgeCache
+    from forgeattention.tools.evaluation import kl, niah, texts
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     theirs, tokenizer = models.load(args.model, device=device)
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     info = mx.device_info()
-    env = {**report.environment(), "device": info["device_name"], "mlx_device": str(mx.default_device())}
+    env = {**environment(), "device": info["device_name"], "mlx_device": str(mx.default_device())}
     env |= {"model": args.model, "tf32": os.environ.get("MLX_ENABLE_TF32", "1")}
     env["commit"] = env["commit"] or os.environ.get("FORGEATTN_COMMIT")
     records: list[dict[str, Any]] = [{"op": "env", "env": env}]
@@ -213,7 +215,7 @@ def main() -> None:
         for record in PARTS[part](args):
             records.append(record)
             if args.json:
-                report.write_json(args.json, records)
+                write_json(args.json, records)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ import torch
 from transformers import DynamicCache
 
 from forgeattention import models
-from forgeattention.evaluation import memory, report, texts
-from forgeattention.evaluation.streaming import attention, step
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import memory, texts
+from forgeattention.tools.evaluation.streaming import attention, step
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 
 def measure(model, ids: torch.Tensor, context: int, chunk: int, steps: int) -> dict:
@@ -75,14 +77,14 @@ def main() -> None:
         import cuda_model
 
         contexts = args.contexts or [8192, 32768, 131072, 300000]
-        save = partial(report.write_json, args.json) if args.json else lambda found: None
+        save = partial(write_json, args.json) if args.json else lambda found: None
         cuda_model.records(args.models, contexts, args.steps or 160, args.memory, save)
         return
     args.contexts, args.steps = args.contexts or [512, 2048, 7168], args.steps or 32
     model, tokenizer = models.load(args.model)
     ids = tokenizer(texts.read("licences"), add_special_tokens=False, return_tensors="pt")["input_ids"]
     measure(model, ids, 256, args.chunk, 4)
-    records = [{"op": "env", "env": {**report.environment(), "threads": torch.get_num_threads(), "model": args.model}}]
+    records = [{"op": "env", "env": {**environment(), "threads": torch.get_num_threads(), "model": args.model}}]
     for context in args.contexts:
         records.append(r := measure(model, ids, context, args.chunk, args.steps))
         speed, read = r["tokens_per_s"], r["prefill_s"]
@@ -93,7 +95,7 @@ def main() -> None:
         print(f"  cache {held['packed']:.1f} / {held['exact']:.1f} MB", end="")
         print(f", peak {peak['packed']:.0f} / {peak['exact']:.0f} MB", flush=True)
     if args.json:
-        report.write_json(args.json, records)
+        write_json(args.json, records)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import peer_caches
 from transformers import DynamicCache
 
 from forgeattention import CodecSpec
-from forgeattention.calibrate import Calibration, codecs_for, coded_cache
 from forgeattention.codec import Codec
 from forgeattention.codec.presets import PRESETS
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.models.calibration import Calibration, codecs_for
+from forgeattention.tools.calibrate import coded_cache
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from forgeattention import ops
 from forgeattention.codec import PAGE
-from forgeattention.integrations.hf import ForgeCache
-from forgeattention.integrations.hf_graph import DecodeGraph
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.integrations.hf.graph import DecodeGraph
 
 SHAPES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "llama-3.1-8b": (

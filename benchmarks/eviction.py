@@ -26,11 +26,13 @@ from fidelity import compare, loss_of, predictions
 from transformers import DynamicCache
 
 from forgeattention import models
-from forgeattention.evaluation import memory, niah, report, texts
-from forgeattention.evaluation.streaming import attention, spans, step
 from forgeattention.eviction import POLICIES, Centres, Eviction, rope_of
 from forgeattention.eviction.triattention import join_heads
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import memory, niah, texts
+from forgeattention.tools.evaluation.streaming import attention, spans, step
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 TEXTS = ("genesis", "licences", "code", "json")
 NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"))
@@ -267,12 +269,12 @@ def main() -> None:
             merged["env"] = found["env"]
             for name in ("rows", "time", "correlation"):
                 merged[name] += found.get(name, [])
-        report.write_json(args.json, merged)
+        write_json(args.json, merged)
         if args.plot:
             plot(merged["rows"], args.plot)
         return
     model, tokenizer = models.load(args.model, device=args.device)
-    out: dict[str, Any] = {"env": {**report.environment(), "device": args.device}}
+    out: dict[str, Any] = {"env": {**environment(), "device": args.device}}
     if args.device == "cuda":
         out["env"]["device"] = torch.cuda.get_device_name()
     if args.what == "time":
@@ -286,8 +288,8 @@ def main() -> None:
             out["rows"].append(bench.measure(job))
             row = out["rows"][-1]
             print(json.dumps(job), round(float(np.mean(list(row["kl"].values()))), 4), row["passed"], flush=True)
-            report.write_json(args.json, out)
-    report.write_json(args.json, out)
+            write_json(args.json, out)
+    write_json(args.json, out)
 
 
 if __name__ == "__main__":

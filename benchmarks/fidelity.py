@@ -30,9 +30,9 @@ from candidates import EXACT, Candidate
 from fidelity_summary import describe, save, summary
 
 from forgeattention import models
-from forgeattention.evaluation import niah, texts
-from forgeattention.evaluation.setup import head_dim
-from forgeattention.evaluation.streaming import attention, spans, step
+from forgeattention.models.shape import head_dim
+from forgeattention.tools.evaluation import niah, texts
+from forgeattention.tools.evaluation.streaming import attention, spans, step
 
 NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"), niah.Needle("CRIMSON LANTERN", "8604"))
 TEXTS = ("genesis", "licences", "code", "json")

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from forgeattention.evaluation import report
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 Row = dict[str, Any]
 
@@ -84,7 +85,7 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
             }
             for (canary, name), own in broken.items()
         ],
-        "env": report.environment() | ({"device": _gpu()} if args.device == "cuda" else {}),
+        "env": environment() | ({"device": _gpu()} if args.device == "cuda" else {}),
     }
 
 
@@ -163,7 +164,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def save(result: dict[str, Any], json_file: Path | None, plot_file: Path | None) -> None:
     if json_file:
-        report.write_json(json_file, result)
+        write_json(json_file, result)
     if plot_file:
         plot(result, plot_file)
 

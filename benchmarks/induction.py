@@ -19,8 +19,10 @@ import torch
 from transformers import DynamicCache
 
 from forgeattention.codec.presets import PRESETS
-from forgeattention.evaluation import induction, report
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import induction
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 
 def maker(model: Any, text: str) -> tuple[Callable[[], Any], str | None, float]:
@@ -106,8 +108,8 @@ def main() -> None:
             )
             if args.json:
                 setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-                env = report.environment() | ({"device": torch.cuda.get_device_name()} if args.device == "cuda" else {})
-                report.write_json(args.json, {"rows": rows, "setting": setting, "env": env})
+                env = environment() | ({"device": torch.cuda.get_device_name()} if args.device == "cuda" else {})
+                write_json(args.json, {"rows": rows, "setting": setting, "env": env})
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from forgeattention import models
-from forgeattention.evaluation import texts
-from forgeattention.evaluation.streaming import attention
+from forgeattention.tools.evaluation import texts
+from forgeattention.tools.evaluation.streaming import attention
 
 LAYERS = (2, 6, 10, 14, 18, 22, 26, 29)
 DOCUMENT, DIM = 8192, 128

@@ -22,8 +22,10 @@ from real_states import watched
 
 from forgeattention import models, ops
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.evaluation import report, texts
 from forgeattention.ops import PageTable
+from forgeattention.tools.evaluation import texts
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 
 SINKS, WINDOW = 4, 128
 WEIGHTS = (0.1, 0.3, 1.0)
@@ -127,7 +129,7 @@ def main() -> None:
         print(f"{row['budget']:5d} {row['rule']:28s} {row['error']:.4f}")
     if args.json:
         setting = {"texts": args.texts, "length": args.length, "queries": args.queries}
-        report.write_json(args.json, {"rows": rows, "setting": setting, "env": report.environment()})
+        write_json(args.json, {"rows": rows, "setting": setting, "env": environment()})
 
 
 if __name__ == "__main__":

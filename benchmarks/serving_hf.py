@@ -31,8 +31,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from forgeattention import CodecSpec, models
 from forgeattention.codec import PAGE
-from forgeattention.evaluation import report, texts
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import texts
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 from tests import tiny
 from tests.server_process import Server
 
@@ -303,7 +305,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
-    env = {**report.environment(), "threads": torch.get_num_threads(), "load": os.getloadavg()}
+    env = {**environment(), "threads": torch.get_num_threads(), "load": os.getloadavg()}
     about = {"model": "smollm2", "dtype": "float32", "prompt": args.prompt, "tokens": args.tokens, "gib": 1}
     records: list[Record] = [{"op": "env", "env": env if args.requests else {**env, **about}}]
 
@@ -311,7 +313,7 @@ def main() -> None:
         records.append(record)
         print(record, flush=True)
         if args.output:
-            report.write_json(args.output, records)
+            write_json(args.output, records)
 
     with tempfile.TemporaryDirectory() as scratch:
         if args.requests:
@@ -322,7 +324,7 @@ def main() -> None:
                 PARTS[part](Path(scratch), args, prompts, done)
     records[0]["env"]["load"] += os.getloadavg()
     if args.output:
-        report.write_json(args.output, records)
+        write_json(args.output, records)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ import openai
 import psutil
 
 from forgeattention import models
-from forgeattention.evaluation import report, texts
+from forgeattention.tools.evaluation import texts
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
 from tests.server_process import Server
 from tests.vllm_engine.conftest import SETTINGS
 
@@ -131,14 +133,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [i for name in ("genesis", "licences") for i in tokenizer(texts.read(name)).input_ids]
     arguments = ["--dtype", args.dtype, "--enforce-eager", "--max-model-len", str(args.prompt + args.tokens + 64)]
-    env = {**report.environment(), "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()}
+    env = {**environment(), "threads": os.environ.get("OMP_NUM_THREADS"), "load": os.getloadavg()}
     about = {"model": "smollm2", "dtype": args.dtype, "prompt": args.prompt, "tokens": args.tokens, "gib": args.memory}
     records: list[dict[str, Any]] = [{"op": "env", "env": {**env, **about}}]
     if args.requests:
         records.append(steady(args.requests))
         print(records[-1], flush=True)
         if args.output:
-            report.write_json(args.output, records)
+            write_json(args.output, records)
         return
     for packed in (True, False):
         records.append(sessions(folder, ids[: args.prompt], packed, args.dtype))
@@ -159,7 +161,7 @@ def main() -> None:
                 server.stop()
     records[0]["env"]["load"] += os.getloadavg()
     if args.output:
-        report.write_json(args.output, records)
+        write_json(args.output, records)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ import torch
 from cuda_decode import L2_TIMES, SINKS_AND_WINDOW
 from result_format import sparse_rule
 
-from forgeattention import bench, ops
+from forgeattention import ops
 from forgeattention.codec import Codec, CodecSpec
 from forgeattention.codec.spec import PAGE
-from forgeattention.evaluation import report
 from forgeattention.ops.table import ExactTokens, PageTable
 from forgeattention.sparse import SparseLayer, SparseSpec
+from forgeattention.tools.bench import cpu as bench
+from forgeattention.util.environment import environment
 
 Q_HEADS, KV_HEADS, DIM = 32, 8, 128
 CONTEXTS = {"cuda": (50_048, 131_072, 524_288, 1_048_576), "cpu": (50_048, 131_072, 524_288)}
@@ -71,7 +72,7 @@ class Cpu:
     def __init__(self) -> None:
         backend = next(row["reason"] for row in ops.report() if row["backend"] == "cpu")
         self.env = {
-            **report.environment(),
+            **environment(),
             "threads": ops.get_num_threads(),
             "copy_gb_s": bench.read_bandwidth(),
             "backend": backend,

@@ -18,13 +18,14 @@ import torch
 
 from forgeattention import models
 from forgeattention.codec.presets import DEFAULT, PRESETS
-from forgeattention.evaluation import kl, niah, report, texts
-from forgeattention.evaluation.commands import SPARSE_TAIL
-from forgeattention.evaluation.needles import Outcome
-from forgeattention.evaluation.setup import caches
-from forgeattention.integrations.hf import fingerprint
+from forgeattention.models.fingerprint import fingerprint
 from forgeattention.sparse import Budgets, SparseSpec, sparse_means
-from forgeattention.sparse.measure import allot, heatmap, measure
+from forgeattention.tools.evaluation import kl, niah, texts
+from forgeattention.tools.evaluation.commands import SPARSE_TAIL
+from forgeattention.tools.evaluation.needles import Outcome
+from forgeattention.tools.evaluation.setup import caches
+from forgeattention.tools.measure import allot, heatmap, measure
+from forgeattention.util.environment import environment
 
 RULES = (
     "dense", "top_p=0.995", "top_p=0.99", "top_k=256", "budgets=head", "budgets=group", "top_k=512", "top_k=128",
@@ -108,7 +109,7 @@ def main() -> None:
         if options.json:
             setting = {"length": options.length, "windows": options.windows, "haystacks": options.needles, "block": 8}
             data = {"rows": rows, "setting": setting, "spec": spec.to_json(), "device": options.device}
-            options.json.write_text(json.dumps({**data, "env": report.environment()}, indent=1))
+            options.json.write_text(json.dumps({**data, "env": environment()}, indent=1))
 
 
 if __name__ == "__main__":

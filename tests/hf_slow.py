@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from forgeattention import ops
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.integrations.hf_layer import DECODE_TOKENS
+from forgeattention.integrations.hf.layer import DECODE_TOKENS
 from forgeattention.ops import PageTable
 
 

@@ -12,7 +12,7 @@ from mlx_lm.models import cache as stock
 
 from forgeattention import ops
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.integrations.mlx_cache import DECODE_TOKENS
+from forgeattention.integrations.mlx.cache import DECODE_TOKENS
 from forgeattention.ops import PageTable
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, k_code="scalar", refine=False, sinks=3, window=12)

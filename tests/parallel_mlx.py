@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from forgeattention.parallel import merge_parts, merge_ranks
+from forgeattention.cache.sharded import merge_parts, merge_ranks
 
 if __name__ == "__main__":
     group = mx.distributed.init(strict=True)

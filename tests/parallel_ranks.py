@@ -16,10 +16,10 @@ from torch import distributed
 
 from forgeattention import CodecSpec, ops
 from forgeattention.cache import LayerCache, TorchArrays
+from forgeattention.cache.sharded import ShardedCache, merge_parts
 from forgeattention.codec import PAGE, Codec
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.ops.table import PageTable
-from forgeattention.parallel import ShardedCache, merge_parts
 
 
 def layers(rank: int, world: int) -> None:

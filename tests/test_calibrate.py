@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from forgeattention import CodecSpec
-from forgeattention.calibrate import BITS, ERROR, Calibration, allocate, calibrate, coded_cache, predictions
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.models.calibration import Calibration
+from forgeattention.tools.calibrate import BITS, ERROR, allocate, calibrate, coded_cache, predictions
 
 SPEC = CodecSpec(sinks=2, window=32)
 

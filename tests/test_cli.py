@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from forgeattention import cli
 from forgeattention.codec.presets import PRESETS
+from forgeattention.tools import cli
 
 
 def leaves(parser, path=()):
@@ -101,7 +101,7 @@ def test_fetch_writes_json(capsys, tmp_path):
 
 
 def test_serve_says_which_engines_there_are_and_hands_over(capsys, monkeypatch):
-    from forgeattention import serve
+    from forgeattention.tools import serve
 
     absent = [name for name in ("hf", "mlx", "vllm") if name not in serve.ENGINES]
     for name in absent:
@@ -132,7 +132,7 @@ def test_doctor_reports_every_backend_and_why(capsys, tmp_path):
 
 
 def test_help_needs_no_framework():
-    program = "import sys, forgeattention.cli as c; c.build_parser().format_help(); print('torch' in sys.modules)"
+    program = "import sys, forgeattention.tools.cli as c; c.build_parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

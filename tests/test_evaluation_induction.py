@@ -6,8 +6,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from forgeattention import CodecSpec
-from forgeattention.evaluation import induction
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import induction
 
 PAIRS = 8
 

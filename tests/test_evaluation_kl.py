@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from forgeattention.evaluation import kl
-from forgeattention.evaluation.streaming import attention, spans
+from forgeattention.tools.evaluation import kl
+from forgeattention.tools.evaluation.streaming import attention, spans
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from forgeattention.evaluation import lm_eval_model
+from forgeattention.tools.evaluation import lm_eval_model
 from tests import tiny
 
 

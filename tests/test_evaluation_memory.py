@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from forgeattention.evaluation import memory
+from forgeattention.tools.evaluation import memory
 from tests import tiny
 
 
@@ -37,7 +37,7 @@ def test_something_else_is_refused():
 
 PEAK = """
 import numpy as np
-from forgeattention.evaluation import memory
+from forgeattention.tools.evaluation import memory
 
 size = 200 << 20
 before = memory.peak_rss()

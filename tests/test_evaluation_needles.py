@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from forgeattention.evaluation import commands, needles, niah
-from forgeattention.evaluation.haystacks import Document, scatter
-from forgeattention.evaluation.needles import Fact, Needle, Outcome
+from forgeattention.tools.evaluation import commands, needles, niah
+from forgeattention.tools.evaluation.haystacks import Document, scatter
+from forgeattention.tools.evaluation.needles import Fact, Needle, Outcome
 from tests import tiny
 
 LINES = "".join(f"row {i} of many\n" for i in range(200))

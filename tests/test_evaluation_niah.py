@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from forgeattention.evaluation import niah, texts
-from forgeattention.evaluation.niah import Needle, Outcome
+from forgeattention.tools.evaluation import niah, texts
+from forgeattention.tools.evaluation.niah import Needle, Outcome
 from tests import tiny
 
 HAY = "One goes first. Two comes next! See section 3. of it. Is four last? Five is.\n"

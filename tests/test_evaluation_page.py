@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from forgeattention.evaluation import page, report
+from forgeattention.tools.evaluation import page
+from forgeattention.util.environment import environment
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = """
@@ -48,7 +49,7 @@ def result(pairs=(("PASS", "PASS"),) * 6, **changes):
         "memory": [{"context": n, "exact": 23040 * n, "packed": 5000 * n} for n in (512, 4096)],
         "speed": [{"context": n, "exact": 20.0, "packed": 25.0} for n in (512, 4096)],
         "ruler": [{"task": "vt", "length": 4096, "exact": 40.0, "packed": 38.5, "texts": ["a", "b"]}],
-        "env": report.environment(),
+        "env": environment(),
         **changes,
     }  # fmt: skip
 

@@ -6,22 +6,25 @@ import re
 
 import pytest
 
-from forgeattention.evaluation import report, texts
+from forgeattention.tools.evaluation import texts
+from forgeattention.util.environment import environment
+from forgeattention.util.files import write_json
+from forgeattention.util.progress import progress
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "r.json"
-    report.write_json(file, {"a": 1.5})
+    write_json(file, {"a": 1.5})
     assert json.loads(file.read_text()) == {"a": 1.5}
     for bad in ({"a": float("nan")}, {"a": float("inf")}):
         with pytest.raises(ValueError, match="not JSON compliant"):
-            report.write_json(file, bad)
+            write_json(file, bad)
     assert json.loads(file.read_text()) == {"a": 1.5}
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_environment_says_what_ran():
-    env = report.environment()
+    env = environment()
     assert env["versions"]["python"] == platform.python_version()
     assert {"numpy", "torch", "transformers"} <= set(env["versions"])
     assert env["cores"] >= 1
@@ -31,11 +34,11 @@ def test_environment_says_what_ran():
 
 def test_the_commit_is_this_repositorys_or_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert report.environment()["commit"] is None
+    assert environment()["commit"] is None
 
 
 def test_progress_is_silent_without_a_terminal(capsys):
-    with report.progress("Working", 2) as advance:
+    with progress("Working", 2) as advance:
         advance()
         advance()
     assert capsys.readouterr() == ("", "")

@@ -10,8 +10,8 @@ import pytest
 from transformers import DynamicCache
 
 from forgeattention.codec import CodecSpec
-from forgeattention.evaluation import commands_synthetic, ruler
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import commands_synthetic, ruler
 from tests import tiny
 
 LENGTH = 12000

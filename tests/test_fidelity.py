@@ -11,8 +11,8 @@ import torch
 from tolerances import CANARY, HEAD_256, SINK_LOGITS
 
 from forgeattention import CodecSpec, models
-from forgeattention.evaluation import kl, texts
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation import kl, texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import canaries

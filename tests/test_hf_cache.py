@@ -17,8 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from forgeattention import CodecSpec
 from forgeattention.codec import PAGE
-from forgeattention.integrations import hf, hf_attention
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf import attention as hf_attention
+from forgeattention.integrations.hf import cache as hf
+from forgeattention.integrations.hf.cache import ForgeCache
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, sinks=3, window=12)
 ALL_EXACT = CodecSpec(window=4096)

@@ -12,9 +12,9 @@ from tolerances import HF
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from forgeattention import CodecSpec
-from forgeattention.evaluation.setup import eviction_report, eviction_summary
 from forgeattention.eviction import V3, Eviction, Recency
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools.evaluation.setup import eviction_report, eviction_summary
 
 SPEC = CodecSpec(window=64, refine=False)
 

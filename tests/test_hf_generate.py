@@ -10,7 +10,7 @@ from hf_slow import model, slow_cache
 from transformers import DynamicCache
 
 from forgeattention import CodecSpec
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, sinks=3, window=12)
 PROMPT = 170

@@ -11,8 +11,8 @@ from hf_slow import model
 
 from forgeattention import CodecSpec
 from forgeattention.backends import nvrtc
-from forgeattention.integrations.hf import ForgeCache
-from forgeattention.integrations.hf_graph import DecodeGraph
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.integrations.hf.graph import DecodeGraph
 
 SPEC = CodecSpec(k_bits=3, v_bits=3, sinks=3, window=12)
 NEW = 95

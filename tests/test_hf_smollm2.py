@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from forgeattention import CodecSpec, models
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
 
 NOTES = """\
 The harbour of Tallin Bay was built in 1874 by the engineer Maria Oskarsdottir, who had studied bridges in Vienna. For

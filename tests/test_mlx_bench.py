@@ -13,8 +13,10 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from tolerances import MLX_CPU  # noqa: E402
 
-from forgeattention import bench, bench_mlx, bench_report  # noqa: E402
 from forgeattention.codec import CodecSpec  # noqa: E402
+from forgeattention.tools.bench import cpu as bench  # noqa: E402
+from forgeattention.tools.bench import metal as bench_mlx  # noqa: E402
+from forgeattention.tools.bench import report as bench_report  # noqa: E402
 
 SPEC = CodecSpec(k_code="scalar", refine=False)
 

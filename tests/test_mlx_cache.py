@@ -17,7 +17,7 @@ from mlx_models import SPEC, coded  # noqa: E402
 from tolerances import MLX_CPU  # noqa: E402
 
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
-from forgeattention.mlx_lm import PackedKVCache, patched  # noqa: E402
+from forgeattention.integrations.mlx import PackedKVCache, patched  # noqa: E402
 
 CONTRACT = [
     *("update_and_fetch", "offset", "state", "from_state", "is_trimmable", "trim", "make_mask", "size", "empty"),

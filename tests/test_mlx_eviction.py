@@ -15,9 +15,9 @@ from mlx_lm.models.cache import trim_prompt_cache  # noqa: E402
 from mlx_models import SPEC, greedy, model, tokens  # noqa: E402
 from tolerances import MLX_MODEL  # noqa: E402
 
-from forgeattention import mlx_lm as forge  # noqa: E402
 from forgeattention.codec import PAGE  # noqa: E402
 from forgeattention.eviction import V3, Eviction, Recency  # noqa: E402
+from forgeattention.integrations import mlx as forge  # noqa: E402
 
 LENGTH, NEW, CHUNK = 1000, 20, 96
 

@@ -20,8 +20,8 @@ from mlx_models import KINDS, SPEC, greedy, model, slow_prompt_cache, tokens  # 
 from tiny import tokenizer  # noqa: E402
 from tolerances import MLX_MODEL  # noqa: E402
 
-from forgeattention import mlx_lm as forge  # noqa: E402
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
+from forgeattention.integrations import mlx as forge  # noqa: E402
 
 NEW = 30
 

@@ -19,8 +19,8 @@ from mlx_models import SPEC, greedy, model, slow_prompt_cache, tokens  # noqa: E
 from tiny import tokenizer  # noqa: E402
 from tolerances import MLX_MODEL  # noqa: E402
 
-from forgeattention import mlx_lm as forge  # noqa: E402
 from forgeattention.backends import metal, metal_scores  # noqa: E402
+from forgeattention.integrations import mlx as forge  # noqa: E402
 from forgeattention.ops import dispatch  # noqa: E402
 from forgeattention.sparse import SparseSpec  # noqa: E402
 

@@ -25,10 +25,10 @@ import torch  # noqa: E402
 from tiny import llama, tokenizer  # noqa: E402
 from tolerances import MLX_SMOLLM2, MLX_STOCK  # noqa: E402
 
-from forgeattention import mlx_lm as forge  # noqa: E402
 from forgeattention import models  # noqa: E402
 from forgeattention.codec import CodecSpec  # noqa: E402
-from forgeattention.integrations.hf import ForgeCache  # noqa: E402
+from forgeattention.integrations import mlx as forge  # noqa: E402
+from forgeattention.integrations.hf.cache import ForgeCache  # noqa: E402
 
 SPEC = CodecSpec(k_bits=4, v_bits=4, sinks=1, window=0)
 TEXT = "In the beginning there was a small village by the sea, and in it lived a woman who kept bees. " * 4
@@ -66,7 +66,7 @@ def test_smollm2_answers_as_it_does_in_transformers() -> None:
 SERVER = """
 import sys
 from forgeattention import cli
-from forgeattention.mlx_lm import PackedKVCache
+from forgeattention.integrations.mlx import PackedKVCache
 
 update = PackedKVCache.update_and_fetch
 def counted(self, keys, values):

@@ -20,10 +20,10 @@ from mlx_models import SPEC, greedy, model, tokens  # noqa: E402
 from test_weights import PAIRS, known  # noqa: E402
 from test_weights import model as torch_model  # noqa: E402
 
-from forgeattention import mlx_lm as forge  # noqa: E402
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
-from forgeattention.codec.weights import KeyWeights  # noqa: E402
-from forgeattention.integrations import mlx_weights  # noqa: E402
+from forgeattention.integrations import mlx as forge  # noqa: E402
+from forgeattention.models.weights import mlx as mlx_weights  # noqa: E402
+from forgeattention.models.weights.fit import KeyWeights  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "cohere"])

@@ -16,7 +16,7 @@ import torch
 from serving_engine import model
 from tolerances import MERGE_DOUBLE
 
-from forgeattention.parallel import merge_parts
+from forgeattention.cache.sharded import merge_parts
 
 HERE = Path(__file__).parent
 

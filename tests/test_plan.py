@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from forgeattention import CodecSpec, plan
+from forgeattention import CodecSpec
 from forgeattention.codec.presets import PRESETS
-from forgeattention.evaluation.memory import cache_bytes
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.tools import plan
+from forgeattention.tools.evaluation.memory import cache_bytes
 
 SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64,

@@ -12,7 +12,7 @@ import torch
 from serving_engine import PIECE, SPEC, Asked, engine, model
 from tolerances import SERVED_LOGITS
 
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.serving.engine import Busy
 from forgeattention.serving.sampling import Sampler, Sampling, TextStream
 

@@ -15,8 +15,9 @@ from tolerances import NORM_EPSILON
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgeattention import CodecSpec
-from forgeattention.codec.weights import STEPS, KeyWeights, key_weights, weight_codecs
-from forgeattention.integrations.hf import ForgeCache
+from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.models.weights.fit import STEPS, KeyWeights
+from forgeattention.models.weights.hf import key_weights, weight_codecs
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -35,9 +35,9 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    import forgeattention.evaluation
+    import forgeattention.tools.evaluation
 
-    return (Path(forgeattention.evaluation.__file__).parent / "data" / "genesis.txt").read_text()
+    return (Path(forgeattention.tools.evaluation.__file__).parent / "data" / "genesis.txt").read_text()
 
 
 @pytest.fixture(scope="session")

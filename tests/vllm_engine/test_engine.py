@@ -13,10 +13,10 @@ import pytest
 from vllm import SamplingParams
 
 from forgeattention import models
-from forgeattention.codec.weights import weight_codecs
 from forgeattention.integrations import vllm as plugin
 from forgeattention.integrations.vllm.backend import PackedBackend
 from forgeattention.integrations.vllm.settings import Settings
+from forgeattention.models.weights.hf import weight_codecs
 from tests.tolerances import VLLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)

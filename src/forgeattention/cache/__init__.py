@@ -1,8 +1,8 @@
 """Caches: pages of packed tokens, exact sinks and recent tokens, saved and exported caches."""
 
 from .arrays import Arrays, MLXArrays, NumpyArrays, TorchArrays, arrays_of
-from .pages import PagePool
-from .sequence import LayerCache
+from .layer import LayerCache
+from .pool import PagePool
 from .storage import load, save
 from .transfer import export_pages, export_row, import_pages, import_row
 

@@ -15,10 +15,10 @@ from ..ops.arrays import FLOATS
 from ..ops.table import ExactTokens, PageTable
 from ..sparse import SparseLayer, SparseStep
 from .arrays import Arrays
-from .pages import Ids, PagePool
+from .pool import Ids, PagePool
 
 if TYPE_CHECKING:
-    from .sequence import LayerCache
+    from .layer import LayerCache
 
 I64 = NDArray[np.int64]
 

@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 from ..codec import PAGE, Codec
 from ..codec.spec import FORMAT_VERSION
 from .arrays import Arrays
-from .pages import PagePool
-from .sequence import LayerCache
+from .layer import LayerCache
+from .pool import PagePool
 
 FORMAT = "forgeattention cache"
 PARTS = ("pages", "table", "starts", "lengths", "k", "v")

@@ -18,8 +18,8 @@ from ..codec import PAGE, Codec
 from ..codec.spec import FORMAT_VERSION
 from ..ops.arrays import FLOATS
 from .arrays import Arrays
-from .pages import Ids, PagePool
-from .sequence import LayerCache
+from .layer import LayerCache
+from .pool import Ids, PagePool
 
 MAGIC = b"FORGEKV\0"
 VERSION = 1

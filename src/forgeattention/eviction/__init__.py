@@ -1,8 +1,8 @@
 """Which tokens are kept: scores, policies, demotion."""
 
+from ..models.rope import Rope, rope_of
 from .cache import EvictingCache
 from .policy import POLICIES, V1, V2, V3, AttentionWindow, Policy, Random, Recency, attention_fraction
-from .rope import Rope, rope_of
 from .settings import Eviction
 from .triattention import Centres, load_centres, save_centres
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..cache.arrays import Arrays
-from ..cache.pages import Ids, PagePool
-from ..cache.sequence import LayerCache
+from ..cache.layer import LayerCache
+from ..cache.pool import Ids, PagePool
 from ..codec import PAGE, Codec
+from ..models.rope import Rope
 from ..ops.arrays import from_numpy, to_numpy
 from .policy import Items, effective, excess
 from .recall import mass_estimates, visitors
-from .rope import Rope
 from .settings import Eviction
 from .triattention import Centres, join_heads
 

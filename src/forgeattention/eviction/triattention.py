@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .rope import C128, F64, Rope
+from ..models.rope import C128, F64, Rope
 
 OFFSETS = 2 ** np.arange(17)
 """Future distances over which scores are averaged."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..codec import PAGE, CodecSpec
-from ..integrations.hf import ForgeCache
+from ..integrations.hf.cache import ForgeCache
 from .metrics import Metrics
 from .prefix import PrefixCache
 from .sampling import Sampler, Sampling, TextStream

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..integrations.hf import ForgeCache
+    from ..integrations.hf.cache import ForgeCache
 
 log = logging.getLogger("forgeattention")
 

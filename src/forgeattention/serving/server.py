@@ -19,8 +19,8 @@ import uvicorn
 
 from .. import models
 from ..codec import PAGE, CodecSpec
-from ..evaluation.setup import head_dim
-from ..plan import parse_memory
+from ..models.shape import head_dim
+from ..util.sizes import parse_memory
 from .api import create_app
 from .engine import Engine
 

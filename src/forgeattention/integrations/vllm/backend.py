@@ -23,13 +23,13 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from ... import ops
 from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
+from ...models.weights.vllm import layer_codec
 from ...ops.table import ExactTokens, PageTable
-from ..hf_attention import attend
+from ..hf.attention import attend
 from . import check_version
 from .blocks import ExactSpec
 from .settings import Settings
 from .step import Exact, Layout, Pages, Step
-from .weights import layer_codec
 
 check_version()
 

@@ -22,7 +22,7 @@ class Settings:
         k_bits, v_bits: stored bits per key and value element in place of the preset's.
         sinks: first tokens kept exact, rounded up to whole exact blocks (4 to 64 tokens); 0 for none.
         window: newest tokens kept exact besides the unfinished page, a multiple of 64.
-        fit: fit the codecs of the keys to the model's weights (`codec.weights`), where they lie on this machine.
+        fit: fit the codecs of the keys to the model's weights (`models.weights`), where they lie on this machine.
     """
 
     preset: str = DEFAULT

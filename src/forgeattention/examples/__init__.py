@@ -1,1 +1,0 @@
-"""Programs to run with `python -m` or torchrun."""

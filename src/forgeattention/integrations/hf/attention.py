@@ -1,0 +1,242 @@
+"""Attention of prompt chunks, and of layers that are not packed, in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ... import ops
+from ...cache import LayerCache
+from ...ops.table import ExactTokens, PageTable
+
+Part = tuple[torch.Tensor, torch.Tensor]
+
+
+def flash(q: torch.Tensor) -> bool:
+    """Whether torch's flash attention takes these queries on CUDA. It reads grouped heads as they are, and its causal
+    mask is aligned to the last query and key."""
+    return q.is_cuda and q.dtype != torch.float32 and q.shape[-1] <= 256
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> Part:
+    """Attention by torch's own kernels, with the log-sum-exp.
+
+    Args:
+        q: [batch, q_heads, n, head_dim].
+        k, v: [batch, kv_heads, tokens, head_dim], at least one token.
+        scale: softmax scale.
+        causal: token i is seen by queries from i on.
+        bias: added to the scores, [batch or 1, q_heads or 1, n, tokens] in q's dtype, or None.
+
+    Returns:
+        o [batch, q_heads, n, head_dim] in q's dtype and the natural log-sum-exp float32 [batch, q_heads, n].
+
+    Raises:
+        ValueError: a device other than the CPU or CUDA.
+    """
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if q.device.type != "cuda":
+        raise ValueError(f"[forge] expected tensors on the CPU or CUDA; got {q.device}")
+    if bias is None and flash(q):
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    if bias is not None:
+        # The kernel wants rows of the bias at multiples of 16 bytes.
+        tokens = bias.shape[-1]
+        padded = bias.new_empty(*q.shape[:3], -(-tokens // 8) * 8)[..., :tokens]
+        bias = padded.copy_(bias)
+    o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
+    return o, lse[..., : q.shape[2]]
+
+
+def chunk(
+    past: LayerCache,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keep: NDArray[np.bool_] | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of a chunk of new tokens over the past and, causally, over itself.
+
+    Args:
+        past: the cache, without the new tokens.
+        q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+        k, v: [batch, kv_heads, n, head_dim].
+        keep: bool [batch, n], which tokens are real; None for all.
+        scale: softmax scale.
+        sinks: extra logits float32 [q_heads], or None.
+
+    Returns:
+        [batch, q_heads, m, head_dim] in q's dtype, zero where a token is not real.
+    """
+    if keep is None and past.uniform:
+        return _chunk(past, past.table, past.exact, q, k, v, scale, sinks)
+    out = torch.zeros_like(q)
+    for row in range(past.batch):
+        rows = slice(row, row + 1)
+        if keep is None:
+            out[rows] = _chunk(past, *past.row(row), q[rows], k[rows], v[rows], scale, sinks)
+        elif keep[row, -q.shape[2] :].any():
+            asked, real = (
+                torch.from_numpy(np.flatnonzero(x)).to(q.device) for x in (keep[row, -q.shape[2] :], keep[row])
+            )
+            rq, rk, rv = (x[rows].index_select(2, at) for x, at in ((q, asked), (k, real), (v, real)))
+            out[rows, :, asked] = _chunk(past, *past.row(row), rq, rk, rv, scale, sinks)
+    return out
+
+
+def _chunk(
+    past: LayerCache,
+    table: PageTable | None,
+    exact: ExactTokens,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return attend(q, k, v, exact, past.attend_packed(q, table, scale), scale, sinks)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    exact: ExactTokens | None,
+    packed: Part | None,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of new tokens over exact past ones and, causally, over themselves, joined with that over packed ones.
+
+    Args:
+        q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+        k, v: [batch, kv_heads, n, head_dim].
+        exact: past tokens, in every row `max_length` of them; None for none.
+        packed: what the packed past gave, or None.
+        scale: softmax scale.
+        sinks: extra logits float32 [q_heads], or None.
+
+    Returns:
+        [batch, q_heads, m, head_dim] in q's dtype.
+    """
+    m, n = q.shape[2], k.shape[2]
+    past = [x[:, :, : exact.max_length] for x in (exact.k, exact.v)] if exact is not None and exact.max_length else None
+    bias = None
+    if flash(q):
+        if past is not None:
+            k, v = (torch.cat(both, 2) for both in zip(past, (k, v)))
+    elif 1 < m < n:
+        bias = q.new_full((1, 1, m, n), -torch.inf).triu_(n - m + 1)
+    o, lse = attention(q, k, v, scale, causal=m == n or flash(q), bias=bias)
+    if past is not None and not flash(q):
+        o, lse = ops.merge(o.float(), lse, *attention(q, past[0], past[1], scale))
+    if packed is not None:
+        # The result is in the first part's dtype; sinks want it before it is rounded.
+        o, lse = ops.merge(o if sinks is None else o.float(), lse, *packed)
+    return with_sinks(o, lse, sinks).to(q.dtype)
+
+
+def with_sinks(o: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Gives part of the probability mass to extra logits [q_heads] without a value (gpt-oss's attention sinks)."""
+    return o if sinks is None else o * torch.sigmoid(lse - sinks[:, None])[..., None]
+
+
+def stock(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of a layer that is not packed: transformers' "sdpa", and sink logits, which that does not know.
+
+    Returns:
+        [batch, n, q_heads, head_dim].
+    """
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError("[forge] expected sink logits alone; got dropout, softcap or position_bias with them")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    o, lse = attention(q, k, v, scale, causal=mask is None and q.shape[2] > 1, bias=mask)
+    return with_sinks(o, lse, sinks.float()).to(q.dtype).transpose(1, 2).contiguous()
+
+
+class PaddingMask(torch.Tensor):
+    """Which positions are real, bool [batch, 1, n, positions], the same for all n queries (without memory for them).
+
+    Has the shape of a full mask, since models slice masks by query; a class of its own, since it says nothing of
+    causality.
+    """
+
+
+def padding(mask: torch.Tensor, past: NDArray[np.bool_], n: int) -> NDArray[np.bool_] | None:
+    """Which of n new positions are real, by a padding mask or by a 4-D mask that is causal up to padding.
+
+    Args:
+        mask: `PaddingMask`, or bool or additive [batch or 1, heads or 1, m, positions] for the last m of the n.
+        past: bool [batch, positions before], which of them are real.
+        n: new positions.
+
+    Returns:
+        bool [batch, n], or None if all are real.
+
+    Raises:
+        ValueError: a mask that hides or shows other positions.
+    """
+    batch, seen = past.shape
+    total = seen + n
+    if isinstance(mask, PaddingMask):
+        given = mask[:, 0, -1, :total].cpu().numpy()
+        given = np.pad(given, ((0, 0), (0, total - given.shape[1])))
+    elif mask.ndim == 4 and mask.shape[2] <= n and mask.shape[3] >= total:
+        shown = mask[..., :total] if mask.dtype == torch.bool else mask[..., :total] == 0
+        plain = mask.dtype == torch.bool or bool((shown | (mask[..., :total] <= torch.finfo(mask.dtype).min / 2)).all())
+        real = shown[:, 0, -1].expand(batch, total)
+        m = mask.shape[2]
+        causal = torch.ones(m, total, dtype=torch.bool, device=mask.device).tril(total - m)
+        same = (shown == (causal & real[:, None, None])) | ~real[:, None, total - m :, None]
+        if not plain or not bool(same.all()):
+            raise ValueError("[forge] expected a mask that is causal up to padding; got another pattern")
+        given = real.cpu().numpy()
+    else:
+        raise ValueError(f"[forge] expected a mask [{batch}, 1, {n}, {total}]; got {list(mask.shape)}")
+    if past.shape[0] and not (given[:, :seen] == past).all():
+        raise ValueError("[forge] expected the padding of earlier steps unchanged; got another mask for the past")
+    keep = given[:, seen:]
+    return None if keep.all() else np.ascontiguousarray(keep)
+
+
+def tensor_bytes(layer: Any) -> int:
+    """Bytes of the tensors that a stock cache layer holds."""
+    found: list[Any] = list(vars(layer).values())
+    for value in vars(layer).values():
+        if isinstance(value, dict):
+            found += value.values()
+    storages = [x.untyped_storage() for x in found if isinstance(x, torch.Tensor)]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())

@@ -1,0 +1,382 @@
+"""Hugging Face transformers: a packed `Cache` and the attention implementation "forge".
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="forge")
+    model.generate(**inputs, past_key_values=ForgeCache(model))
+
+Importing this module registers the name "forge" with transformers' two interfaces and changes nothing else. A packed
+layer's `update` gives a handle instead of keys and values; the attention function, which knows the padding, appends
+to the cache and attends.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ... import cache as storage
+from ...cache import LayerCache, TorchArrays
+from ...codec import Codec, CodecSpec
+from ...eviction import EvictingCache, Eviction, attention_fraction, rope_of
+from ...models.fingerprint import fingerprint
+from ...models.weights.hf import weight_codecs
+from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
+from . import attention as hf_attention
+from .layer import Keep, PackedLayer, PackedStates
+
+log = logging.getLogger("forgeattention")
+
+
+def _layers_that_share(config: Any, own: int) -> set[int]:
+    """Which of the `own` layers with keys of their own are read by later layers too."""
+    if (modes := getattr(config, "kv_sharing_modes", None)) is not None:
+        return {i for i, mode in enumerate(modes) if mode == "store"}
+    if not getattr(config, "num_kv_shared_layers", 0):  # where transformers does not name the modes yet
+        return set()
+    return set({kind: i for i, kind in enumerate(config.layer_types[:own])}.values())
+
+
+class ForgeCache(Cache):
+    """A cache for `past_key_values` whose full-attention layers are packed.
+
+    Sliding-window, linear-attention and hybrid layers keep the stock cache; `report` says which. The model must run
+    with attn_implementation="forge". For inference: no gradient flows through it.
+
+    Args:
+        model: the model, whose weights then fit the codecs of the keys (`models.weights`), or its config alone.
+        spec: how the cache is coded.
+        codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
+        exact_layers: layers to leave to the stock cache.
+        max_pages: most pages of one layer, or None.
+        backend: which kernels run, "auto" or a name of `ops`.
+        make_layer: makes a layer's cache, with the arguments of `LayerCache.like` (`cache.sharded.ShardedCache.like`).
+        sparse: which packed tokens decode steps read; None for all. Prompts are always read densely.
+        sparse_log: list to which every sparse step of a layer adds its statistics; then every step waits for the
+            device.
+        eviction: how packed layers give up pages; None keeps all.
+
+    Raises:
+        ValueError: a layer number that is not in the model, or eviction from a model whose rotation is not known.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: CodecSpec | None = None,
+        *,
+        codecs: Mapping[int, Codec] | None = None,
+        exact_layers: Iterable[int] = (),
+        max_pages: int | None = None,
+        backend: str = "auto",
+        make_layer: Callable[..., LayerCache] = LayerCache.like,
+        sparse: SparseSpec | None = None,
+        sparse_log: list[dict[str, float]] | None = None,
+        eviction: Eviction | None = None,
+    ) -> None:
+        self.make_layer = make_layer
+        self.spec = CodecSpec() if spec is None else spec
+        self.max_pages = max_pages
+        self.backend = backend
+        config: Any = model.config if isinstance(model, torch.nn.Module) else model
+        layers = list(DynamicCache(config=config).layers)
+        own, exact = dict(codecs or {}), set(exact_layers)
+        if not exact | set(own) <= set(range(len(layers))):
+            raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
+        packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in exact]
+        if isinstance(model, torch.nn.Module):
+            own = weight_codecs(model, self.spec, [i for i in packed if i not in own]) | own
+        budgets: Mapping[int, Any] = {}
+        if sparse is not None and sparse.budgets is not None:
+            if not isinstance(model, torch.nn.Module):
+                raise ValueError("[forge_cache] expected the model itself for budgets; got its config")
+            budgets = Budgets.load(sparse.budgets, fingerprint(model)).layers
+            if not set(packed) <= set(budgets):
+                raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
+        stored = _layers_that_share(config.get_text_config(decoder=True), len(layers))
+        for i in packed:
+            layers[i] = PackedLayer(self, own.get(i), i in stored)
+            if sparse is not None:
+                layers[i].sparse = SparseLayer(sparse, budgets.get(i), sparse_log)
+        self._codecs: dict[tuple[int, int], Codec] = {}
+        self.eviction = eviction
+        self._evicting: dict[str, Any] = {}
+        if eviction is not None:
+            if make_layer != LayerCache.like:
+                raise ValueError("[forge_cache] expected eviction or make_layer; got both")
+            rope = rope_of(config) if eviction.policy.scored else None
+            self._evicting = {"eviction": eviction, "rope": rope, "fraction": attention_fraction(config)}
+        self._setup(layers)
+        if not self.packed:
+            log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
+
+    def _setup(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.packed = [i for i, layer in enumerate(layers) if isinstance(layer, PackedLayer)]
+        # Only then is every user of the causal mask a packed layer.
+        self.all_packed = not any(isinstance(x, DynamicLayer) and not x.is_sliding for x in layers)
+        self._seen_mask: tuple[Any, int, Keep | None] | None = None
+
+    def codec(self, head_dim: int, kv_heads: int) -> Codec:
+        """The codec of layers of this shape that were given none of their own."""
+        key = head_dim, kv_heads
+        if key not in self._codecs:
+            self._codecs[key] = Codec(self.spec, head_dim, kv_heads)
+        return self._codecs[key]
+
+    def evicting(self, layer: PackedLayer) -> dict[str, Any] | None:
+        """What an `EvictingCache` is told for one of the layers; None where nothing is evicted."""
+        if self.eviction is None:
+            return None
+        number = next(i for i in self.packed if self.layers[i] is layer)
+        centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()
+        return {"centres": centres, **self._evicting}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedLayer) and layer.steps is None and layer_idx != self.packed[0]:
+            first = self.layers[self.packed[0]].seen
+            if first != layer.seen + key_states.shape[2]:
+                raise ValueError(
+                    f"[forge_cache] expected {first - key_states.shape[2]} positions in layer {layer_idx}, as in layer "
+                    f"{self.packed[0]}; got {layer.seen}: an earlier step failed midway, reset the cache"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        rows = beam_idx.tolist()
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.select(rows)
+            else:
+                layer.reorder_cache(beam_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers."""
+        return sum(entry["bytes"] for entry in self.report()["layers"])
+
+    def report(self) -> dict[str, Any]:
+        """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes;
+        what eviction did in it; and totals."""
+        entries: list[dict[str, Any]] = []
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, PackedLayer):
+                codec = layer.codec or (layer.cache.codec if layer.cache is not None else None)
+                bits = codec.format.effective_bits if codec is not None else None
+                size = layer.cache.nbytes if layer.cache is not None else 0
+                entries.append({"layer": i, "kind": "packed", "positions": layer.seen, "bits": bits, "bytes": size})
+                if isinstance(layer.cache, EvictingCache):
+                    entries[-1]["eviction"] = layer.cache.report()
+            else:
+                positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
+                size = hf_attention.tensor_bytes(layer)
+                kind = type(layer).__name__
+                entries.append({"layer": i, "kind": kind, "positions": positions, "bits": None, "bytes": size})
+        total = sum(entry["bytes"] for entry in entries)
+        out = {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
+        if self.eviction is not None:
+            found = [entry["eviction"] for entry in entries if "eviction" in entry]
+            out["eviction"] = {name: sum(x[name] for x in found) for name in (found[0] if found else ())}
+        return out
+
+    def sparse_statistics(self) -> dict[str, float]:
+        """What the last decode step left out, means over layers (`SparseStep.statistics`; bytes are sums); empty if
+        nothing. Waits for the device."""
+        caches = [self.layers[i].cache for i in self.packed]
+        return sparse_means([c.sparse_step.statistics() for c in caches if c is not None and c.sparse_step is not None])
+
+    def fork(self, rows: list[int] | None = None) -> ForgeCache:
+        """A cache of the given rows (default: all) that shares this one's pages, as does `copy.deepcopy`."""
+        other = object.__new__(ForgeCache)
+        other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
+        other.make_layer = self.make_layer
+        other._codecs, other.eviction, other._evicting = self._codecs, self.eviction, self._evicting
+        layers: list[Any] = []
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layers.append(layer.fork(other, rows))
+            else:
+                layers.append(copy.deepcopy(layer))
+                if rows is not None:
+                    layers[-1].reorder_cache(torch.tensor(rows))
+        other._setup(layers)
+        return other
+
+    def join(self, other: ForgeCache) -> None:
+        """Adds the rows of another cache of the same model behind this one's. Where one has seen fewer positions, its
+        rows count as padded on the left.
+
+        Raises:
+            ValueError: a layer with a stock cache, or what `LayerCache.join` refuses; nothing has changed.
+        """
+        self._all_packed_or_raise("join")
+        other._all_packed_or_raise("join")
+        for i in self.packed:
+            self.layers[i].check_join(other.layers[i])
+        for i in self.packed:
+            self.layers[i].join(other.layers[i])
+
+    def __copy__(self) -> ForgeCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: object) -> ForgeCache:
+        return self.fork()
+
+    def save(self, path: str | os.PathLike[str], model: Any) -> None:
+        """Saves the cache of a model whose layers are all packed (see `forgeattention.cache.save`).
+
+        Raises:
+            ValueError: a layer with a stock cache, or one without tokens.
+        """
+        self._all_packed_or_raise("save")
+        layers = {i: self.layers[i].cache for i in self.packed}
+        if any(cache is None for cache in layers.values()):
+            raise ValueError("[cache.save] expected tokens in every layer; got an empty cache")
+        storage.save(path, layers, fingerprint(model), {str(i): self.layers[i].state() for i in self.packed})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: Any, spec: CodecSpec | None = None, **options: Any
+    ) -> ForgeCache:
+        """Reads a saved cache; `spec` and `options` as when it was made.
+
+        Raises:
+            ValueError: a damaged file, or another format version, model or codec.
+        """
+        self = cls(model, spec, **options)
+        self._all_packed_or_raise("load")
+        text = model.config.get_text_config(decoder=True)
+        heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
+        shape = dim or text.hidden_size // text.num_attention_heads, heads
+        codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
+        told = {i: self.evicting(self.layers[i]) for i in self.packed}
+        makers: dict[int, Callable[..., LayerCache]]
+        makers = {i: LayerCache if x is None else partial(EvictingCache, **x) for i, x in told.items()}
+        where = TorchArrays(model.device)
+        layers, states = storage.load(
+            path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend, makers=makers
+        )
+        for i, cache in layers.items():
+            self.layers[i].restore(cache, states[str(i)])
+        return self
+
+    @classmethod
+    def from_calibration(cls, model: Any, path: str | os.PathLike[str], **options: Any) -> ForgeCache:
+        """A cache with the bits of a calibration file (`forgeattn calibrate`); `options` as for the constructor.
+
+        Raises:
+            ValueError: a damaged file, or one made for another model or format version.
+        """
+        from ...models.calibration import Calibration
+
+        calibration = Calibration.load(path, model)
+        return cls(model, calibration.spec, codecs=calibration.codecs(model), **options)
+
+    def _all_packed_or_raise(self, what: str) -> None:
+        stock = [
+            i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer) and type(x).__name__ != "DummyLayer"
+        ]
+        if stock:
+            raise ValueError(f"[cache.{what}] expected packed layers only; got stock caches in layers {stock}")
+
+    def new_tokens(self, mask: Any, layer: PackedLayer, n: int, appended: bool) -> Keep | None:
+        """Which of a layer's n new positions hold real tokens, [batch, n]; None for all. All layers of a step share
+        one mask."""
+        if mask is None:
+            return None
+        past = layer.seen - n if appended else layer.seen
+        if self._seen_mask is not None and self._seen_mask[0]() is mask and self._seen_mask[1] == past:
+            return self._seen_mask[2]
+        keep = hf_attention.padding(mask, layer.real(0, past), n)
+        self._seen_mask = weakref.ref(mask), past, keep
+        return keep
+
+
+def forge_mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask for transformers' `AttentionMaskInterface`.
+
+    For packed layers None, or a `PaddingMask` where a new position is padding; for everything else, and for patterns
+    other than causal, the mask of "sdpa".
+    """
+    layer = getattr(kv_length, "layer", None)
+    if layer is None or mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
+        if q_length > 1 and "reuse" in (getattr(kwargs.get("config"), "kv_sharing_modes", None) or ()):
+            # Such models drop queries half way, so that a missing mask could no longer mean a causal one.
+            kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=int(kv_length), mask_function=mask_function, **kwargs
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    past = layer.cache.lengths if layer.cache is not None else np.zeros(batch_size, np.int64)
+    if mask[:, :kv_length].sum(1).tolist() == (past + q_length).tolist():
+        return None
+    return mask[:, None, None].expand(-1, 1, q_length, -1).as_subclass(hf_attention.PaddingMask)
+
+
+def forge_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function for transformers' `AttentionInterface`: packed attention for packed layers, "sdpa" for others.
+
+    Args:
+        module: the attention module.
+        query: [batch, q_heads, n, head_dim].
+        key, value: tensors, or the handle of a packed layer.
+        attention_mask: of `forge_mask`.
+        dropout, scaling, kwargs: as transformers passes them; `s_aux` are sink logits [q_heads].
+
+    Returns:
+        [batch, n, q_heads, head_dim] and None.
+
+    Raises:
+        ValueError: dropout, a soft cap, a position bias, a sliding window or full attention with a packed layer.
+    """
+    if not isinstance(key, PackedStates):
+        return hf_attention.stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    causal = kwargs.get("is_causal")
+    for name, wrong in (
+        ("no dropout", dropout),
+        ("no softcap", kwargs.get("softcap") is not None),
+        ("no position_bias", kwargs.get("position_bias") is not None),
+        ("no sliding_window", kwargs.get("sliding_window") is not None),
+        ("no output_attentions", kwargs.get("output_attentions")),
+        ("causal attention", not (getattr(module, "is_causal", True) if causal is None else causal)),
+    ):
+        if wrong:
+            raise ValueError(f"[forge] expected {name} in a packed layer; got a {type(module).__name__} without that")
+    sinks = kwargs.get("s_aux")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = key.attend(query.detach(), attention_mask, scale, None if sinks is None else sinks.detach().float())
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Makes attn_implementation="forge" known to transformers; importing this module does it."""
+    AttentionInterface.register("forge", forge_attention)
+    AttentionMaskInterface.register("forge", forge_mask)
+
+
+register()

@@ -1,0 +1,463 @@
+"""A packed layer of an mlx-lm prompt cache, and the attention over it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import create_causal_mask
+from numpy.typing import NDArray
+
+from ...cache import LayerCache, MLXArrays, PagePool
+from ...codec import PAGE, Codec, CodecSpec
+from ...eviction import EvictingCache
+from ...ops.arrays import dtype_of
+from ...ops.checks import check_queries
+from ...sparse import SparseLayer
+from .attention import chunk
+
+DECODE_TOKENS = 8
+"""A step of at most so many tokens is one call of `ops.decode_attention`."""
+
+I64 = NDArray[np.int64]
+Keep = NDArray[np.bool_]
+Codecs = dict[tuple[int, int], Codec]
+
+
+class Seam:
+    """Whether mlx-lm's attention knows packed layers now; see `mlx_lm.patched`."""
+
+    depth = 0
+
+
+class PackedStates:
+    """What a packed layer's `update_and_fetch` gives in place of keys and values: tokens that the attention will
+    append to the cache."""
+
+    def __init__(self, layer: PackedKVCache, k: mx.array, v: mx.array, keep: Keep | None) -> None:
+        self.layer = layer
+        self.k = k
+        self.v = v
+        self.keep = keep
+        self.appended = False
+        self.past: LayerCache | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the keys that a stock cache would give: models look there for the number of positions."""
+        batch, heads, _, dim = self.k.shape
+        return batch, heads, self.layer.size(), dim
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(f"[mlx_lm] expected a model that leaves keys to mlx-lm's attention; got one reading .{name}")
+
+    def attend(self, q: mx.array, mask: Any, scale: float, sinks: mx.array | None) -> mx.array:
+        """Attention of the new tokens over the whole sequence; the first call appends them.
+
+        Args:
+            q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+            mask: what the layer's `make_mask` gave, or an array that says the same.
+            scale: softmax scale.
+            sinks: extra logits [q_heads], or None.
+
+        Returns:
+            [batch, q_heads, m, head_dim] in q's dtype; zeros where a token is padding.
+        """
+        layer, n = self.layer, self.k.shape[2]
+        cache = layer.cache
+        assert cache is not None
+        try:
+            check_queries("mlx_lm", q, cache.codec)
+            layer.check_mask(mask, q.shape[2])
+            if not self.appended:
+                cache.prepare(q, scale, n, self.keep)
+            step = min(DECODE_TOKENS, cache.codec.spec.window)
+            held = self.appended or bool((cache.lengths > 0).all())
+            if self.keep is None and self.past is None and (n == 1 or (n <= step and held)):
+                self.append()
+                logits = None if sinks is None else sinks.astype(mx.float32)
+                return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=logits)[0]
+            if self.past is None:
+                # Layers that share these keys attend later, when the cache has moved on.
+                self.past = cache.fork()
+            out = chunk(self.past, q, self.k, self.v, self.keep, scale, sinks)
+            self.append()
+        except BaseException:
+            layer.abandon(self)
+            raise
+        return out
+
+    def append(self) -> None:
+        if not self.appended:
+            assert self.layer.cache is not None
+            self.layer.cache.append(self.k, self.v, self.keep)
+            self.appended = True
+
+
+class PackedKVCache:
+    """A full-attention layer's cache for mlx-lm, in place of its KVCache and BatchKVCache.
+
+    Works under `forgeattention.integrations.mlx.patched()`. What it holds of a sequence does not depend on padding
+    or on other rows. See `forgeattention.cache.LayerCache` for sinks, packed pages and the exact window.
+
+    Args:
+        spec: how the cache is coded.
+        codec: this layer's codec, for what a spec cannot say.
+        codecs: codecs of `spec` made so far, by (head_dim, kv_heads), shared between layers.
+        max_pages: most pages, or None.
+        backend: which kernels run, "auto" or a name of `ops`.
+        evicting: what `EvictingCache` is told beyond that; None keeps all pages.
+
+    Attributes:
+        cache: the tokens, or None before the first.
+    """
+
+    # No attribute may be named "bits": mlx-lm would take the cache for its own quantised one.
+
+    def __init__(
+        self,
+        spec: CodecSpec | None = None,
+        *,
+        codec: Codec | None = None,
+        codecs: Codecs | None = None,
+        max_pages: int | None = None,
+        backend: str = "auto",
+        evicting: dict[str, Any] | None = None,
+    ) -> None:
+        self.spec = codec.spec if codec is not None else CodecSpec() if spec is None else spec
+        self.codec = codec
+        self.codecs: Codecs = {} if codecs is None else codecs
+        self.max_pages = max_pages
+        self.backend = backend
+        self.evicting = evicting
+        self.sparse: SparseLayer | None = None
+        self.cache: LayerCache | None = None
+        self.batched = False
+        self._reset(1)
+
+    def _reset(self, rows: int) -> None:
+        # Positions as mlx-lm counts them: below 0 in left padding, past the tokens in right padding.
+        self._position = np.zeros(rows, np.int64)
+        self._right: I64 | None = None
+        self._states: PackedStates | None = None
+        self._offset: Any = None
+
+    @property
+    def rows(self) -> int:
+        return len(self._position)
+
+    @property
+    def offset(self) -> Any:
+        """The next position: an int, or an array [batch] once batched."""
+        if not self.batched:
+            return int(self._position[0])
+        if self._offset is None:
+            self._offset = mx.array(self._position)
+        return self._offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Takes keys and values [batch, kv_heads, n, head_dim]; gives a handle, twice, that the patched attention
+        reads.
+
+        Raises:
+            ValueError: mlx-lm is not patched, or the tokens cannot be appended; nothing has changed.
+        """
+        if not Seam.depth:
+            raise ValueError("[mlx_lm] expected mlx-lm under integrations.mlx.patched(); got it as it is")
+        if self._states is not None and not self._states.appended:
+            raise ValueError("[mlx_lm] expected attention after each update_and_fetch; got none: reset the cache")
+        if self.cache is None:
+            self._start(keys)
+        assert self.cache is not None
+        n = keys.shape[2]
+        keep = self._new_tokens(n)
+        self.cache.check(keys, values, keep)()
+        self._states = PackedStates(self, keys, values, keep)
+        self._move(n)
+        return self._states, self._states
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """The handle of the last update, for layers that share this one's keys."""
+        if self._states is None:
+            raise ValueError("[mlx_lm] expected keys_and_values within a call of the model; got it outside")
+        return self._states, self._states
+
+    def _start(self, keys: mx.array) -> None:
+        batch, heads, _, dim = keys.shape
+        if not self.batched:
+            self._reset(batch)
+        if batch != self.rows:
+            raise ValueError(f"[mlx_lm] expected {self.rows} rows; got {batch}")
+        codec = self.codec
+        if codec is None:
+            codec = self.codecs.get((dim, heads)) or Codec(self.spec, dim, heads)
+            self.codecs[dim, heads] = codec
+        options: dict[str, Any] = {"max_pages": self.max_pages, "backend": self.backend}
+        if self.evicting is None:
+            self.cache = LayerCache.like(keys, codec, **options)
+        else:
+            self.cache = EvictingCache.like(keys, codec, **options, **self.evicting)
+        self.cache.sparse = self.sparse
+
+    def _new_tokens(self, n: int) -> Keep | None:
+        """Which of the next n positions hold real tokens, [batch, n]; None for all."""
+        at = self._position[:, None] + np.arange(n)
+        keep = at >= 0
+        if self._right is not None:
+            keep &= at < self._right[:, None]
+        return None if keep.all() else keep
+
+    def _move(self, n: int | I64) -> None:
+        self._position = self._position + n
+        self._offset = None
+
+    def abandon(self, states: PackedStates) -> None:
+        """Undoes an update whose tokens were not appended."""
+        if not states.appended and states is self._states:
+            self._move(-states.k.shape[2])
+            self._states = None
+
+    def size(self) -> int:
+        return int(self._position.max(initial=0))
+
+    def empty(self) -> bool:
+        return self.cache is None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Removes the newest n tokens of each row, or all that it has; gives the most that were removed. See
+        `LayerCache.trim` for what a cut inside a page costs."""
+        drop = np.minimum(np.maximum(self._position, 0), n)
+        if self.cache is not None and drop.any():
+            self.cache.trim(drop)
+            self._states = None
+            self._move(-drop)
+        return int(drop.max(initial=0))
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """The mask of N new positions: "causal" or None; padding is known to the cache. An array if asked for.
+
+        Raises:
+            ValueError: a window that hides tokens: this cache is for full attention.
+        """
+        if window_size is not None and self.size() + N > window_size:
+            raise ValueError(f"[mlx_lm] expected full attention; got a window of {window_size} tokens")
+        if return_array:
+            return self._array_mask(N, self.size())
+        return "causal" if N > 1 else None
+
+    def _array_mask(self, n: int, past: int) -> mx.array:
+        if not self.batched:
+            return create_causal_mask(n, past)
+        return create_causal_mask(n, past, left_padding=mx.array(self.size() - self._position))
+
+    def check_mask(self, mask: Any, n: int) -> None:
+        """Raises ValueError unless the mask of the last n positions is causal up to padding."""
+        if mask is None:
+            if n > 1:
+                raise ValueError("[mlx_lm] expected causal attention; got no mask")
+        elif isinstance(mask, str):
+            if mask != "causal":
+                raise ValueError(f"[mlx_lm] expected mask 'causal'; got {mask!r}")
+        else:
+            past = self.size() - n
+            want = self._array_mask(n, past)
+            fits = mask.dtype == mx.bool_ and mask.shape[-2:] == want.shape[-2:]
+            if not fits or not bool((mask == want).all()):
+                raise ValueError("[mlx_lm] expected a mask that is causal up to padding; got another pattern")
+
+    def prepare(
+        self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None, **kwargs: Any
+    ) -> None:
+        """Announces padding: `left_padding` [batch] positions before an empty cache's tokens, or `right_padding` after
+        the `lengths` [batch] tokens that come next."""
+        if left_padding is not None:
+            if self.cache is not None and self.cache.lengths.any():
+                raise ValueError("[mlx_lm] expected left padding before any token; got it later")
+            self._move(-_integers(left_padding))
+        if right_padding is not None and _integers(right_padding).any():
+            self._right = self._position + _integers(lengths)
+
+    def finalize(self) -> None:
+        """Ends right padding."""
+        if self._right is not None:
+            self._move(np.minimum(self._right - self._position, 0))
+            self._right = None
+
+    @classmethod
+    def merge(cls, caches: list[PackedKVCache]) -> PackedKVCache:
+        """One cache with the given ones as rows. Packed pages are copied."""
+        out = caches[0]._like()
+        out.batched = True
+        out._reset(0)
+        for other in caches:
+            out.extend(other)
+        return out
+
+    def extend(self, other: PackedKVCache) -> None:
+        """Adds the rows of another cache behind this one's."""
+        if self.cache is None and other.cache is not None:
+            self.cache = other._empty_rows(self.rows)
+        if self.cache is not None:
+            theirs = other.cache if other.cache is not None else self._empty_rows(other.rows)
+            self.cache.join(theirs)
+        position = np.append(self._position, other._position)
+        self._reset(len(position))
+        self._position = position
+
+    def _empty_rows(self, rows: int) -> LayerCache:
+        """An empty cache like this one's, with pages of its own."""
+        assert self.cache is not None
+        made = self.cache
+        pool = PagePool(made.codec.page_bytes, made.arrays, self.max_pages)
+        empty = made.empty(rows, pool)
+        empty.sparse = self.sparse
+        return empty
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keeps the given rows."""
+        rows = _integers(batch_indices)
+        if self.cache is not None:
+            self.cache.select(rows)
+        position = self._position[rows]
+        right = None if self._right is None else self._right[rows]
+        self._reset(len(rows))
+        self._position, self._right = position, right
+
+    def extract(self, idx: int) -> PackedKVCache:
+        """A cache of one row, not batched, with pages of its own, so that it does not keep the whole batch's."""
+        out = self._like()
+        if self.cache is not None:
+            out.cache = self._empty_rows(0)
+            out.cache.join(self.cache.fork([idx]))
+            out._position = out.cache.lengths
+        return out
+
+    def adopt(self, codec: Codec) -> None:
+        """Takes a codec that reads the same pages: one that codes new pages better than what a file said."""
+        if self.cache is not None and self.cache.codec.fingerprint == codec.fingerprint:
+            self.codec = self.cache.codec = codec
+
+    def _like(self) -> PackedKVCache:
+        out = PackedKVCache(
+            self.spec,
+            codec=self.codec,
+            codecs=self.codecs,
+            max_pages=self.max_pages,
+            backend=self.backend,
+            evicting=self.evicting,
+        )
+        out.sparse = self.sparse
+        return out
+
+    def __copy__(self) -> PackedKVCache:
+        out = self._like()
+        out.cache = None if self.cache is None else self.cache.fork()
+        out.batched = self.batched
+        out._position, out._right = self._position, self._right
+        return out
+
+    def __deepcopy__(self, memo: object) -> PackedKVCache:
+        return self.__copy__()
+
+    @property
+    def state(self) -> tuple[mx.array, ...]:
+        """The contents as arrays, for `mx.eval` and mlx-lm's save_prompt_cache: a JSON header as bytes, the pages (all
+        that share this cache's memory), each row's page numbers and their positions, lengths (exact, packed, all),
+        exact keys and values."""
+        if self._states is not None and self._states.appended:
+            self._states = None
+        header: dict[str, Any] = {
+            "spec": self.spec.to_json(),
+            "batched": self.batched,
+            "position": self._position.tolist(),
+        }
+        if self.cache is None:
+            return (_bytes(header),)
+        made, codec = self.cache, self.cache.codec
+        header |= {"head_dim": codec.head_dim, "kv_heads": codec.kv_heads, "codec": codec.fingerprint}
+        header["diagonal"] = None if codec.k_transform.diagonal is None else codec.k_transform.diagonal.tolist()
+        counts = made.packed_lengths // PAGE
+        table, starts = np.full((2, made.batch, max(1, counts.max(initial=0))), -1, np.int64)
+        for row in range(made.batch):
+            table[row, : counts[row]] = made.pool.addresses(made.row_pages(row)) // codec.page_bytes
+            starts[row, : counts[row]] = made.page_starts(row)
+        base = made.pool.base
+        if base is None:
+            base = mx.zeros((codec.page_bytes,), dtype=mx.uint8)
+        pages = base.reshape(-1, codec.page_bytes)[: max(1, int(table.max(initial=-1)) + 1)]
+        lengths = mx.array(np.stack([made.exact_lengths, made.packed_lengths, made.lengths]))
+        k, v = (x[:, :, : made.exact.max_length] for x in (made.exact.k, made.exact.v))
+        return _bytes(header), pages, mx.array(np.stack([table, starts])), lengths, k, v
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        header = json.loads(bytes(value[0].tolist()))
+        made = self.__dict__.get("codec")
+        self.__init__(CodecSpec.from_json(header["spec"]), codec=made)  # type: ignore[misc]
+        self.batched = header["batched"]
+        self._position = np.array(header["position"], np.int64)
+        if len(value) == 1:
+            return
+        _, pages, table, lengths, k, v = value
+        codec = made or _codec(self.spec, header["head_dim"], header["kv_heads"], header["diagonal"])
+        if header["diagonal"] is not None:
+            self.codec = codec
+        if codec.fingerprint != header["codec"]:
+            raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
+        arrays = MLXArrays()
+        numbers, starts = np.array(table)
+        used, rows = np.unique(numbers, return_inverse=True)
+        shift = int(len(used) > 0 and used[0] < 0)
+        pool = PagePool(codec.page_bytes, arrays)
+        ids = pool.alloc(len(used) - shift)
+        for page, at in zip(ids.tolist(), used[shift:].tolist()):
+            pool.write(page, pages[at])
+        exact, packed, seen = np.array(lengths)
+        self.cache = LayerCache(codec, len(packed), arrays, dtype_of(k), pool=pool)
+        tokens = (arrays.to_host(x) for x in (k, v))
+        self.cache.restore(ids, rows.reshape(numbers.shape) - shift, starts, (exact, packed, seen), *tokens)
+        pool.free(ids)
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing: all is in `state`. Asked for by mlx-lm before 0.32.2."""
+        return ""
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = None) -> PackedKVCache:
+        """The inverse of `state`. A codec with matrices or centres of its own cannot be restored so, and one fitted to
+        a model's weights codes new pages without shaping their errors until it is adopted again. A cache that evicted
+        comes back as one that keeps all further pages."""
+        out = cls()
+        out.state = state
+        return out
+
+
+def _codec(spec: CodecSpec, head_dim: int, kv_heads: int, diagonal: Any) -> Codec:
+    scales = None if diagonal is None else np.array(diagonal)[:, :head_dim]
+    return Codec(spec, head_dim, kv_heads, k_diagonal=scales)
+
+
+def readable(spec: CodecSpec, codec: Codec) -> Codec:
+    """What a saved cache tells of a codec: the spec and the scales of key channels; it reads the same pages, unless the
+    codec has matrices or centres of its own."""
+    return _codec(spec, codec.head_dim, codec.kv_heads, codec.k_transform.diagonal)
+
+
+def _bytes(header: dict[str, Any]) -> mx.array:
+    return mx.array(np.frombuffer(json.dumps(header).encode(), np.uint8))
+
+
+def _integers(values: Any) -> I64:
+    return np.array(values.tolist() if isinstance(values, mx.array) else list(values), np.int64)

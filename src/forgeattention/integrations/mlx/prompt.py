@@ -1,0 +1,324 @@
+"""mlx-lm: packed prompt caches for its generation, batching, speculative decoding and server.
+
+    from forgeattention.integrations.mlx import make_prompt_cache, patched
+
+    with patched():
+        mlx_lm.generate(model, tokenizer, prompt, prompt_cache=make_prompt_cache(model))
+
+mlx-lm has no place where a cache could bring its own attention, and models import `scaled_dot_product_attention` by
+name. `patched` replaces that name wherever it was imported, and puts everything back.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import base
+from mlx_lm.models import cache as stock
+
+from ... import models
+from ...codec import Codec, CodecSpec
+from ...codec.spec import FORMAT_VERSION
+from ...eviction import Centres, EvictingCache, Eviction, rope_of
+from ...models.fingerprint import mlx_fingerprint
+from ...models.weights.mlx import weight_codecs
+from ...sparse import SparseLayer, SparseSpec
+from .cache import Codecs, PackedKVCache, PackedStates, Seam, readable
+from .recurrent import SnapshotCache, trim_prompt_cache
+
+__all__ = [
+    "PackedKVCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "patched",
+    "report",
+    "save_prompt_cache",
+    "serve",
+    "trim_prompt_cache",
+]
+
+_lock = threading.RLock()
+
+
+def make_prompt_cache(
+    model: Any,
+    spec: CodecSpec | None = None,
+    *,
+    codecs: Mapping[int, Codec] | None = None,
+    fitted: bool = True,
+    max_pages: int | None = None,
+    snapshots: int = 0,
+    backend: str = "auto",
+    eviction: Eviction | None = None,
+    sparse: SparseSpec | None = None,
+) -> list[Any]:
+    """A prompt cache whose full-attention layers are packed.
+
+    Rotating (sliding-window), recurrent and linear-attention layers keep what mlx-lm gives them, and so do layers with
+    two key caches. `trim_prompt_cache` works on it where those layers can go back, and else raises.
+
+    Args:
+        model: mlx-lm's model.
+        spec: how the cache is coded.
+        codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
+        fitted: fit the other layers' codecs to the model's weights where these are found (`models.weights`).
+        max_pages: most pages of one layer, or None.
+        snapshots: states that each recurrent layer remembers, of prompts' ends and of single steps, so that
+            `trim_prompt_cache` can go back to them.
+        backend: which kernels run, "auto" or a name of `ops`.
+        eviction: how packed layers give up pages; None keeps all.
+        sparse: which packed tokens decode steps read; None for all. Not with budgets, nor on MLX's CUDA backend.
+
+    Raises:
+        ValueError: a codec for a layer that is not packed, no layer that could be, or eviction from a model whose
+            rotation is not known.
+    """
+    if sparse is not None and sparse.budgets is not None:
+        raise ValueError("[mlx_lm] expected top_k or top_p; got budgets, which are measured on transformers' models")
+    made = _stock_prompt_cache(model)
+    own, given = dict(codecs or {}), set(codecs or {})
+    if fitted and len(made) == len(model.layers):
+        known = weight_codecs(model, CodecSpec() if spec is None else spec, range(len(made)))
+        own = {i: codec for i, codec in known.items() if _packs(made[i])} | own
+    shared: Codecs = {}
+    packed: set[int] = set()
+    rope = rope_of(model.args) if eviction is not None and eviction.policy.scored else None
+    fraction = sum(map(_packs, made)) / max(1, len(made))
+
+    def swap(i: int, layer: Any) -> Any:
+        if type(layer) is stock.KVCache:
+            packed.add(i)
+            evicting = None if eviction is None else {"eviction": eviction, "rope": rope, "fraction": fraction,
+                                                      "centres": _centres(eviction, i)}  # fmt: skip
+            cache = PackedKVCache(
+                spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend, evicting=evicting
+            )
+            cache.sparse = None if sparse is None else SparseLayer(sparse)
+            return cache
+        if type(layer) is stock.ArraysCache and snapshots:
+            return SnapshotCache(len(layer.cache), snapshots=snapshots)
+        return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
+
+    made = [swap(i, layer) for i, layer in enumerate(made)]
+    if not packed or not given <= packed:
+        raise ValueError(f"[mlx_lm] expected full-attention layers, {sorted(given)} among them; got {sorted(packed)}")
+    return made
+
+
+def _centres(eviction: Eviction, layer: int) -> Centres | None:
+    return None if eviction.centres is None else eviction.centres[layer].copy()
+
+
+def _packs(layer: Any) -> bool:
+    """Whether a layer of mlx-lm's has a cache of keys and values that can be packed."""
+    if type(layer) is not stock.CacheList:
+        return type(layer) is stock.KVCache
+    kinds = [type(x) for x in layer.caches]
+    # Attention beside a recurrent state. Two caches of keys are latents and their index.
+    return kinds.count(stock.KVCache) == 1 and set(kinds) <= {stock.KVCache, stock.ArraysCache}
+
+
+# The function itself, since `patched` replaces the name.
+_stock_prompt_cache: Callable[..., list[Any]] = stock.make_prompt_cache
+
+
+@contextmanager
+def patched(spec: CodecSpec | None = None, **options: Any) -> Iterator[None]:
+    """Within it, mlx-lm's attention reads packed caches, its load_prompt_cache knows them, and its trim_prompt_cache
+    raises where it could not trim one with packed layers.
+
+    It holds for the whole process, other threads included, and may be nested.
+
+    Args:
+        spec: if given, mlx-lm itself makes packed caches too, wherever it makes one and none was passed: in generate,
+            batch_generate, the server, for draft models.
+        options: as for `make_prompt_cache`; only with a spec.
+    """
+    if options and spec is None:
+        raise ValueError(f"[mlx_lm] expected a spec with options; got {sorted(options)} alone")
+    with _lock:
+        names: list[tuple[str, Any, Any]] = []
+        attention = base.scaled_dot_product_attention
+        if not Seam.depth:
+            names.append(("scaled_dot_product_attention", attention, _with_packed(attention)))
+            names.append(("trim_prompt_cache", stock.trim_prompt_cache, _loud(stock.trim_prompt_cache)))
+        if spec is not None:
+            names.append(("make_prompt_cache", stock.make_prompt_cache, _making(spec, options)))
+        for name, old, new in names:
+            _rename(name, old, new)
+        Seam.depth += 1
+        stock.PackedKVCache = PackedKVCache
+    try:
+        yield
+    finally:
+        with _lock:
+            Seam.depth -= 1
+            for name, old, new in reversed(names):
+                _rename(name, new, old)
+            if not Seam.depth:
+                del stock.PackedKVCache
+
+
+def _rename(name: str, old: Any, new: Any) -> None:
+    """Makes `name` mean `new` in every module where it means `old`; modules may have been imported meanwhile."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
+
+
+def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(attention)
+    def scaled_dot_product_attention(
+        queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any = None, sinks: Any = None
+    ) -> Any:
+        if isinstance(keys, PackedStates):
+            return keys.attend(queries, mask, scale, sinks)
+        return attention(queries, keys, values, cache, scale, mask, sinks)
+
+    return scaled_dot_product_attention
+
+
+def _loud(trim: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(trim)
+    def trim_stock_or_packed(cache: Sequence[Any], num_tokens: int) -> int:
+        parts = (part for layer in cache for part in getattr(layer, "caches", [layer]))
+        ours = any(isinstance(part, PackedKVCache) for part in parts)
+        return trim_prompt_cache(cache, num_tokens) if ours else trim(cache, num_tokens)
+
+    return trim_stock_or_packed
+
+
+def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[Any]]:
+    @functools.wraps(_stock_prompt_cache)
+    def make(model: Any, max_kv_size: int | None = None) -> list[Any]:
+        if max_kv_size is not None:
+            raise ValueError(f"[mlx_lm] expected no max_kv_size with a packed cache; got {max_kv_size}")
+        return make_prompt_cache(model, spec, **options)
+
+    return make
+
+
+def report(cache: Sequence[Any]) -> dict[str, Any]:
+    """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes, and
+    what eviction did in it; and totals."""
+    entries: list[dict[str, Any]] = []
+    for i, layer in enumerate(cache):
+        parts = layer.caches if isinstance(layer, stock.CacheList) else [layer]
+        for part in parts:
+            packed = isinstance(part, PackedKVCache)
+            made = part.cache if packed else None
+            bits = made.codec.format.effective_bits if made is not None else None
+            kind = "packed" if packed else type(part).__name__
+            entries.append({"layer": i, "kind": kind, "positions": part.size(), "bits": bits, "bytes": part.nbytes})
+            if isinstance(made, EvictingCache):
+                entries[-1]["eviction"] = made.report()
+    count = sum(entry["kind"] == "packed" for entry in entries)
+    return {"layers": entries, "packed": count, "of": len(cache), "bytes": sum(entry["bytes"] for entry in entries)}
+
+
+def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], model: Any) -> None:
+    """Writes a prompt cache to a .safetensors file, which is replaced only once the new one is complete.
+
+    mlx-lm's own save_prompt_cache works too, under `patched`, but knows neither model nor damage.
+
+    Raises:
+        ValueError: a packed layer with a codec that follows neither from its spec nor from the model's weights.
+    """
+    path = Path(path)
+    # A copy leaves behind the pages of other sequences that share the memory.
+    alone = [layer.extract(0) if isinstance(layer, PackedKVCache) else layer for layer in cache]
+    for i, layer in enumerate(alone):
+        codec = layer.codec if isinstance(layer, PackedKVCache) else None
+        if codec is not None and readable(layer.spec, codec).fingerprint != codec.fingerprint:
+            raise ValueError(f"[mlx_lm] expected codecs of a spec and the model's weights; got another in layer {i}")
+    metadata = {
+        "forgeattention": str(FORMAT_VERSION),
+        "model": mlx_fingerprint(model),
+        "sha256": _checksum([layer.state for layer in alone]),
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".safetensors")
+    os.close(handle)
+    try:
+        stock.save_prompt_cache(temporary, alone, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_prompt_cache(path: str | os.PathLike[str], model: Any) -> list[Any]:
+    """Reads what `save_prompt_cache` wrote.
+
+    Raises:
+        ValueError: a damaged file, one of another format version or another model.
+    """
+    with patched():
+        try:
+            cache, metadata = stock.load_prompt_cache(os.fspath(path), return_metadata=True)
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"[mlx_lm] expected a complete prompt cache; got {path}: {error}") from None
+    for name, want, got in (
+        ("format version", str(FORMAT_VERSION), metadata.get("forgeattention")),
+        ("model", mlx_fingerprint(model), metadata.get("model")),
+        ("checksum", metadata.get("sha256"), _checksum([layer.state for layer in cache])),
+    ):
+        if want != got:
+            raise ValueError(f"[mlx_lm] expected {name} {want!r}; got {got!r} in {path}")
+    for i, layer in enumerate(cache):
+        for part in layer.caches if isinstance(layer, stock.CacheList) else [layer]:
+            if isinstance(part, PackedKVCache) and i in (codecs := weight_codecs(model, part.spec, [i])):
+                part.adopt(codecs[i])
+    return cache
+
+
+def _checksum(states: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tree_flatten(list(states)):
+        if isinstance(value, mx.array):
+            digest.update(f"{name} {value.dtype} {value.shape}".encode())
+            digest.update(np.array(value.reshape(-1).view(mx.uint8), copy=False).data if value.size else b"")
+        else:
+            digest.update(f"{name} {value!r}".encode())
+    return digest.hexdigest()
+
+
+def serve(
+    model: str | os.PathLike[str],
+    spec: CodecSpec | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    arguments: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Runs mlx_lm.server with packed caches until it is stopped.
+
+    Args:
+        model: as for `forgeattention.models.load`.
+        spec: how caches are coded.
+        host, port: where it listens.
+        arguments: more arguments of mlx_lm.server, such as ["--max-tokens", "512"].
+        options: as for `make_prompt_cache`.
+    """
+    from mlx_lm import server
+
+    location = models.folder(model)
+    before = sys.argv
+    sys.argv = ["mlx_lm.server", "--model", location, "--host", host, "--port", str(port), *arguments]
+    try:
+        with patched(CodecSpec() if spec is None else spec, **options):
+            server.main()
+    finally:
+        sys.argv = before

@@ -1,0 +1,1 @@
+"""What a model's weights tell about its keys, for each framework that holds them."""
