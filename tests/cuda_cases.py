@@ -89,8 +89,8 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     extra = {"k_matrix": matrix, "v_matrix": matrix} if case.rotation == "custom" else {}
     codec = case.codec(kv_heads, **extra)
     plan = args.decode_plan(codec.format, kv_heads, case.group * case.n, args.Limits())
-    pages = {"FA_WIDTH": case.head_dim, "FA_TYPE": args.TYPES["float32"]}
-    scratch = {"FA_WIDTH": codec.format.padded_dim, "FA_TYPE": args.TYPES["float16"], "FA_ROTATION": 0}
+    pages = {"FORGE_WIDTH": case.head_dim, "FORGE_TYPE": args.TYPES["float32"]}
+    scratch = {"FORGE_WIDTH": codec.format.padded_dim, "FORGE_TYPE": args.TYPES["float16"], "FORGE_ROTATION": 0}
     queries = case.group * case.n
     plans = [sparse.sparse_plan(codec.format, kv_heads, queries, args.Limits(), keys) for keys in (True, False)]
     return [
@@ -104,7 +104,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ),
         ("merge", args.merge_macros(case.head_dim, case.dtype)),
         ("append_tokens", args.append_tokens_macros()),
-        ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FA_TYPE=args.TYPES[case.dtype])),
+        ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FORGE_TYPE=args.TYPES[case.dtype])),
         ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),
         ("qk_scores", args.scores_macros(codec, case.dtype)),
         ("value_sum", args.scores_macros(codec, "float32")),

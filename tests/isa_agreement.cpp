@@ -10,7 +10,7 @@
 
 #include "cpu/kernels.h"
 
-using namespace fa;
+using namespace forge;
 
 namespace {
 

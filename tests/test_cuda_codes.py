@@ -16,11 +16,11 @@ from forgeattention.codec.codebook import trellis_levels
 
 SOURCE = """
 #include "cuda/codes.cuh"
-extern "C" void indices(const fa_u32* words, fa_u32* out, int units) {
+extern "C" void indices(const forge_u32* words, forge_u32* out, int units) {
   for (int i = 0; i < units; ++i) {
-    fa_u32 w[TEST_BITS], n[4];
+    forge_u32 w[TEST_BITS], n[4];
     for (int k = 0; k < TEST_BITS; ++k) w[k] = words[i * TEST_BITS + k];
-    fa::unit_indices<TEST_BITS, TEST_CODE>(w, n);
+    forge::unit_indices<TEST_BITS, TEST_CODE>(w, n);
     for (int k = 0; k < 4; ++k) out[4 * i + k] = n[k];
   }
 }

@@ -46,7 +46,7 @@ def entry(op: str) -> str:
     """The text of an op's entry, its macros of mlx.cuh expanded."""
     text = (nvrtc.KERNELS / "cuda" / f"mlx_{op}.cu").read_text()
     macros = (nvrtc.KERNELS / "cuda" / "mlx.cuh").read_text().replace("\\\n", " ")
-    for name, body in re.findall(r"#define (FA_TRANSFORM_\w+)\(side\) (.+)", macros):
+    for name, body in re.findall(r"#define (FORGE_TRANSFORM_\w+)\(side\) (.+)", macros):
         text = re.sub(rf"{name}\((\w+)\)", lambda m, body=body: body.replace("side##", m[1]), text)
     return text
 

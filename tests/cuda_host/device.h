@@ -12,8 +12,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define FA_KERNEL(...) static void
-#define FA_PARAMS const Params
+#define FORGE_KERNEL(...) static void
+#define FORGE_PARAMS const Params
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -94,12 +94,12 @@ inline void transform_in(float*, const TransformArgs&, int, int) {
 
 #include "cuda/codes.cuh"
 
-constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM;
-constexpr int UNITS = fa::units(DIM), STEPS = DIM / 32;
-constexpr int SCALE_OFFSET_K = fa::k_scale_offset(DIM, FA_K_BITS);
-constexpr int MEAN_OFFSET = fa::mean_offset(DIM, FA_K_BITS, FA_SCALES);
-constexpr int K_BYTES = fa::v_offset(DIM, FA_K_BITS, FA_SCALES);
-constexpr int RECORD = fa::record_bytes(DIM, FA_K_BITS, FA_V_BITS, FA_SCALES);
-constexpr int SCALE_OFFSET_V = fa::code_bytes(DIM, FA_V_BITS);
-constexpr int K_COUNT = fa::level_count(FA_K_BITS, FA_K_CODE), V_COUNT = fa::level_count(FA_V_BITS, FA_V_CODE);
-constexpr int K_LEVELS[K_COUNT] = {FA_K_LEVELS}, V_LEVELS[V_COUNT] = {FA_V_LEVELS};
+constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM;
+constexpr int UNITS = forge::units(DIM), STEPS = DIM / 32;
+constexpr int SCALE_OFFSET_K = forge::k_scale_offset(DIM, FORGE_K_BITS);
+constexpr int MEAN_OFFSET = forge::mean_offset(DIM, FORGE_K_BITS, FORGE_SCALES);
+constexpr int K_BYTES = forge::v_offset(DIM, FORGE_K_BITS, FORGE_SCALES);
+constexpr int RECORD = forge::record_bytes(DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_SCALES);
+constexpr int SCALE_OFFSET_V = forge::code_bytes(DIM, FORGE_V_BITS);
+constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE), V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
+constexpr int K_LEVELS[K_COUNT] = {FORGE_K_LEVELS}, V_LEVELS[V_COUNT] = {FORGE_V_LEVELS};

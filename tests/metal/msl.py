@@ -142,7 +142,7 @@ def mlx_source(
     return kernel, text
 
 
-_TYPE_NAME = r"(?:metal::|fa::)*\w+(?:\s*<[^<>;(){}]*>)?"
+_TYPE_NAME = r"(?:metal::|forge::)*\w+(?:\s*<[^<>;(){}]*>)?"
 _POINTER = re.compile(
     rf"(?P<before>\bconst\s+)?\b(?P<space>device|threadgroup|constant)\s+(?P<after>const\s+)?(?P<type>{_TYPE_NAME})"
     r"(?P<east>\s+const)?\s*(?P<mark>[*&])"

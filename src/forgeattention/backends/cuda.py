@@ -220,9 +220,9 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
         return k, v
 
     def options() -> tuple[args.Macros, int]:
-        extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
+        extra = {"FORGE_WIDTH": width, "FORGE_TYPE": args.TYPES[dtype]}
         if rotated:
-            extra["FA_ROTATION"] = args.ROTATIONS["none"]
+            extra["FORGE_ROTATION"] = args.ROTATIONS["none"]
         return args.macros(codec, args.DecodePagesParams, **extra), args.decode_pages_shared_bytes(fmt)
 
     with _on(device):

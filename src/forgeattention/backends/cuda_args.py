@@ -94,7 +94,7 @@ class CompactParams(ctypes.Structure):
     _fields_ = [*((name, P) for name in ("base", "offsets", "out")), ("words", I64)]
 
 
-COMPACT_MACROS: Macros = (("FA_PARAMS_BYTES", str(ctypes.sizeof(CompactParams))),)
+COMPACT_MACROS: Macros = (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(CompactParams))),)
 
 
 class DecodePagesParams(ctypes.Structure):
@@ -200,7 +200,7 @@ def scores_warps(fmt: PageFormat) -> int:
 
 
 def scores_macros(codec: Codec, dtype: str) -> Macros:
-    return macros(codec, ScoresParams, FA_TYPE=TYPES[dtype], FA_WARPS=scores_warps(codec.format))
+    return macros(codec, ScoresParams, FORGE_TYPE=TYPES[dtype], FORGE_WARPS=scores_warps(codec.format))
 
 
 def value_sum_shared_bytes(fmt: PageFormat) -> int:
@@ -211,37 +211,37 @@ def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros
     """The macros of page.cuh, and the kernel's own."""
     fmt = codec.format
     common = {
-        "FA_DIM": fmt.padded_dim,
-        "FA_HEAD_DIM": fmt.head_dim,
-        "FA_K_BITS": fmt.k_bits,
-        "FA_V_BITS": fmt.v_bits,
-        "FA_K_CODE": CODES.index(fmt.k_code),
-        "FA_V_CODE": CODES.index(fmt.v_code),
-        "FA_SCALES": SCALE_FORMATS.index(fmt.scales),
-        "FA_K_LEVELS": ",".join(map(str, codec.k_codebook.levels)),
-        "FA_V_LEVELS": ",".join(map(str, codec.v_codebook.levels)),
-        "FA_ROTATION": ROTATIONS[codec.rotation],
-        "FA_PARAMS_BYTES": ctypes.sizeof(params),
+        "FORGE_DIM": fmt.padded_dim,
+        "FORGE_HEAD_DIM": fmt.head_dim,
+        "FORGE_K_BITS": fmt.k_bits,
+        "FORGE_V_BITS": fmt.v_bits,
+        "FORGE_K_CODE": CODES.index(fmt.k_code),
+        "FORGE_V_CODE": CODES.index(fmt.v_code),
+        "FORGE_SCALES": SCALE_FORMATS.index(fmt.scales),
+        "FORGE_K_LEVELS": ",".join(map(str, codec.k_codebook.levels)),
+        "FORGE_V_LEVELS": ",".join(map(str, codec.v_codebook.levels)),
+        "FORGE_ROTATION": ROTATIONS[codec.rotation],
+        "FORGE_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
 
 
 def merge_macros(dim: int, dtype: str) -> Macros:
-    named = {"FA_DIM": dim, "FA_TYPE": TYPES[dtype], "FA_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
+    named = {"FORGE_DIM": dim, "FORGE_TYPE": TYPES[dtype], "FORGE_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
     return tuple((name, str(value)) for name, value in named.items())
 
 
 def append_tokens_macros() -> Macros:
-    return (("FA_PARAMS_BYTES", str(ctypes.sizeof(AppendTokensParams))),)
+    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(AppendTokensParams))),)
 
 
 def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
     """The macros of kernels that rotate vectors and read no pages."""
     common = {
-        "FA_DIM": codec.format.padded_dim,
-        "FA_HEAD_DIM": codec.head_dim,
-        "FA_ROTATION": ROTATIONS[codec.rotation],
-        "FA_PARAMS_BYTES": ctypes.sizeof(params),
+        "FORGE_DIM": codec.format.padded_dim,
+        "FORGE_HEAD_DIM": codec.head_dim,
+        "FORGE_ROTATION": ROTATIONS[codec.rotation],
+        "FORGE_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
 
@@ -251,10 +251,10 @@ def encode_macros(codec: Codec, dtype: str) -> Macros:
     return macros(
         codec,
         EncodeParams,
-        FA_TYPE=TYPES[dtype],
-        FA_KEY_MEAN=int(spec.key_mean),
-        FA_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
-        FA_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
+        FORGE_TYPE=TYPES[dtype],
+        FORGE_KEY_MEAN=int(spec.key_mean),
+        FORGE_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
+        FORGE_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
     )
 
 
@@ -303,13 +303,13 @@ class DecodePlan:
         return macros(
             codec,
             DecodeParams,
-            FA_QUERIES=self.queries,
-            FA_WARPS=self.warps,
-            FA_PAGES=self.pages,
-            FA_GROUPS=self.groups,
-            FA_CTAS=self.ctas,
-            FA_TYPE=TYPES[dtype],
-            FA_EXACT_TYPE=TYPES[exact_dtype],
+            FORGE_QUERIES=self.queries,
+            FORGE_WARPS=self.warps,
+            FORGE_PAGES=self.pages,
+            FORGE_GROUPS=self.groups,
+            FORGE_CTAS=self.ctas,
+            FORGE_TYPE=TYPES[dtype],
+            FORGE_EXACT_TYPE=TYPES[exact_dtype],
         )
 
     def row_chunks(self, length: int) -> int:

@@ -97,7 +97,7 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
     shift = torch.empty(total, dtype=torch.float32, device=device)
     kernel = constants.kernel(
         ("turn_queries", q.dtype),
-        lambda: (args.rotation_macros(codec, args.TurnQueriesParams, FA_TYPE=args.TYPES[dtype_of(q)]), 0),
+        lambda: (args.rotation_macros(codec, args.TurnQueriesParams, FORGE_TYPE=args.TYPES[dtype_of(q)]), 0),
     )
     grid, threads = (-(-total // 8), 1, 1), 256
     own = bytes(constants.attend[0]), bytes(constants.attend[1])

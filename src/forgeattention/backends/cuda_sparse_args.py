@@ -107,11 +107,11 @@ class SparsePlan:
         return macros(
             codec,
             params,
-            FA_QUERIES=self.queries,
-            FA_WARPS=self.warps,
-            FA_STAGES=self.stages,
-            FA_CTAS=self.ctas,
-            FA_TYPE=TYPES[dtype],
+            FORGE_QUERIES=self.queries,
+            FORGE_WARPS=self.warps,
+            FORGE_STAGES=self.stages,
+            FORGE_CTAS=self.ctas,
+            FORGE_TYPE=TYPES[dtype],
         )
 
 
@@ -135,13 +135,13 @@ PAGE_SCORES_WARPS = 4
 
 
 def page_scores_macros(codec: Codec, dtype: str) -> Macros:
-    return macros(codec, PageScoresParams, FA_WARPS=PAGE_SCORES_WARPS, FA_TYPE=TYPES[dtype])
+    return macros(codec, PageScoresParams, FORGE_WARPS=PAGE_SCORES_WARPS, FORGE_TYPE=TYPES[dtype])
 
 
 def threshold_macros() -> Macros:
-    sizes = {"FA_PARAMS_BYTES": ctypes.sizeof(SparseThresholdParams), "FA_SHARED_BYTES": THRESHOLD_BYTES}
+    sizes = {"FORGE_PARAMS_BYTES": ctypes.sizeof(SparseThresholdParams), "FORGE_SHARED_BYTES": THRESHOLD_BYTES}
     return tuple((name, str(size)) for name, size in sizes.items())
 
 
 def page_select_macros() -> Macros:
-    return (("FA_PARAMS_BYTES", str(ctypes.sizeof(PageSelectParams))),)
+    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PageSelectParams))),)

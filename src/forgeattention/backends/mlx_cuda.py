@@ -263,9 +263,9 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     if 0 in shape:
         return (mx.zeros(shape, dtype=getattr(mx, dtype)),) * 2
     k_side, v_side = _constants_of(codec).attend
-    extra = {"FA_WIDTH": width, "FA_TYPE": args.TYPES[dtype]}
+    extra = {"FORGE_WIDTH": width, "FORGE_TYPE": args.TYPES[dtype]}
     if rotated:
-        extra["FA_ROTATION"] = 0
+        extra["FORGE_ROTATION"] = 0
     found = Launch(
         "decode_pages",
         args.macros(codec, args.DecodePagesParams, **extra),

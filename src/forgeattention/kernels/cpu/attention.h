@@ -6,7 +6,7 @@
 #include "qk_scores.h"
 #include "value_sum.h"
 
-namespace fa {
+namespace forge {
 
 template <class Isa>
 struct Attention {
@@ -399,4 +399,4 @@ struct Attention {
   }
 };
 
-}  // namespace fa
+}  // namespace forge

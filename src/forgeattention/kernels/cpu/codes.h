@@ -4,16 +4,16 @@
 #include "half.h"
 #include "kernels.h"
 
-namespace fa {
+namespace forge {
 
 template <class V>
-FA_INLINE V load(const void* p) {
+FORGE_INLINE V load(const void* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof(V));
   return v;
 }
 template <class V>
-FA_INLINE void put(void* p, const V& v) {
+FORGE_INLINE void put(void* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
@@ -47,7 +47,7 @@ template <int BITS, int CODE>
 struct Packed {
   static constexpr int WORDS = 4;
   template <class Isa>
-  static FA_INLINE Tables<Isa> tables(const int8_t* levels, int bias) {
+  static FORGE_INLINE Tables<Isa> tables(const int8_t* levels, int bias) {
     constexpr int COUNT = CODE == SCALAR ? 1 << BITS : 2 << BITS;
     int8_t plain[16], exchanged[16];
     for (int i = 0; i < 16; ++i) plain[i] = int8_t(levels[i % COUNT] + bias);
@@ -57,7 +57,7 @@ struct Packed {
   // Nibble words of level indices; those of EXCHANGED words have their halves exchanged, which saves shifts.
   static constexpr bool EXCHANGED = BITS == 3 && CODE != SCALAR;
   template <class Isa, int CHUNK>
-  static FA_INLINE void words(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, typename Isa::U32 (&n)[4]) {
+  static FORGE_INLINE void words(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, typename Isa::U32 (&n)[4]) {
     using U32 = typename Isa::U32;
     U32 w[BITS];
     for (int k = 0; k < BITS; ++k) {
@@ -81,14 +81,14 @@ struct Packed {
   }
   // Levels of the even or odd nibbles of word k.
   template <class Isa>
-  static FA_INLINE typename Isa::U32 look_up(const Tables<Isa>& tables, const typename Isa::U32 (&n)[4], int k, bool odd) {
+  static FORGE_INLINE typename Isa::U32 look_up(const Tables<Isa>& tables, const typename Isa::U32 (&n)[4], int k, bool odd) {
     const typename Isa::Table& table = EXCHANGED && k >= 2 ? tables.exchanged : tables.plain;
     return odd ? Isa::look_up_odd(table, n[k]) : Isa::look_up_even(table, n[k]);
   }
 
   // out[2 n + half]: the bytes of a word are the tokens 0, 2, 1, 3 of four.
   template <class Isa, int CHUNK>
-  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>& tables,
+  static FORGE_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>& tables,
                                typename Isa::U32 (&out)[8]) {
     typename Isa::U32 n[4];
     words<Isa, CHUNK>(codes, ahead, uc, lv, n);
@@ -104,22 +104,22 @@ struct Packed {
 struct Unpacked {
   static constexpr int WORDS = 8;
   template <class Isa>
-  static FA_INLINE Tables<Isa> tables(const int8_t*, int) {
+  static FORGE_INLINE Tables<Isa> tables(const int8_t*, int) {
     return Tables<Isa>();
   }
   // `words` are the stored vectors themselves.
   template <class Isa, int CHUNK>
-  static FA_INLINE void words(const uint8_t* codes, const uint8_t*, int uc, int lv, typename Isa::U32 (&out)[8]) {
+  static FORGE_INLINE void words(const uint8_t* codes, const uint8_t*, int uc, int lv, typename Isa::U32 (&out)[8]) {
     using U32 = typename Isa::U32;
     const uint8_t* p = codes + size_t(uc * Layout<Isa, CHUNK>::LANE_VECTORS + lv) * 8 * sizeof(U32);
     for (int i = 0; i < 8; ++i) out[i] = load<U32>(p + i * sizeof(U32));
   }
   template <class Isa>
-  static FA_INLINE typename Isa::U32 look_up(const Tables<Isa>&, const typename Isa::U32 (&n)[8], int k, bool odd) {
+  static FORGE_INLINE typename Isa::U32 look_up(const Tables<Isa>&, const typename Isa::U32 (&n)[8], int k, bool odd) {
     return n[2 * k + odd];
   }
   template <class Isa, int CHUNK>
-  static FA_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>&, typename Isa::U32 (&out)[8]) {
+  static FORGE_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>&, typename Isa::U32 (&out)[8]) {
     words<Isa, CHUNK>(codes, ahead, uc, lv, out);
   }
 };
@@ -149,4 +149,4 @@ inline int source_index(const Side& s) {
   return s.code == SCALAR ? s.bits - 2 : (s.code == TRELLIS4 ? 3 : 5) + s.bits - 2;
 }
 
-}  // namespace fa
+}  // namespace forge

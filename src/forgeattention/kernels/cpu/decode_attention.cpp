@@ -12,7 +12,7 @@
 #include "pages.h"
 #include "thread_pool.h"
 
-namespace fa {
+namespace forge {
 namespace {
 
 constexpr float LN_2 = 0.6931471805599453f;
@@ -264,4 +264,4 @@ void decode_attention(const char* op, const Codec& codec, Shape shape, const Arr
     attend_blocks(call, lengths, threads);
 }
 
-}  // namespace fa
+}  // namespace forge

@@ -13,7 +13,7 @@
 #include "numbers.h"
 #include "encode.h"
 
-namespace fa {
+namespace forge {
 
 const Octave OCTAVE = [] {
   Octave o;
@@ -136,4 +136,4 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-}  // namespace fa
+}  // namespace forge

@@ -6,7 +6,7 @@
 
 #include "search.h"
 
-namespace fa {
+namespace forge {
 
 // Position token * dim + channel of step s of path p, in the order [s][p]; p counts words of a record row.
 const uint16_t* path_positions(int dim, bool keys);
@@ -326,4 +326,4 @@ struct Encode {
   }
 };
 
-}  // namespace fa
+}  // namespace forge

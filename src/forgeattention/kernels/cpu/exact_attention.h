@@ -3,7 +3,7 @@
 
 #include "transform.h"
 
-namespace fa {
+namespace forge {
 
 enum { EXACT_TILE = 32 };  // tokens converted to float32 at a time
 
@@ -66,4 +66,4 @@ struct ExactAttention {
   }
 };
 
-}  // namespace fa
+}  // namespace forge

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
-namespace fa {
+namespace forge {
 
 constexpr float INF = __builtin_huge_valf(), LOG2_E = 1.4426950408889634f;
 
-#define FA_INLINE inline __attribute__((always_inline))
+#define FORGE_INLINE inline __attribute__((always_inline))
 
-FA_INLINE float half_to_float(uint16_t h) {
+FORGE_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
   float f;
   if (exponent == 0) {
@@ -22,7 +22,7 @@ FA_INLINE float half_to_float(uint16_t h) {
 }
 
 // Round to nearest even; beyond 65504 infinity.
-FA_INLINE uint16_t float_to_half(float f) {
+FORGE_INLINE uint16_t float_to_half(float f) {
   uint32_t x;
   __builtin_memcpy(&x, &f, 4);
   const uint16_t sign = uint16_t(x >> 16 & 0x8000);
@@ -39,11 +39,11 @@ FA_INLINE uint16_t float_to_half(float f) {
   return uint16_t(sign | x >> 13);
 }
 
-FA_INLINE uint16_t float_to_bfloat(float f) {
+FORGE_INLINE uint16_t float_to_bfloat(float f) {
   uint32_t x;
   __builtin_memcpy(&x, &f, 4);
   if ((x & 0x7FFFFFFF) > 0x7F800000) return uint16_t(x >> 16 | 0x40);
   return uint16_t((x + 0x7FFF + (x >> 16 & 1)) >> 16);
 }
 
-}  // namespace fa
+}  // namespace forge

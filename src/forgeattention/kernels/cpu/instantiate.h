@@ -6,7 +6,7 @@
 #include "exact_attention.h"
 #include "transform.h"
 
-namespace fa {
+namespace forge {
 
 template <class Isa>
 const Kernels& make_kernels(const char* name) {
@@ -20,4 +20,4 @@ const Kernels& make_kernels(const char* name) {
   return table;
 }
 
-}  // namespace fa
+}  // namespace forge

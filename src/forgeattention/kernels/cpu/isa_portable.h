@@ -12,7 +12,7 @@
 
 #include "half.h"
 
-namespace fa {
+namespace forge {
 
 struct Portable {
   static constexpr int WORDS = 4;
@@ -31,41 +31,41 @@ struct Portable {
     I32 sum;
   };
 
-  static FA_INLINE Table table(const int8_t* levels) {
+  static FORGE_INLINE Table table(const int8_t* levels) {
     Table t;
     std::memcpy(&t, levels, 16);
     return t;
   }
-  static FA_INLINE U32 lookup(Table t, U32 index) {
+  static FORGE_INLINE U32 lookup(Table t, U32 index) {
     U32 out;
     const uint8_t* table = reinterpret_cast<const uint8_t*>(&t);
     const uint8_t* in = reinterpret_cast<const uint8_t*>(&index);
     for (int i = 0; i < 16; ++i) reinterpret_cast<uint8_t*>(&out)[i] = table[in[i]];
     return out;
   }
-  static FA_INLINE U32 look_up_even(Table t, U32 nibbles) { return lookup(t, nibbles & 0x0F0F0F0Fu); }
-  static FA_INLINE U32 look_up_odd(Table t, U32 nibbles) { return lookup(t, nibbles >> 4 & 0x0F0F0F0Fu); }
-  static FA_INLINE Codes widen(U32 bytes) { return bytes; }
-  static FA_INLINE Acc start(const U32& initial) { return {I32(initial)}; }
-  static FA_INLINE void dot_key(Acc& a, Codes codes, const Operand& q) { dot(a, codes, q); }
-  static FA_INLINE void dot_value(Acc& a, Codes codes, const Operand& p) { dot(a, codes, p); }
-  static FA_INLINE I32 join(Acc a) { return a.sum; }
-  static FA_INLINE U32 interleave_low(U32 a, U32 b) {
+  static FORGE_INLINE U32 look_up_even(Table t, U32 nibbles) { return lookup(t, nibbles & 0x0F0F0F0Fu); }
+  static FORGE_INLINE U32 look_up_odd(Table t, U32 nibbles) { return lookup(t, nibbles >> 4 & 0x0F0F0F0Fu); }
+  static FORGE_INLINE Codes widen(U32 bytes) { return bytes; }
+  static FORGE_INLINE Acc start(const U32& initial) { return {I32(initial)}; }
+  static FORGE_INLINE void dot_key(Acc& a, Codes codes, const Operand& q) { dot(a, codes, q); }
+  static FORGE_INLINE void dot_value(Acc& a, Codes codes, const Operand& p) { dot(a, codes, p); }
+  static FORGE_INLINE I32 join(Acc a) { return a.sum; }
+  static FORGE_INLINE U32 interleave_low(U32 a, U32 b) {
     return U32{(a[0] & 0xFFFF) | b[0] << 16, a[0] >> 16 | (b[0] & 0xFFFF0000u), (a[1] & 0xFFFF) | b[1] << 16,
                a[1] >> 16 | (b[1] & 0xFFFF0000u)};
   }
-  static FA_INLINE U32 interleave_high(U32 a, U32 b) {
+  static FORGE_INLINE U32 interleave_high(U32 a, U32 b) {
     return U32{(a[2] & 0xFFFF) | b[2] << 16, a[2] >> 16 | (b[2] & 0xFFFF0000u), (a[3] & 0xFFFF) | b[3] << 16,
                a[3] >> 16 | (b[3] & 0xFFFF0000u)};
   }
   // Four 16-bit numbers for the bytes 0, 2, 1, 3 of a word of codes.
-  static FA_INLINE void split(const int16_t (&x)[4], uint32_t& first, uint32_t& second) {
+  static FORGE_INLINE void split(const int16_t (&x)[4], uint32_t& first, uint32_t& second) {
     first = uint16_t(x[0]) | uint32_t(uint16_t(x[1])) << 16;
     second = uint16_t(x[2]) | uint32_t(uint16_t(x[3])) << 16;
   }
   // Rounded weights [64] of a page times `up`, split likewise: the pair of the tokens 16 t + 4 n .. + 3 to words
   // 4 t + 2 (n & 1) of low (n < 2) or high.
-  static FA_INLINE void split_weights(const float* w, float up, uint32_t* low, uint32_t* high) {
+  static FORGE_INLINE void split_weights(const float* w, float up, uint32_t* low, uint32_t* high) {
     for (int i = 0; i < 16; ++i) {
       uint32_t x[4];
       for (int k = 0; k < 4; ++k) x[k] = uint32_t(int32_t(w[4 * i + k] * up + 0.5f));
@@ -74,17 +74,17 @@ struct Portable {
       to[1] = x[2] | x[3] << 16;
     }
   }
-  static FA_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-  static FA_INLINE void load_half(const uint16_t* in, int count, float* out) {
+  static FORGE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  static FORGE_INLINE void load_half(const uint16_t* in, int count, float* out) {
     for (int i = 0; i < count; ++i) out[i] = half_to_float(in[i]);
   }
 
  private:
-  static FA_INLINE void dot(Acc& a, U32 codes, const Operand& q) {
+  static FORGE_INLINE void dot(Acc& a, U32 codes, const Operand& q) {
     const I32 c = I32(codes), x = I32(q.first), y = I32(q.second);
     a.sum += (c << 24 >> 24) * (x << 16 >> 16) + (c << 8 >> 24) * (x >> 16) + (c << 16 >> 24) * (y << 16 >> 16) +
              (c >> 24) * (y >> 16);
   }
 };
 
-}  // namespace fa
+}  // namespace forge

@@ -7,7 +7,7 @@
 
 #include "shared/format.h"
 
-namespace fa {
+namespace forge {
 
 enum Dtype { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum ScaleRule { UNBIASED = 0, LEAST_SQUARES = 1, NORM = 2 };
@@ -123,4 +123,4 @@ const Kernels& kernels();
 std::vector<const Kernels*> available_kernels();
 void use_kernels(const char* name);
 
-}  // namespace fa
+}  // namespace forge

@@ -1,8 +1,8 @@
 #include "isa_avx2.h"
 #include "instantiate.h"
 
-namespace fa {
+namespace forge {
 
 const Kernels& avx2_kernels() { return make_kernels<Avx2>("avx2"); }
 
-}  // namespace fa
+}  // namespace forge

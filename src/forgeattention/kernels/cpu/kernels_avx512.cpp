@@ -7,8 +7,8 @@
 #include "isa_vnni.h"
 #include "instantiate.h"
 
-namespace fa {
+namespace forge {
 
 const Kernels& avx512_kernels() { return make_kernels<Avx512>("avx512"); }
 
-}  // namespace fa
+}  // namespace forge

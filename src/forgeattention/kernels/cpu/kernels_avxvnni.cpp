@@ -1,8 +1,8 @@
 #include "isa_vnni.h"
 #include "instantiate.h"
 
-namespace fa {
+namespace forge {
 
 const Kernels& avxvnni_kernels() { return make_kernels<AvxVnni>("avxvnni"); }
 
-}  // namespace fa
+}  // namespace forge

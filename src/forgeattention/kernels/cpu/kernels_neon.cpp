@@ -1,8 +1,8 @@
 #include "isa_neon.h"
 #include "instantiate.h"
 
-namespace fa {
+namespace forge {
 
 const Kernels& neon_kernels() { return make_kernels<Neon>("neon"); }
 
-}  // namespace fa
+}  // namespace forge

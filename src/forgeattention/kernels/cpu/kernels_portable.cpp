@@ -1,8 +1,8 @@
 #include "isa_portable.h"
 #include "instantiate.h"
 
-namespace fa {
+namespace forge {
 
 const Kernels& portable_kernels() { return make_kernels<Portable>("portable"); }
 
-}  // namespace fa
+}  // namespace forge

@@ -19,7 +19,7 @@
 #include "thread_pool.h"
 
 namespace nb = nanobind;
-using namespace fa;
+using namespace forge;
 
 namespace {
 

@@ -11,11 +11,11 @@
 #include "codes.h"
 #include "half.h"
 
-namespace fa {
+namespace forge {
 
 // 2^x to float precision for x < 127; 0 below -126. NaN gives NaN.
 template <class F32, class I32>
-FA_INLINE F32 exp2(F32 x) {
+FORGE_INLINE F32 exp2(F32 x) {
   const F32 shift = F32{} + 12582912.0f, low = F32{} - 126.0f;
   const F32 y = x < low ? low : x;
 #if defined(__AVX512F__)
@@ -42,7 +42,7 @@ FA_INLINE F32 exp2(F32 x) {
 
 // v[PLACE::of(0)], v[PLACE::of(1)], ...
 template <class PLACE, class V, std::size_t... I>
-FA_INLINE V permuted(V v, std::index_sequence<I...>) {
+FORGE_INLINE V permuted(V v, std::index_sequence<I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(v, v, PLACE::of(int(I))...);
 #else
@@ -51,7 +51,7 @@ FA_INLINE V permuted(V v, std::index_sequence<I...>) {
 #endif
 }
 template <class PLACE, class V>
-FA_INLINE V permuted(V v) {
+FORGE_INLINE V permuted(V v) {
   return permuted<PLACE>(v, std::make_index_sequence<sizeof(V) / 4>());
 }
 template <int WIDTH>
@@ -60,14 +60,14 @@ struct Exchanged {
 };
 
 template <int WIDTH, class F32>
-FA_INLINE float sum_of(F32 v) {
+FORGE_INLINE float sum_of(F32 v) {
   if constexpr (WIDTH == 0)
     return v[0];
   else
     return sum_of<WIDTH / 2>(v + permuted<Exchanged<WIDTH>>(v));
 }
 template <int WIDTH, class F32>
-FA_INLINE float max_of(F32 v) {
+FORGE_INLINE float max_of(F32 v) {
   if constexpr (WIDTH == 0) {
     return v[0];
   } else {
@@ -76,11 +76,11 @@ FA_INLINE float max_of(F32 v) {
   }
 }
 template <class F32>
-FA_INLINE float sum_of(F32 v) {
+FORGE_INLINE float sum_of(F32 v) {
   return sum_of<sizeof(F32) / 8>(v);
 }
 template <class F32>
-FA_INLINE float max_of(F32 v) {
+FORGE_INLINE float max_of(F32 v) {
   return max_of<sizeof(F32) / 8>(v);
 }
 
@@ -89,7 +89,7 @@ struct Header {
   float mean_step;
   int k_base, v_base;
 };
-FA_INLINE Header read_header(const uint8_t* row) {
+FORGE_INLINE Header read_header(const uint8_t* row) {
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) {
     const uint64_t low = load<uint64_t>(row + 8 * i) & 0x0101010101010101u;
@@ -104,7 +104,7 @@ struct Octave {
 };
 extern const Octave OCTAVE;
 
-FA_INLINE float power_of_two(int exponent) {
+FORGE_INLINE float power_of_two(int exponent) {
   // The base of a scale reaches from -128 to 127, its octave adds up to 7: beyond float's normal range in two factors.
   const auto normal = [](int e) {
     const uint32_t bits = uint32_t(e + 127) << 23;
@@ -118,7 +118,7 @@ FA_INLINE float power_of_two(int exponent) {
 
 // Scales [64] of one side of a page.
 template <class Isa>
-FA_INLINE void read_scales(const uint8_t* p, int format, int base, float* out) {
+FORGE_INLINE void read_scales(const uint8_t* p, int format, int base, float* out) {
   if (format == FP16) {
     Isa::load_half(reinterpret_cast<const uint16_t*>(p), PAGE, out);
     return;
@@ -151,4 +151,4 @@ FA_INLINE void read_scales(const uint8_t* p, int format, int base, float* out) {
   }
 }
 
-}  // namespace fa
+}  // namespace forge

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-namespace fa {
+namespace forge {
 
 // A strided array [batch][heads][n][channels] of the caller, strides in elements, last axis contiguous.
 struct Array4 {
@@ -57,4 +57,4 @@ void value_sum(const Codec&, Shape, const float* p, const Table&, float* out, in
 // Reads every byte once and returns a combination of them: what the benchmarks hold kernels against.
 uint64_t read_pass(const uint8_t* data, int64_t bytes, int threads);
 
-}  // namespace fa
+}  // namespace forge

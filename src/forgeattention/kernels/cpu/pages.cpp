@@ -10,7 +10,7 @@
 #include "pages.h"
 #include "thread_pool.h"
 
-namespace fa {
+namespace forge {
 
 int row_length(const char* op, const Codec& codec, const Table& t, int row) {
   const int length = t.lengths[row];
@@ -147,4 +147,4 @@ uint64_t read_pass(const uint8_t* data, int64_t bytes, int threads) {
   return all;
 }
 
-}  // namespace fa
+}  // namespace forge

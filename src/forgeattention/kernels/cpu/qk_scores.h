@@ -3,7 +3,7 @@
 
 #include "codes.h"
 
-namespace fa {
+namespace forge {
 
 // Shapes that depend on padded_dim. A nibble word of keys belongs to one token; SEGMENTS is how many tokens the four words
 // of a unit may belong to, PERIOD after how many chunks the channels of a word repeat.
@@ -117,14 +117,14 @@ void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* 
 }
 
 typedef uint32_t Four __attribute__((vector_size(16)));
-FA_INLINE Four interleave_low(Four a, Four b) {
+FORGE_INLINE Four interleave_low(Four a, Four b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, 0, 4, 1, 5);
 #else
   return __builtin_shuffle(a, b, Four{0, 4, 1, 5});
 #endif
 }
-FA_INLINE Four interleave_high(Four a, Four b) {
+FORGE_INLINE Four interleave_high(Four a, Four b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #else
@@ -195,4 +195,4 @@ void gather_scores(const int32_t* raw, int32_t* out) {
   }
 }
 
-}  // namespace fa
+}  // namespace forge

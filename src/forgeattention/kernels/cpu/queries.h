@@ -4,7 +4,7 @@
 #include "ops.h"
 #include "thread_pool.h"
 
-namespace fa {
+namespace forge {
 
 // Row `row` (head of the group, query) of a KV head's queries, rotated to `rotated` [dim], x [dim] being scratch. Returns what
 // the keys' mean adds to its scores, before any scale.
@@ -29,4 +29,4 @@ inline void prepare_queries(const Codec& codec, Shape shape, const Array4& q, in
   }
 }
 
-}  // namespace fa
+}  // namespace forge

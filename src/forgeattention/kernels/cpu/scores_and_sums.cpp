@@ -9,7 +9,7 @@
 #include "queries.h"
 #include "thread_pool.h"
 
-namespace fa {
+namespace forge {
 namespace {
 
 constexpr int BLOCK = 64;  // rows of one piece of work
@@ -100,4 +100,4 @@ void value_sum(const Codec& codec, Shape shape, const float* p, const Table& tab
   });
 }
 
-}  // namespace fa
+}  // namespace forge

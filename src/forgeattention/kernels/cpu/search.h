@@ -4,7 +4,7 @@
 
 #include "numbers.h"
 
-namespace fa {
+namespace forge {
 
 // Units of keys that lie on the same channels of different tokens are searched side by side. In arrays [dim][64] of this file the
 // tokens stand in that order: column (local * chains + chain) * 8 + g is token (g >> 1) 16 + 2 (chain * tokens + local) + (g & 1).
@@ -14,17 +14,17 @@ struct KeyOrder {
   int orders, order[4];            // order of each local token
   uint16_t channel[4][MAX_DIM];    // by order and rank
   explicit KeyOrder(int dim);
-  FA_INLINE int local(int column) const { return column / 8 / chains; }
-  FA_INLINE int token(int column) const {
+  FORGE_INLINE int local(int column) const { return column / 8 / chains; }
+  FORGE_INLINE int token(int column) const {
     const int g = column & 7, chain = column / 8 % chains;
     return (g >> 1) * 16 + 2 * (chain * tokens + local(column)) + (g & 1);
   }
-  FA_INLINE int group(int column) const { return column % (8 * chains); }
-  FA_INLINE const uint16_t* channels(int column) const { return channel[order[local(column)]]; }
+  FORGE_INLINE int group(int column) const { return column % (8 * chains); }
+  FORGE_INLINE const uint16_t* channels(int column) const { return channel[order[local(column)]]; }
 };
 const KeyOrder& key_order(int dim);
 
-FA_INLINE Feedback feedback_of(const Codec& c, int head) {
+FORGE_INLINE Feedback feedback_of(const Codec& c, int head) {
   if (c.k_factor.empty()) return {nullptr, nullptr};
   const size_t size = size_t(key_order(c.dim).orders) * c.dim, h = c.k_weight.size() == size ? 0 : size_t(head);
   return {c.k_factor.data() + h * size * c.dim, c.k_weight.data() + h * size};
@@ -84,7 +84,7 @@ struct Search {
   }
   // One step of all states: chosen(state, mask of the lanes that come from the upper predecessor).
   template <int STATES, class F>
-  static FA_INLINE void step(F32 (&cost)[STATES], const F32 (&best)[4], F chosen) {
+  static FORGE_INLINE void step(F32 (&cost)[STATES], const F32 (&best)[4], F chosen) {
     F32 next[STATES];
     for (int after = 0; after < STATES; ++after) {
       const int first = after >> 1, second = first | STATES / 2;
@@ -118,12 +118,12 @@ struct Search {
           if (w) border[s][w - 1] = 0.5f * (value[s][w - 1] + value[s][w]);
         }
     }
-    FA_INLINE F32 nearest(int s, F32 x) const {
+    FORGE_INLINE F32 nearest(int s, F32 x) const {
       F32 v = F32{} + value[s][0];
       for (int w = 1; w < COUNT; ++w) v = x > border[s][w - 1] ? F32{} + value[s][w] : v;
       return v;
     }
-    FA_INLINE U32 index(int s, F32 x) const {
+    FORGE_INLINE U32 index(int s, F32 x) const {
       U32 n = U32{};
       for (int w = 1; w < COUNT; ++w) n += U32(x > border[s][w - 1]) & 1u;
       return n;
@@ -303,4 +303,4 @@ struct Search {
   }
 };
 
-}  // namespace fa
+}  // namespace forge

@@ -16,7 +16,7 @@
 #include "queries.h"
 #include "thread_pool.h"
 
-namespace fa {
+namespace forge {
 namespace {
 
 constexpr int RUN = 64;  // pages of one piece of work: a multiple of a tile
@@ -412,4 +412,4 @@ void sparse_attention(const Codec& codec, const Scored& s, const Table& table, c
   });
 }
 
-}  // namespace fa
+}  // namespace forge

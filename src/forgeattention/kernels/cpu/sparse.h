@@ -3,7 +3,7 @@
 
 #include "ops.h"
 
-namespace fa {
+namespace forge {
 
 // What sparse_scores made, contiguous.
 struct Scored {
@@ -24,4 +24,4 @@ void sparse_threshold(const Scored&, const int* lengths, const int* budgets, int
 void sparse_attention(const Codec&, const Scored&, const Table&, const float* threshold, const int* last, const float* top,
                       float* out, float* lse, int threads);
 
-}  // namespace fa
+}  // namespace forge

@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-namespace fa {
+namespace forge {
 namespace {
 
 // Waiting threads look for work this long before they sleep: longer than the gap between two phases of a call, shorter than
@@ -198,4 +198,4 @@ void* thread_scratch(int slot, size_t bytes) {
   return s.memory;
 }
 
-}  // namespace fa
+}  // namespace forge

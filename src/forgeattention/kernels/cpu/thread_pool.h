@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <functional>
 
-namespace fa {
+namespace forge {
 
 // Calls body(item) for every item in [0, items), spread over at most `threads` threads; returns when all are done. Which
 // thread takes an item is not fixed, so an item's result must not depend on it.
@@ -24,4 +24,4 @@ bool shares_torch_threads();
 // 64-byte aligned memory of the calling thread, at least `bytes`, kept between calls; each slot is separate.
 void* thread_scratch(int slot, size_t bytes);
 
-}  // namespace fa
+}  // namespace forge

@@ -3,7 +3,7 @@
 
 #include "numbers.h"
 
-namespace fa {
+namespace forge {
 
 template <class Isa>
 struct Transform {
@@ -110,4 +110,4 @@ struct Transform {
   }
 };
 
-}  // namespace fa
+}  // namespace forge

@@ -3,7 +3,7 @@
 
 #include "numbers.h"
 
-namespace fa {
+namespace forge {
 
 // Operands of one row and page: [n][variant][half]. weights: 64 numbers up to Isa::WEIGHT_MAX in token order.
 template <class Isa, int CHUNK>
@@ -104,4 +104,4 @@ void gather_values(const float* acc, int dim, float scale, float* o) {
       }
 }
 
-}  // namespace fa
+}  // namespace forge

@@ -1,6 +1,6 @@
 // New tokens behind the exact ones of every row, whose lengths lie on the device. One CTA per row.
 //
-// Macros: FA_PARAMS_BYTES.
+// Macros: FORGE_PARAMS_BYTES.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -12,9 +12,9 @@ struct Params {
   i64 k_stride[3], v_stride[3], to_k_stride[3], to_v_stride[3];  // bytes: row, head, token
   int heads, n, words, capacity;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
-FA_KERNEL(THREADS) append_tokens(FA_PARAMS p) {
+FORGE_KERNEL(THREADS) append_tokens(FORGE_PARAMS p) {
   const int row = blockIdx.x, at = p.lengths[row];
   __syncthreads();
   if (at + p.n > p.capacity) return;  // the caller makes room; nothing else is overwritten if it did not

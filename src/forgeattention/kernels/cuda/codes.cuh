@@ -2,11 +2,11 @@
 #pragma once
 #include "shared/format.h"
 
-namespace fa {
+namespace forge {
 
 // At 3 bits a trellis index has four bits; every other one of 2 or 3 bits has bit 3 clear.
 template <int BITS, int CODE>
-FA_FN void unit_indices(const fa_u32 (&w)[BITS], fa_u32 (&n)[4]) {
+FORGE_FN void unit_indices(const forge_u32 (&w)[BITS], forge_u32 (&n)[4]) {
   unit_nibbles<BITS, CODE>(w, n);
 }
 
@@ -17,16 +17,16 @@ FA_FN void unit_indices(const fa_u32 (&w)[BITS], fa_u32 (&n)[4]) {
 template <int N>
 struct LevelTable {
   static constexpr bool PAIR = N == 16;
-  fa_u32 low[2], high[2];
-  constexpr FA_FN LevelTable(const int (&levels)[N]) : low{}, high{} {
+  forge_u32 low[2], high[2];
+  constexpr FORGE_FN LevelTable(const int (&levels)[N]) : low{}, high{} {
     for (int i = 0; i < N; ++i) {
       const int value = PAIR && i < 8 ? levels[i] - 1 : levels[i];
-      const fa_u32 byte = (fa_u32)(value & 255) << (8 * (i & 3));
+      const forge_u32 byte = (forge_u32)(value & 255) << (8 * (i & 3));
       (i >= 8 ? high : low)[i >> 2 & 1] |= byte;
     }
   }
 };
 
-constexpr FA_FN int level_count(int bits, int code) { return 1 << (code == SCALAR ? bits : bits + 1); }
+constexpr FORGE_FN int level_count(int bits, int code) { return 1 << (code == SCALAR ? bits : bits + 1); }
 
-}  // namespace fa
+}  // namespace forge

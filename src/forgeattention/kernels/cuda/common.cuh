@@ -9,9 +9,9 @@ typedef long long i64;
 
 // How a kernel's function begins: one structure is all it takes. The mlx_*.cu, whose caller passes no structure, make it
 // a function that they call.
-#ifndef FA_KERNEL
-#define FA_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
-#define FA_PARAMS const __grid_constant__ Params
+#ifndef FORGE_KERNEL
+#define FORGE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+#define FORGE_PARAMS const __grid_constant__ Params
 #endif
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -75,7 +75,7 @@ __device__ __forceinline__ u32 bfloat2(float a, float b) {
 }
 
 template <int T>
-constexpr FA_FN int type_bytes() {
+constexpr FORGE_FN int type_bytes() {
   return T == FLOAT ? 4 : 2;
 }
 template <int T>
@@ -186,7 +186,7 @@ __device__ __forceinline__ void split_16(float a, float b, u32& high, u32& low) 
 }
 
 // ---- a warp's ring of groups of PAGES records in shared memory, in halves (K parts, V parts), filled asynchronously
-#if __CUDA_ARCH__ >= 900 && !defined(FA_NO_BULK)
+#if __CUDA_ARCH__ >= 900 && !defined(FORGE_NO_BULK)
 // Bulk copies (PTX ISA, cp.async.bulk), one per part, that complete on a barrier of their half.
 template <int GROUPS, int PAGES, int K_BYTES, int V_BYTES>
 struct Ring {

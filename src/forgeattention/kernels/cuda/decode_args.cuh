@@ -1,27 +1,27 @@
 // Arguments of decode attention, and how its work is cut.
 //
-// Macros besides those of page.cuh: FA_QUERIES (4, 8 or 16 queries of one KV head at a time), FA_WARPS, FA_PAGES (a warp's at a
-// time, 1 or 2), FA_GROUPS (of FA_PAGES records, that a warp's ring holds), FA_CTAS (per multiprocessor), FA_ROTATION, FA_TYPE
-// (queries and output), FA_EXACT_TYPE, FA_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_QUERIES (4, 8 or 16 queries of one KV head at a time), FORGE_WARPS, FORGE_PAGES (a warp's at a
+// time, 1 or 2), FORGE_GROUPS (of FORGE_PAGES records, that a warp's ring holds), FORGE_CTAS (per multiprocessor), FORGE_ROTATION, FORGE_TYPE
+// (queries and output), FORGE_EXACT_TYPE, FORGE_PARAMS_BYTES.
 #pragma once
 #include "page.cuh"
 #include "transform.cuh"
 
-constexpr int WARPS = FA_WARPS, GROUPS = FA_GROUPS, QUERIES = FA_QUERIES, PAGES = FA_PAGES;
+constexpr int WARPS = FORGE_WARPS, GROUPS = FORGE_GROUPS, QUERIES = FORGE_QUERIES, PAGES = FORGE_PAGES;
 constexpr int BLOCKS = QUERIES / 4;
 constexpr int E = DIM / 32;
 constexpr float WEIGHT_MAX = 65500.f;
 constexpr int EXACT_TOKENS = 16;  // of a task
 
 struct Params {
-  const void* q;               // FA_TYPE [batch, q_heads, n, head_dim]
+  const void* q;               // FORGE_TYPE [batch, q_heads, n, head_dim]
   const u8* base;              // added to offsets; null if they are addresses
   const i64* offsets;          // [batch, max_pages] bytes
   const int* lengths;          // [batch] packed tokens, or null
-  const void *exact_k, *exact_v;  // FA_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows
+  const void *exact_k, *exact_v;  // FORGE_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows
   const int* exact_lengths;    // [batch], or null
   const float* sink_logits;    // [q_heads], or null
-  void* out;                   // FA_TYPE [batch, q_heads, n, head_dim], contiguous
+  void* out;                   // FORGE_TYPE [batch, q_heads, n, head_dim], contiguous
   float* lse;                  // [batch, q_heads, n]
   float* part;                 // [batch, kv_heads, blocks, slots, QUERIES, DIM]: a slot per chunk, then one per task of exact tokens
   float2* part_ml;             // the same without DIM: (maximum in log2 units, sum)
@@ -34,14 +34,14 @@ struct Params {
   int max_length;                // tokens that no row exceeds, and most rows have
   float scale_log2, k_unit, v_unit;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 // How a row's work for one KV head is cut: by the row's own lengths alone, so that its result does not depend on the batch.
 // Chunks are runs of pages; exact tokens are dealt out to the chunks' warps in tasks.
 struct Cut {
   int pages, chunks, tasks;
   __device__ __forceinline__ Cut(const Params& p, int length, int exact)
-      : pages((length + fa::PAGE - 1) / fa::PAGE),
+      : pages((length + forge::PAGE - 1) / forge::PAGE),
         chunks(max(1, min(p.chunks, pages / p.min_pages))),
         tasks((exact + EXACT_TOKENS - 1) / EXACT_TOKENS) {}
   // First page of a chunk; chunks begin at whole groups.
@@ -76,7 +76,7 @@ struct Shared {
     terms = ring + WARPS * GROUPS * PAGES * RECORD;
     plain = terms + QUERIES * QUERY_BYTES;
     scales = (float*)(plain + QUERIES * ROW_BYTES);
-    barriers = (u64*)(scales + WARPS * PAGES * fa::PAGE);
+    barriers = (u64*)(scales + WARPS * PAGES * forge::PAGE);
     constants = (u32*)(barriers + WARPS * GROUPS * 2);
     step = (float*)(constants + CONSTANT_WORDS);
     shift = step + QUERIES;

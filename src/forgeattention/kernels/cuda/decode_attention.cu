@@ -13,14 +13,14 @@ __device__ __forceinline__ void load_query(const Params& p, const Item& it, int 
 #pragma unroll
   for (int k = 0; k < E; ++k) {
     x[k] = 0.f;
-    if (query < p.queries && 32 * k + lane < HEAD_DIM) x[k] = load_early<FA_TYPE>(p.q, at + 32 * k + lane);
+    if (query < p.queries && 32 * k + lane < HEAD_DIM) x[k] = load_early<FORGE_TYPE>(p.q, at + 32 * k + lane);
   }
 }
 // Keeps it as it is for the exact tokens and splits the transformed one.
 __device__ __forceinline__ void keep_query(const Params& p, const Item& it, const Shared& sh, int i, int lane, float (&x)[E],
-                                           const Signs<DIM, FA_ROTATION>& signs) {
+                                           const Signs<DIM, FORGE_ROTATION>& signs) {
   const float size = exact::keep_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
-  transform_in<DIM, FA_ROTATION>(x, p.k_transform, signs, it.head, lane);
+  transform_in<DIM, FORGE_ROTATION>(x, p.k_transform, signs, it.head, lane);
   int totals[2];
   const float step = split_query(x, sh.terms + i * QUERY_BYTES, totals, lane);
   if (lane == 0) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void weigh(const float* scales, int lane, int b, floa
 #pragma unroll
   for (int page = 0; page < PAGES; ++page) {
     float n[SPAN];
-    load_scales_of(scales + page * fa::PAGE, lane, n);
+    load_scales_of(scales + page * forge::PAGE, lane, n);
     const float from = shift[page] - st.m[b];
 #pragma unroll
     for (int i = 0; i < SPAN; ++i) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
   constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E > 4 ? 64 / E : PARTS > 2 ? 32 / PARTS : 16;
   static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
-  const Signs<DIM, FA_ROTATION> signs(p.v_transform, it.head, lane);
+  const Signs<DIM, FORGE_ROTATION> signs(p.v_transform, it.head, lane);
   for (int i = warp / PARTS; i < QUERIES; i += WARPS / PARTS) {
     const int query = it.block * QUERIES + i, q_head = it.head * p.group + query / p.n;
     if (PARTS == 1 && query >= p.queries) break;
@@ -258,7 +258,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
       }
     }
     __syncwarp();
-    transform_out<DIM, FA_ROTATION>(y, p.v_transform, signs, it.head, lane);
+    transform_out<DIM, FORGE_ROTATION>(y, p.v_transform, signs, it.head, lane);
     const float total = packed + recent + sink, inverse = total > 0.f ? 1.f / total : 0.f;
     const i64 at = ((i64)it.row * p.kv_heads + it.head) * p.queries + query;
 #pragma unroll
@@ -266,13 +266,13 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
       if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
-      store_element<FA_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
+      store_element<FORGE_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
   }
 }
 
-FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];
   const Shared sh(shared);
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
@@ -285,7 +285,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
   if (warp < QUERY_WARPS)
 #pragma unroll
     for (int i = 0; i < OF_WARP; ++i) load_query(p, it, warp * OF_WARP + i, lane, x[i]);
-  const Signs<DIM, FA_ROTATION> signs(p.k_transform, it.head, lane);
+  const Signs<DIM, FORGE_ROTATION> signs(p.k_transform, it.head, lane);
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
@@ -352,7 +352,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
 #pragma unroll
   for (int i = 0; i < BLOCKS * DIM / 8; ++i) st.acc[i] = 0.f;
   const Constants constants(sh.constants);
-  float* scales = sh.scales + warp * PAGES * fa::PAGE;
+  float* scales = sh.scales + warp * PAGES * forge::PAGE;
   int group = 0;
   u32 phase = 0;
   for (; first < end; first += STRIDE) {
@@ -369,14 +369,14 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     float mean_scale[PAGES];
     const u8* means[PAGES];
     // Tokens from the first page's first one on; where there is no second page its place holds anything.
-    const int valid = min(it.length, end * fa::PAGE) - first * fa::PAGE;
+    const int valid = min(it.length, end * forge::PAGE) - first * forge::PAGE;
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
       means[i] = here[i] + MEAN_OFFSET;
       const Header header(means[i], lane);
-      mean_scale[i] = i == 0 || valid > i * fa::PAGE ? header.mean_scale() : 0.f;
+      mean_scale[i] = i == 0 || valid > i * forge::PAGE ? header.mean_scale() : 0.f;
       v_base[i] = header.v_base();
-      store_scales(scales + i * fa::PAGE, decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
+      store_scales(scales + i * forge::PAGE, decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
@@ -389,7 +389,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     for (int i = 0; i < PAGES; ++i) {
       float sums[BLOCKS][SPAN], n[SPAN];
       key_sums(here[i], lane, q, constants, sums);
-      load_scales_of(scales + i * fa::PAGE, lane, n);
+      load_scales_of(scales + i * forge::PAGE, lane, n);
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
@@ -398,7 +398,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
     __syncwarp();
     ring.fill(group, 0, end - ahead, next, lane);
     const int beyond = valid - key_token(lane, 0);
-    if (valid < PAGES * fa::PAGE) {
+    if (valid < PAGES * forge::PAGE) {
       __syncwarp();  // keeps this a branch
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
@@ -406,14 +406,14 @@ FA_KERNEL(32 * WARPS, FA_CTAS) decode_attention(FA_PARAMS p) {
         for (int i = 0; i < PAGES; ++i)
 #pragma unroll
           for (int j = 0; j < SPAN; ++j)
-            if (i * fa::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
+            if (i * forge::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
     }
     ring.wait(group, 1, phase);
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
       float2 two = make_float2(0.f, 0.f);
-      if (i == 0 || valid > i * fa::PAGE) two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
-      store_scales(scales + i * fa::PAGE, two, lane);
+      if (i == 0 || valid > i * forge::PAGE) two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
+      store_scales(scales + i * forge::PAGE, two, lane);
     }
     __syncwarp();
     u32 w[PAGES][BLOCKS][4];

@@ -1,7 +1,7 @@
 // Encode: 64 tokens of one KV head to a page record, from the model's dtype. One CTA per page and head.
 //
-// Macros besides those of page.cuh: FA_ROTATION, FA_TYPE, FA_KEY_MEAN, FA_K_RULE, FA_V_RULE (0 unbiased, 1 least squares, 2 norm),
-// FA_PARAMS_BYTES. The meaning of every step is reference/pages.py.
+// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm),
+// FORGE_PARAMS_BYTES. The meaning of every step is reference/pages.py.
 #include "page.cuh"
 #include "transform.cuh"
 
@@ -9,7 +9,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
 
 struct Params {
-  const void *k, *v;  // FA_TYPE [kv_heads, 64 pages, head_dim]
+  const void *k, *v;  // FORGE_TYPE [kv_heads, 64 pages, head_dim]
   u8* base;           // added to offsets; null if they are addresses
   const i64* offsets;  // [pages] bytes
   int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
@@ -17,7 +17,7 @@ struct Params {
   i64 k_stride[2], v_stride[2];  // elements: head, token
   float k_unit, v_unit;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 struct Shared {
   float* y;         // [64][ROW] rotated vectors
@@ -53,16 +53,16 @@ __device__ __forceinline__ float block_max(float x, float* reduce) {
 // Rotated vectors to shared memory; true if a value is not finite.
 __device__ __forceinline__ bool rotate(const void* x, i64 at, i64 stride, const TransformArgs& t, int head, const Shared& sh, int warp, int lane) {
   bool bad = false;
-  for (int token = warp; token < fa::PAGE; token += WARPS) {
+  for (int token = warp; token < forge::PAGE; token += WARPS) {
     float v[E];
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       const int c = 32 * k + lane;
-      v[k] = c < HEAD_DIM ? load_element<FA_TYPE>(x, at + token * stride + c) : 0.f;
+      v[k] = c < HEAD_DIM ? load_element<FORGE_TYPE>(x, at + token * stride + c) : 0.f;
       bad |= !(fabsf(v[k]) < __int_as_float(0x7f800000));
       if (t.mu) v[k] -= __ldg(t.mu + head * t.mu_stride + c);
     }
-    transform_in<DIM, FA_ROTATION>(v, t, head, lane);
+    transform_in<DIM, FORGE_ROTATION>(v, t, head, lane);
 #pragma unroll
     for (int k = 0; k < E; ++k) sh.y[token * ROW + 32 * k + lane] = v[k];
   }
@@ -196,7 +196,7 @@ struct Packer {
   // The compiler knows i of scalar codes, not of trellis codes.
   __device__ __forceinline__ void put(int i, u32 code) {
     const int n = i & 3, shift = i & ~3;
-    if constexpr (CODE != fa::SCALAR) {
+    if constexpr (CODE != forge::SCALAR) {
       words[0] |= (code & 1) << i;
       if constexpr (BITS == 2) {
         words[1] |= (code >> 1) << i;
@@ -221,7 +221,7 @@ struct Packer {
 // Quantises the vectors in shared memory (keys minus their mean row) and writes codes; leaves norms, levels and scales.
 template <bool KEYS, int BITS, int CODE, int RULE, int COUNT>
 __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
-  for (int token = warp; token < fa::PAGE; token += WARPS) {
+  for (int token = warp; token < forge::PAGE; token += WARPS) {
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < E; ++k) {
@@ -241,11 +241,11 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
   for (int unit_at = warp; unit_at < UNITS; unit_at += WARPS) {
     auto where = [&](int i, int& token, int& channel) {
       if constexpr (KEYS) {
-        token = fa::k_token(DIM, lane, unit_at, i & 3);
-        channel = fa::k_channel(DIM, lane, unit_at, i & 3, i >> 2);
+        token = forge::k_token(DIM, lane, unit_at, i & 3);
+        channel = forge::k_channel(DIM, lane, unit_at, i & 3, i >> 2);
       } else {
-        token = fa::v_token(lane, i & 3, i >> 2);
-        channel = fa::v_channel(lane, unit_at, i >> 2);
+        token = forge::v_token(lane, i & 3, i >> 2);
+        channel = forge::v_channel(lane, unit_at, i >> 2);
       }
     };
     auto value = [&](int i) {
@@ -263,7 +263,7 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
       for (int l = 1; l < COUNT; ++l) level = index == l ? levels[l] : level;
       sh.levels[token * DIM + c] = (signed char)level;
     };
-    if constexpr (CODE == fa::SCALAR) {
+    if constexpr (CODE == forge::SCALAR) {
 #pragma unroll
       for (int i = 31; i >= 0; --i) {
         const float x = value(i);
@@ -273,14 +273,14 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
         put(i, code, code);
       }
     } else {
-      const Trellis<BITS, CODE == fa::TRELLIS4 ? 4 : 8, COUNT, decltype(value)> trellis{levels, value};
+      const Trellis<BITS, CODE == forge::TRELLIS4 ? 4 : 8, COUNT, decltype(value)> trellis{levels, value};
       trellis.search(sh.edges + (KEYS ? 0 : 16), put);
     }
 #pragma unroll
-    for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * fa::word_index(DIM, BITS, lane, unit_at, b)) = packer.words[b];
+    for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, BITS, lane, unit_at, b)) = packer.words[b];
   }
   __syncthreads();
-  for (int token = warp; token < fa::PAGE; token += WARPS) {
+  for (int token = warp; token < forge::PAGE; token += WARPS) {
     const float n = sh.norm[token], inverse = sh.inverse[token];
     float uu = 0.f, uc = 0.f, cc = 0.f;
 #pragma unroll
@@ -300,18 +300,18 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
 
 // As codec/packing.py, log8_base.
 __device__ __forceinline__ int log8_base(float top) {
-  return top > 0.f ? max(-128, min(127, (int)ceilf(log2f(top) - 254.5f / fa::LOG8_STEPS))) : 0;
+  return top > 0.f ? max(-128, min(127, (int)ceilf(log2f(top) - 254.5f / forge::LOG8_STEPS))) : 0;
 }
 // Stores the scales; true if one does not fit.
 __device__ __forceinline__ bool store_scales(u8* to, int base, const Shared& sh) {
-  if (threadIdx.x >= fa::PAGE) return false;
+  if (threadIdx.x >= forge::PAGE) return false;
   const float s = sh.scale[threadIdx.x];
-  if constexpr (FA_SCALES == fa::FP16) {
+  if constexpr (FORGE_SCALES == forge::FP16) {
     const u32 bits = float_to_half(s);
     ((unsigned short*)to)[threadIdx.x] = (unsigned short)bits;
     return (bits & 0x7C00u) == 0x7C00u;
   } else {
-    const float b = rintf((log2f(s) - base) * fa::LOG8_STEPS) + 1.f;
+    const float b = rintf((log2f(s) - base) * forge::LOG8_STEPS) + 1.f;
     to[threadIdx.x] = s < exp2f((float)(base - 1)) ? 0 : (u8)fminf(fmaxf(b, 1.f), 255.f);
     return !(s < __int_as_float(0x7f800000)) || b > 255.5f;
   }
@@ -319,12 +319,12 @@ __device__ __forceinline__ bool store_scales(u8* to, int base, const Shared& sh)
 
 // The mean row with its header, as codec/packing.py, pack_header; `mean` is in steps. Bytes stay in `rounded` (may be `mean`).
 __device__ __forceinline__ float header_byte(float mean, u32 header, int channel) {
-  if (channel >= fa::HEADER_BYTES) return rintf(mean);
+  if (channel >= forge::HEADER_BYTES) return rintf(mean);
   const float bit = (float)(header >> channel & 1), x = rintf((mean - bit) * 0.5f) * 2.f + bit;
   return x > 127.f ? x - 2.f : x;
 }
 
-FA_KERNEL(THREADS, 2) encode(FA_PARAMS p) {
+FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
   const Shared sh(shared);
   const int page = blockIdx.x, head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -341,25 +341,25 @@ FA_KERNEL(THREADS, 2) encode(FA_PARAMS p) {
       if (!keys && i == 4 * e + c) edge = 0.5f * (V_LEVELS[i + 4] + V_LEVELS[i]);
     sh.edges[threadIdx.x] = edge;
   }
-  bool bad = rotate(p.v, head * p.v_stride[0] + (i64)page * fa::PAGE * p.v_stride[1], p.v_stride[1], p.v_transform, head, sh, warp, lane);
+  bool bad = rotate(p.v, head * p.v_stride[0] + (i64)page * forge::PAGE * p.v_stride[1], p.v_stride[1], p.v_transform, head, sh, warp, lane);
   if (__syncthreads_or(bad)) {
     if (threadIdx.x == 0) *p.bad = 1;
     return;
   }
-  quantize<false, FA_V_BITS, FA_V_CODE, FA_V_RULE>(V_LEVELS, p.v_unit, 0.f, record + K_BYTES, sh, warp, lane);
+  quantize<false, FORGE_V_BITS, FORGE_V_CODE, FORGE_V_RULE>(V_LEVELS, p.v_unit, 0.f, record + K_BYTES, sh, warp, lane);
   int v_base = 0;
-  if constexpr (FA_SCALES == fa::LOG8) v_base = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+  if constexpr (FORGE_SCALES == forge::LOG8) v_base = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
   bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
   __syncthreads();
 
-  bad |= rotate(p.k, head * p.k_stride[0] + (i64)page * fa::PAGE * p.k_stride[1], p.k_stride[1], p.k_transform, head, sh, warp, lane);
+  bad |= rotate(p.k, head * p.k_stride[0] + (i64)page * forge::PAGE * p.k_stride[1], p.k_stride[1], p.k_transform, head, sh, warp, lane);
   __syncthreads();
   float top = 0.f;
   for (int c = threadIdx.x; c < DIM; c += THREADS) {
     float sum = 0.f;
-    if constexpr (FA_KEY_MEAN)
-      for (int token = 0; token < fa::PAGE; ++token) sum += sh.y[token * ROW + c];
-    sh.mean[c] = sum * (1.f / fa::PAGE);
+    if constexpr (FORGE_KEY_MEAN)
+      for (int token = 0; token < forge::PAGE; ++token) sum += sh.y[token * ROW + c];
+    sh.mean[c] = sum * (1.f / forge::PAGE);
     top = fmaxf(top, fabsf(sh.mean[c]));
   }
   top = block_max(top, sh.reduce);
@@ -383,17 +383,17 @@ FA_KERNEL(THREADS, 2) encode(FA_PARAMS p) {
   }
   __syncthreads();
   round(step_bits);
-  quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+  quantize<true, FORGE_K_BITS, FORGE_K_CODE, FORGE_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
   int k_base = 0;
-  if constexpr (FA_SCALES == fa::LOG8) {
+  if constexpr (FORGE_SCALES == forge::LOG8) {
     // The base follows from the residual, and its bits move some bytes of the row by a step: hence the margin, and another go
     // where a scale does not fit after all.
-    int needed = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
+    int needed = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
     do {
       k_base = needed;
       round(step_bits | (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24);
-      quantize<true, FA_K_BITS, FA_K_CODE, FA_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
-      needed = log8_base(block_max(threadIdx.x < fa::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+      quantize<true, FORGE_K_BITS, FORGE_K_CODE, FORGE_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+      needed = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
     } while (needed > k_base);
   }
   bad |= store_scales(record + SCALE_OFFSET_K, k_base, sh);

@@ -5,8 +5,8 @@
 #include "decode_args.cuh"
 
 namespace exact {
-constexpr int TERM = FA_EXACT_TYPE == HALF ? HALF : BFLOAT;
-constexpr bool TWO = FA_EXACT_TYPE == FLOAT;  // terms of a token
+constexpr int TERM = FORGE_EXACT_TYPE == HALF ? HALF : BFLOAT;
+constexpr bool TWO = FORGE_EXACT_TYPE == FLOAT;  // terms of a token
 constexpr bool EARLY = !TWO && HEAD_DIM <= 128;  // all of a task's tokens fit the registers
 static_assert(HEAD_DIM % 16 == 0, "a lane reads eight channels at a time");
 

@@ -1,23 +1,23 @@
 // Attention over two disjoint sets of tokens to that over both. One warp per query.
 //
-// Macros: FA_DIM (head_dim), FA_TYPE (of the first part and the result), FA_PARAMS_BYTES.
+// Macros: FORGE_DIM (head_dim), FORGE_TYPE (of the first part and the result), FORGE_PARAMS_BYTES.
 #include "common.cuh"
 
-constexpr int DIM = FA_DIM, WARPS = 8;
+constexpr int DIM = FORGE_DIM, WARPS = 8;
 
 struct Params {
-  const void* a;       // FA_TYPE [batch, heads, n, DIM]
+  const void* a;       // FORGE_TYPE [batch, heads, n, DIM]
   const float* a_lse;  // [rows]
   const float* b;      // [rows, DIM]
   const float* b_lse;  // [rows]
-  void* out;           // FA_TYPE [rows, DIM]
+  void* out;           // FORGE_TYPE [rows, DIM]
   float* lse;          // [rows]
   i64 a_stride[3];     // elements: row of the batch, head, token
   int rows, heads, n;  // rows = batch * heads * n
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
-FA_KERNEL(32 * WARPS) merge(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS) merge(FORGE_PARAMS p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (row >= p.rows) return;
   const int token = row % p.n, head = row / p.n % p.heads, batch = row / p.n / p.heads;
@@ -27,7 +27,7 @@ FA_KERNEL(32 * WARPS) merge(FA_PARAMS p) {
   for (int c = 2 * lane; c < DIM; c += 64)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      store_element<FA_TYPE>(p.out, to + c + i,
-                             (wa * load_element<FA_TYPE>(p.a, from + c + i) + wb * __ldg(p.b + to + c + i)) * inverse);
+      store_element<FORGE_TYPE>(p.out, to + c + i,
+                             (wa * load_element<FORGE_TYPE>(p.a, from + c + i) + wb * __ldg(p.b + to + c + i)) * inverse);
   if (lane == 0) p.lse[row] = safe + __logf(sum);
 }

@@ -1,9 +1,9 @@
 // Attention over parts of the packed tokens, joined by log-sum-exp and brought back to the model's coordinates. One warp per query.
 //
-// Macros: FA_DIM, FA_HEAD_DIM, FA_ROTATION, FA_PARAMS_BYTES.
+// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION, FORGE_PARAMS_BYTES.
 #include "transform.cuh"
 
-constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM, E = DIM / 32, WARPS = 8, MOST = 8;
+constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM, E = DIM / 32, WARPS = 8, MOST = 8;
 
 struct Params {
   const void* part[MOST];       // f16 [batch, kv_heads, group n, DIM]
@@ -18,7 +18,7 @@ struct Params {
   int parts, first, last;       // first, last: whether these parts are
   float scale;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_parts(const __grid_constant__ Params p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_parts(const __gri
     if (lane == 0) p.lse[row] = lse;
     return;
   }
-  transform_out<DIM, FA_ROTATION>(x, p.transform, head, lane);
+  transform_out<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
 #pragma unroll
   for (int k = 0; k < E; ++k) {
     const int c = 32 * k + lane;

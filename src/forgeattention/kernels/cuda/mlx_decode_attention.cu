@@ -3,11 +3,11 @@
 #include "decode_attention.cu"
 
 // `counter` is zero and this launch's alone, though an input to MLX.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, FORGE_CTAS)
     mlx_decode_attention(const void* q, const u8* base, const i64* offsets, const int* lengths, const void* exact_k, const void* exact_v,
-                         const int* exact_lengths, const float* sink_logits, u32* counter, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v),
-                         void* out, float* lse, float* part, float2* part_ml, int sinks_given, FA_TRANSFORM_SCALARS(k),
-                         FA_TRANSFORM_SCALARS(v), int capacity, int max_pages, int kv_heads, int group, int n, int queries, int blocks,
+                         const int* exact_lengths, const float* sink_logits, u32* counter, FORGE_TRANSFORM_ARRAYS(k), FORGE_TRANSFORM_ARRAYS(v),
+                         void* out, float* lse, float* part, float2* part_ml, int sinks_given, FORGE_TRANSFORM_SCALARS(k),
+                         FORGE_TRANSFORM_SCALARS(v), int capacity, int max_pages, int kv_heads, int group, int n, int queries, int blocks,
                          int causal, int chunks, int min_pages, int slots, int max_length, float scale_log2, float k_unit, float v_unit) {
   Params p;
   p.q = q;
@@ -23,8 +23,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FA_CTAS)
   p.part = part;
   p.part_ml = part_ml;
   p.counter = counter;
-  p.k_transform = FA_TRANSFORM(k);
-  p.v_transform = FA_TRANSFORM(v);
+  p.k_transform = FORGE_TRANSFORM(k);
+  p.v_transform = FORGE_TRANSFORM(v);
   p.q_stride[0] = (i64)kv_heads * queries * HEAD_DIM;
   p.q_stride[1] = (i64)n * HEAD_DIM;
   p.q_stride[2] = HEAD_DIM;

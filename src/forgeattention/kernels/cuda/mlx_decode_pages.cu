@@ -3,8 +3,8 @@
 #include "decode_pages.cu"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    mlx_decode_pages(const u8* base, const i64* offsets, const int* lengths, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v), void* k, void* v,
-                     FA_TRANSFORM_SCALARS(k), FA_TRANSFORM_SCALARS(v), int max_pages, int kv_heads, int max_length, float k_unit,
+    mlx_decode_pages(const u8* base, const i64* offsets, const int* lengths, FORGE_TRANSFORM_ARRAYS(k), FORGE_TRANSFORM_ARRAYS(v), void* k, void* v,
+                     FORGE_TRANSFORM_SCALARS(k), FORGE_TRANSFORM_SCALARS(v), int max_pages, int kv_heads, int max_length, float k_unit,
                      float v_unit) {
   Params p;
   p.base = base;
@@ -12,8 +12,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   p.lengths = lengths;
   p.k = k;
   p.v = v;
-  p.k_transform = FA_TRANSFORM(k);
-  p.v_transform = FA_TRANSFORM(v);
+  p.k_transform = FORGE_TRANSFORM(k);
+  p.v_transform = FORGE_TRANSFORM(v);
   p.max_pages = max_pages;
   p.kv_heads = kv_heads;
   p.max_length = max_length;

@@ -4,16 +4,16 @@
 
 // `bad` is zero before.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    mlx_encode(const void* k, const void* v, const i64* offsets, FA_TRANSFORM_ARRAYS(k), FA_TRANSFORM_ARRAYS(v), u8* base, int* bad,
-               FA_TRANSFORM_SCALARS(k), FA_TRANSFORM_SCALARS(v), int tokens, float k_unit, float v_unit) {
+    mlx_encode(const void* k, const void* v, const i64* offsets, FORGE_TRANSFORM_ARRAYS(k), FORGE_TRANSFORM_ARRAYS(v), u8* base, int* bad,
+               FORGE_TRANSFORM_SCALARS(k), FORGE_TRANSFORM_SCALARS(v), int tokens, float k_unit, float v_unit) {
   Params p;
   p.k = k;
   p.v = v;
   p.base = base;
   p.offsets = offsets;
   p.bad = bad;
-  p.k_transform = FA_TRANSFORM(k);
-  p.v_transform = FA_TRANSFORM(v);
+  p.k_transform = FORGE_TRANSFORM(k);
+  p.v_transform = FORGE_TRANSFORM(v);
   p.k_stride[0] = (i64)tokens * HEAD_DIM;
   p.k_stride[1] = HEAD_DIM;
   p.v_stride[0] = (i64)tokens * HEAD_DIM;

@@ -1,6 +1,6 @@
 // One page record on int8 tensor cores by one warp: scores of its keys, weighted sums of its values.
 //
-// FA_DIM (padded), FA_HEAD_DIM, FA_K_BITS, FA_V_BITS, FA_K_CODE, FA_V_CODE, FA_SCALES, FA_K_LEVELS and FA_V_LEVELS
+// FORGE_DIM (padded), FORGE_HEAD_DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_K_CODE, FORGE_V_CODE, FORGE_SCALES, FORGE_K_LEVELS and FORGE_V_LEVELS
 // (ascending int8 levels) are given by the launcher. Lane 4 g + t throughout.
 //
 // Four queries at a time (a block). A query is 16 bits, int8 high and low terms. Keys: mma.m16n8k32 with 16 keys as A and
@@ -11,20 +11,20 @@
 #include "codes.cuh"
 #include "common.cuh"
 
-constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM;
-constexpr int UNITS = fa::units(DIM), CHUNK = fa::chunk(DIM), STEPS = DIM / 32;
-constexpr int SCALE_OFFSET_K = fa::k_scale_offset(DIM, FA_K_BITS);
-constexpr int MEAN_OFFSET = fa::mean_offset(DIM, FA_K_BITS, FA_SCALES);
-constexpr int K_BYTES = fa::v_offset(DIM, FA_K_BITS, FA_SCALES);  // the K part of a record
-constexpr int RECORD = fa::record_bytes(DIM, FA_K_BITS, FA_V_BITS, FA_SCALES);
+constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM;
+constexpr int UNITS = forge::units(DIM), CHUNK = forge::chunk(DIM), STEPS = DIM / 32;
+constexpr int SCALE_OFFSET_K = forge::k_scale_offset(DIM, FORGE_K_BITS);
+constexpr int MEAN_OFFSET = forge::mean_offset(DIM, FORGE_K_BITS, FORGE_SCALES);
+constexpr int K_BYTES = forge::v_offset(DIM, FORGE_K_BITS, FORGE_SCALES);  // the K part of a record
+constexpr int RECORD = forge::record_bytes(DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_SCALES);
 constexpr int V_BYTES = RECORD - K_BYTES;
-constexpr int SCALE_OFFSET_V = fa::code_bytes(DIM, FA_V_BITS);  // within the V part
+constexpr int SCALE_OFFSET_V = forge::code_bytes(DIM, FORGE_V_BITS);  // within the V part
 static_assert(K_BYTES % 16 == 0 && RECORD % 16 == 0, "bulk copies move 16-byte units");
 
-constexpr int K_COUNT = fa::level_count(FA_K_BITS, FA_K_CODE), V_COUNT = fa::level_count(FA_V_BITS, FA_V_CODE);
-constexpr int K_LEVELS[K_COUNT] = {FA_K_LEVELS}, V_LEVELS[V_COUNT] = {FA_V_LEVELS};
-constexpr fa::LevelTable<K_COUNT> K_TABLE(K_LEVELS);
-constexpr fa::LevelTable<V_COUNT> V_TABLE(V_LEVELS);
+constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE), V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
+constexpr int K_LEVELS[K_COUNT] = {FORGE_K_LEVELS}, V_LEVELS[V_COUNT] = {FORGE_V_LEVELS};
+constexpr forge::LevelTable<K_COUNT> K_TABLE(K_LEVELS);
+constexpr forge::LevelTable<V_COUNT> V_TABLE(V_LEVELS);
 constexpr bool K_PAIR = K_COUNT == 16, V_PAIR = V_COUNT == 16;
 constexpr u32 FLIP = 0x88888888u;
 
@@ -82,15 +82,15 @@ struct Header {
 
 // Scales of tokens 2 lane and 2 lane + 1, as stored; and as floats.
 __device__ __forceinline__ u32 load_scales(const u8* scales, int lane) {
-  return FA_SCALES == fa::FP16 ? *(const u32*)(scales + 4 * lane) : *(const unsigned short*)(scales + 2 * lane);
+  return FORGE_SCALES == forge::FP16 ? *(const u32*)(scales + 4 * lane) : *(const unsigned short*)(scales + 2 * lane);
 }
 __device__ __forceinline__ float2 decode_scales(u32 two, float base) {
-  if constexpr (FA_SCALES == fa::FP16) {
+  if constexpr (FORGE_SCALES == forge::FP16) {
     return make_float2(half_to_float(two & 0xFFFF), half_to_float(two >> 16));
   } else {
     const u32 a = two & 255, b = two >> 8;
     // 2^23 + code as a float; its 32nd part minus 2^18 is exact.
-    const float step = 1.f / fa::LOG8_STEPS, zero = base - step - 262144.f;
+    const float step = 1.f / forge::LOG8_STEPS, zero = base - step - 262144.f;
     const float x = ex2(fmaf(__uint_as_float(0x4B000000u | a), step, zero)), y = ex2(fmaf(__uint_as_float(0x4B000000u | b), step, zero));
     return make_float2(a ? x : 0.f, b ? y : 0.f);
   }
@@ -157,14 +157,14 @@ __device__ __forceinline__ void key_sums(const u8* codes, int lane, const Querie
   static_assert(UNITS % GROUP == 0 && GROUP % BATCH == 0 && GROUP % CHUNK == 0, "pairs of tokens are whole units");
 #pragma unroll
   for (int from = 0; from < UNITS; from += GROUP) {
-    u32 words[GROUP][FA_K_BITS];
+    u32 words[GROUP][FORGE_K_BITS];
 #pragma unroll
-    for (int i = 0; i < GROUP; i += CHUNK) load_words<FA_K_BITS>(codes, (from + i) / CHUNK, lane, &words[i]);
+    for (int i = 0; i < GROUP; i += CHUNK) load_words<FORGE_K_BITS>(codes, (from + i) / CHUNK, lane, &words[i]);
 #pragma unroll
     for (int batch = 0; batch < GROUP; batch += BATCH) {
       u32 index[BATCH][4];
 #pragma unroll
-      for (int u = 0; u < BATCH; ++u) fa::unit_indices<FA_K_BITS, FA_K_CODE>(words[batch + u], index[u]);
+      for (int u = 0; u < BATCH; ++u) forge::unit_indices<FORGE_K_BITS, FORGE_K_CODE>(words[batch + u], index[u]);
       Sums sums[TOGETHER][BLOCKS];
       float before[TOGETHER][BLOCKS][2];
 #pragma unroll
@@ -277,12 +277,12 @@ __device__ __forceinline__ void value_sums(const u8* const (&codes)[PAGES], int 
       Sums d[TOGETHER][SETS];
 #pragma unroll
       for (int page = 0; page < PAGES; ++page) {
-        u32 words[CHUNK][FA_V_BITS];
-        load_words<FA_V_BITS>(codes[page], chunk, lane, words);
+        u32 words[CHUNK][FORGE_V_BITS];
+        load_words<FORGE_V_BITS>(codes[page], chunk, lane, words);
 #pragma unroll
         for (int a = 0; a < TOGETHER; ++a) {
           u32 index[4], low[8], high[8];
-          fa::unit_indices<FA_V_BITS, FA_V_CODE>(words[i + a], index);
+          forge::unit_indices<FORGE_V_BITS, FORGE_V_CODE>(words[i + a], index);
           value_levels(c.v, index, 0u, low);
           if constexpr (V_PAIR) value_levels(c.v + 2, index, FLIP, high);
 #pragma unroll

@@ -1,14 +1,14 @@
 // Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen pages at a
 // time, whose mean rows are the rows of one product.
 //
-// Macros besides those of page.cuh: FA_WARPS, FA_ROTATION, FA_TYPE (queries), FA_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_WARPS, FORGE_ROTATION, FORGE_TYPE (queries), FORGE_PARAMS_BYTES.
 #include "page.cuh"
 #include "transform.cuh"
 
-constexpr int WARPS = FA_WARPS, QUERIES = 8, E = DIM / 32;
+constexpr int WARPS = FORGE_WARPS, QUERIES = 8, E = DIM / 32;
 
 struct Params {
-  const void* q;       // FA_TYPE [batch, q_heads, n, head_dim]
+  const void* q;       // FORGE_TYPE [batch, q_heads, n, head_dim]
   const u8* base;      // added to offsets; null if they are addresses
   const i64* offsets;  // [batch, max_pages] bytes
   const int* lengths;  // [batch] tokens
@@ -19,19 +19,19 @@ struct Params {
   int kv_heads, group, n, queries, blocks, pages;  // queries = group * n
   float scale;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 // Low bits of the four bytes of a word, the first byte's in bit 0.
 __device__ __forceinline__ u32 low_bits(u32 x) { return (x & 0x01010101u) * 0x01020408u >> 24 & 15; }
 
-FA_KERNEL(32 * WARPS) page_scores(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS) page_scores(FORGE_PARAMS p) {
   __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
   __shared__ int totals[2 * QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
-  const int used = (__ldg(p.lengths + row) + fa::PAGE - 1) / fa::PAGE;
+  const int used = (__ldg(p.lengths + row) + forge::PAGE - 1) / forge::PAGE;
   if (thread == 0) Constants::store(words);
   for (int i = warp; i < QUERIES; i += WARPS) {
     const int query = first + i;
@@ -42,10 +42,10 @@ FA_KERNEL(32 * WARPS) page_scores(FA_PARAMS p) {
       const i64 at = row * p.q_stride[0] + (head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
       for (int k = 0; k < E; ++k)
-        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FA_TYPE>(p.q, at + 32 * k + lane);
+        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FORGE_TYPE>(p.q, at + 32 * k + lane);
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
-    transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
+    transform_in<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
     int sums[2];
     const float step = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {

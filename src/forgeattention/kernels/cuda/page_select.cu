@@ -4,7 +4,7 @@
 // A page's rank is the largest, over the queries of the KV head, of the score of its mean less the log-sum-exp of all means. The
 // `budget` pages of largest rank are taken, the earlier of equal ones first, and listed in their order.
 //
-// Macros: FA_PARAMS_BYTES.
+// Macros: FORGE_PARAMS_BYTES.
 #include "block.cuh"
 
 struct Params {
@@ -17,21 +17,21 @@ struct Params {
   i64 max_pages;
   int kv_heads, queries, pages, budget, record;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 __device__ __forceinline__ u32 ordered(float x) {
   const u32 bits = __float_as_uint(x + 0.f);  // -0 is 0
   return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 
-FA_KERNEL(THREADS) page_select(FA_PARAMS p) {
+FORGE_KERNEL(THREADS) page_select(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 memory[];
   u32* ranks = (u32*)memory;  // [pages], ordered
   __shared__ u64 sums[WARPS];
   __shared__ u32 bins[256];
   __shared__ int found, remaining;
   const int thread = threadIdx.x, row = blockIdx.x / p.kv_heads, head = blockIdx.x % p.kv_heads;
-  const int used = (__ldg(p.lengths + row) + fa::PAGE - 1) / fa::PAGE, budget = min(p.budget, used);
+  const int used = (__ldg(p.lengths + row) + forge::PAGE - 1) / forge::PAGE, budget = min(p.budget, used);
   const float* means = p.means + (i64)blockIdx.x * p.queries * p.pages;
   for (int query = 0; query < p.queries; ++query) {
     const float* line = means + (i64)query * p.pages;
@@ -92,5 +92,5 @@ FA_KERNEL(THREADS) page_select(FA_PARAMS p) {
     ties += tie;
   }
   for (int i = used + thread; i < p.pages; i += THREADS) read[i] = 0;
-  if (thread == 0) p.tokens[blockIdx.x] = budget * fa::PAGE;
+  if (thread == 0) p.tokens[blockIdx.x] = budget * forge::PAGE;
 }

@@ -1,13 +1,13 @@
 // Scaled scores of queries against packed keys. Grid: (page groups, kv_heads * blocks, rows).
 #include "scores_args.cuh"
 
-FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS) qk_scores(FORGE_PARAMS p) {
   __shared__ __align__(16) u8 parts[WARPS][K_BYTES];
   __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
   __shared__ int totals[2 * QUERIES];
-  __shared__ float scales[WARPS][fa::PAGE], scores[WARPS][QUERIES][fa::PAGE];
+  __shared__ float scales[WARPS][forge::PAGE], scores[WARPS][QUERIES][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
   const int length = __ldg(p.lengths + row);
@@ -21,10 +21,10 @@ FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
       const i64 at = row * p.q_stride[0] + (head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
       for (int k = 0; k < E; ++k)
-        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FA_TYPE>(p.q, at + 32 * k + lane);
+        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FORGE_TYPE>(p.q, at + 32 * k + lane);
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
-    transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
+    transform_in<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
     int sums[2];
     const float step = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {
@@ -40,8 +40,8 @@ FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) q[b].load(terms + 4 * b * QUERY_BYTES, totals + 8 * b, lane);
   const Constants constants(words);
-  for (int page = blockIdx.x * WARPS + warp; page * fa::PAGE < p.max_length; page += gridDim.x * WARPS) {
-    const int from = page * fa::PAGE;
+  for (int page = blockIdx.x * WARPS + warp; page * forge::PAGE < p.max_length; page += gridDim.x * WARPS) {
+    const int from = page * forge::PAGE;
     if (from < length) {
       const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
       __syncwarp();
@@ -69,7 +69,7 @@ FA_KERNEL(32 * WARPS) qk_scores(FA_PARAMS p) {
     }
     for (int i = 0; i < QUERIES && first + i < p.queries; ++i)
 #pragma unroll
-      for (int k = 0; k < fa::PAGE; k += 32) {
+      for (int k = 0; k < forge::PAGE; k += 32) {
         const int token = from + k + lane;
         if (token < p.max_length)
           p.out[(((i64)row * p.kv_heads + head) * p.queries + first + i) * p.max_length + token] =

@@ -2,12 +2,12 @@
 // blocks, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor unread. The last CTA of a head
 // adds the splits. Splits do not depend on lengths, so that a row's result ignores the batch.
 //
-// Macros besides those of page.cuh: FA_WARPS, FA_STAGES, FA_CTAS, FA_ROTATION, FA_TYPE (output and the other tokens' output),
-// FA_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the other tokens' output),
+// FORGE_PARAMS_BYTES.
 #include "page.cuh"
 #include "transform.cuh"
 
-constexpr int WARPS = FA_WARPS, STAGES = FA_STAGES, QUERIES = 8, E = DIM / 32;
+constexpr int WARPS = FORGE_WARPS, STAGES = FORGE_STAGES, QUERIES = 8, E = DIM / 32;
 constexpr int TAIL = RECORD - MEAN_OFFSET;  // of a record: the mean row, which holds the header, and the values
 constexpr int LINE = DIM + 1;               // sums of a query and, last, of its weights
 constexpr float WEIGHT_MAX = 65500.f;
@@ -20,9 +20,9 @@ struct Params {
   const u8* base;          // added to offsets; null if they are addresses
   const i64* offsets;      // [batch, max_pages] bytes
   const int* lengths;      // [batch] tokens
-  const void* other;       // FA_TYPE [batch, q_heads, n, head_dim], or null
+  const void* other;       // FORGE_TYPE [batch, q_heads, n, head_dim], or null
   const float* other_lse;  // [batch, q_heads, n]
-  void* out;               // FA_TYPE [batch, q_heads, n, head_dim]
+  void* out;               // FORGE_TYPE [batch, q_heads, n, head_dim]
   float* lse;              // [batch, q_heads, n]
   float* part;             // [batch, kv_heads, blocks, splits, QUERIES, LINE]
   u32* counter;            // [batch, kv_heads, blocks], zero before and after
@@ -31,16 +31,16 @@ struct Params {
   int kv_heads, queries, blocks, pages;
   float unit;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
-FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][TAIL], barriers; then sums [WARPS][QUERIES][LINE]
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
-  __shared__ __align__(16) float all_scales[WARPS][fa::PAGE];
+  __shared__ __align__(16) float all_scales[WARPS][forge::PAGE];
   __shared__ float limits[QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, block = blockIdx.y % p.blocks, first = block * QUERIES;
-  const int length = __ldg(p.lengths + row), used = (length + fa::PAGE - 1) / fa::PAGE;
+  const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int count = min(QUERIES, p.queries - first);
   const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first;  // of the block's first query
   const i64* offsets = p.offsets + row * p.max_pages;
@@ -54,7 +54,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
   const bool mine = g < count;
   const float limit = limits[g], top = mine ? __ldg(p.top + line + g) * LOG2E : 0.f;
   const int last = mine ? __ldg(p.last + line + g) : -1;
-  const float* scores = p.scores + (line + g) * p.pages * fa::PAGE + 16 * t;
+  const float* scores = p.scores + (line + g) * p.pages * forge::PAGE + 16 * t;
   float* scales = all_scales[warp];
   float acc[DIM / 4], mass = 0.f;
 #pragma unroll
@@ -87,7 +87,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
       if (!left) return;
       const int page = from + (__ffs(left) - 1) * step;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) next[i] = mine ? __ldg((const float4*)(scores + (i64)page * fa::PAGE) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int i = 0; i < 4; ++i) next[i] = mine ? __ldg((const float4*)(scores + (i64)page * forge::PAGE) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
     };
     read(mask);
     for (u32 left = mask; left; left &= left - 1) {
@@ -101,7 +101,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
       const Header header(part, lane);
       *(float2*)(scales + 2 * lane) = decode_scales(load_scales(part + DIM + SCALE_OFFSET_V, lane), header.v_base());
       __syncwarp();
-      const int token = page * fa::PAGE + 16 * t;
+      const int token = page * forge::PAGE + 16 * t;
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         const float4 n = *(const float4*)(scales + 16 * t + i);
@@ -180,7 +180,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
 #pragma unroll
       for (int k = 0; k < E; ++k) y[k] += __ldcg(from + (i64)s * QUERIES * LINE + lane + 32 * k);
     }
-    transform_out<DIM, FA_ROTATION>(y, p.transform, head, lane);
+    transform_out<DIM, FORGE_ROTATION>(y, p.transform, head, lane);
     const i64 at = line + i;
     const float packed = __ldg(p.top + at), other = p.other ? __ldg(p.other_lse + at) : NEG_INF;
     const float most = fmaxf(total > 0.f ? packed : NEG_INF, other), safe = most > NEG_INF ? most : 0.f;
@@ -193,8 +193,8 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_attention(FA_PARAMS p) {
       const int c = lane + 32 * k;
       if (p.transform.mu) y[k] = fmaf(total, __ldg(p.transform.mu + head * p.transform.mu_stride + c), y[k]);
       if (c >= HEAD_DIM) continue;
-      const float x = p.other ? load_element<FA_TYPE>(p.other, at * HEAD_DIM + c) : 0.f;
-      store_element<FA_TYPE>(p.out, at * HEAD_DIM + c, fmaf(a, y[k], b * x) * share);
+      const float x = p.other ? load_element<FORGE_TYPE>(p.other, at * HEAD_DIM + c) : 0.f;
+      store_element<FORGE_TYPE>(p.out, at * HEAD_DIM + c, fmaf(a, y[k], b * x) * share);
     }
     if (lane == 0) p.lse[at] = bad ? limits[i] : whole > 0.f ? safe + lg2(whole) * LN2 : NEG_INF;
   }

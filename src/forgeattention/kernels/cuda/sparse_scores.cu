@@ -1,16 +1,16 @@
 // Scores of queries against all packed keys, and each page's largest score and sum of exponentials. Grid: (splits,
 // kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of records.
 //
-// Macros besides those of page.cuh: FA_QUERIES (4 or 8 of one KV head), FA_WARPS, FA_STAGES, FA_CTAS, FA_ROTATION, FA_TYPE,
-// FA_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE,
+// FORGE_PARAMS_BYTES.
 #include "page.cuh"
 #include "transform.cuh"
 
-constexpr int WARPS = FA_WARPS, STAGES = FA_STAGES, QUERIES = FA_QUERIES, E = DIM / 32;
+constexpr int WARPS = FORGE_WARPS, STAGES = FORGE_STAGES, QUERIES = FORGE_QUERIES, E = DIM / 32;
 constexpr int BLOCKS = QUERIES / 4;
 
 struct Params {
-  const void* q;       // FA_TYPE [batch, q_heads, n, head_dim]
+  const void* q;       // FORGE_TYPE [batch, q_heads, n, head_dim]
   const u8* base;      // added to offsets; null if they are addresses
   const i64* offsets;  // [batch, max_pages] bytes
   const int* lengths;  // [batch] tokens
@@ -22,18 +22,18 @@ struct Params {
   int kv_heads, group, n, queries, blocks, pages;  // queries = group * n
   float scale, unit;
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
-FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][K_BYTES], barriers
   __shared__ __align__(16) u8 terms[QUERIES * QUERY_BYTES];
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float steps[QUERIES], shifts[QUERIES];
   __shared__ int totals[2 * QUERIES];
-  __shared__ __align__(16) float all_scales[WARPS][fa::PAGE];
+  __shared__ __align__(16) float all_scales[WARPS][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
-  const int length = __ldg(p.lengths + row), used = (length + fa::PAGE - 1) / fa::PAGE;
+  const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int begin = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
   const i64* offsets = p.offsets + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD;
@@ -56,10 +56,10 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
       const i64 at = row * p.q_stride[0] + (head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
       for (int k = 0; k < E; ++k)
-        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FA_TYPE>(p.q, at + 32 * k + lane);
+        if (32 * k + lane < HEAD_DIM) x[k] = load_element<FORGE_TYPE>(p.q, at + 32 * k + lane);
     }
     const float shift = dot_mu<DIM>(x, p.transform, head, lane);
-    transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
+    transform_in<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
     int sums[2];
     const float size = split_query(x, terms + i * QUERY_BYTES, sums, lane);
     if (lane == 0) {
@@ -96,7 +96,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
     const u8* const records[1] = {base + offset};
     ring.fill(stage, 0, next < used, records, lane);
     ring.fill(stage, 1, 0, records, lane);
-    const int valid = length - page * fa::PAGE;
+    const int valid = length - page * forge::PAGE;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
       const int query = 4 * b + t;
@@ -125,7 +125,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
         x[2 * i + 1] = odd ? s[b][4 + i] : other;
       }
       if (first + query >= p.queries) continue;
-      float* out = p.scores + (line + 4 * b) * p.pages * fa::PAGE + (i64)page * fa::PAGE + run;
+      float* out = p.scores + (line + 4 * b) * p.pages * forge::PAGE + (i64)page * forge::PAGE + run;
       *(float4*)out = make_float4(x[0], x[1], x[2], x[3]);
       *(float4*)(out + 4) = make_float4(x[4], x[5], x[6], x[7]);
       if (lane < 4) p.stats[(line + 4 * b) * p.pages + page] = make_float2(top, sum);
@@ -139,7 +139,7 @@ FA_KERNEL(32 * WARPS, FA_CTAS) sparse_scores(FA_PARAMS p) {
   for (int page = used + begin; page < p.pages; page += step)
     for (int b = 0; b < BLOCKS; ++b) {
       if (first + 4 * b + t >= p.queries) continue;
-      float* out = p.scores + (line + 4 * b) * p.pages * fa::PAGE + (i64)page * fa::PAGE + run;
+      float* out = p.scores + (line + 4 * b) * p.pages * forge::PAGE + (i64)page * forge::PAGE + run;
 #pragma unroll
       for (int i = 0; i < SPAN; ++i) out[i] = NEG_INF;
       if (lane < 4) p.stats[(line + 4 * b) * p.pages + page] = make_float2(NEG_INF, 0.f);

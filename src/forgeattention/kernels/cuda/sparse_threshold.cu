@@ -6,7 +6,7 @@
 // finds the bin in which the last kept token lies; bins are refined until their tokens fit a short list, which is searched by
 // counting. Tokens above the bound are kept in shared memory if they fit; else every pass reads their pages again.
 //
-// Macros: FA_PARAMS_BYTES, FA_SHARED_BYTES.
+// Macros: FORGE_PARAMS_BYTES, FORGE_SHARED_BYTES.
 #include "block.cuh"
 
 constexpr int BINS = THREADS, CAPACITY = 8192, SHORT = 2048, LISTED_PAGES = 8192;
@@ -26,7 +26,7 @@ struct Params {
   int q_heads, n, pages, budget;
   float top_p;             // 0 for a number of tokens
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 __device__ __forceinline__ u64 token_value(float score, int position) {
   const u32 bits = __float_as_uint(score + 0.f);  // -0 is 0
@@ -61,7 +61,7 @@ struct Shared {
   __device__ __forceinline__ u64 bin(int i) const { return (u64)high[i] << 32 | low[i]; }
 };
 
-static_assert(sizeof(Shared) == FA_SHARED_BYTES, "the launcher asks for another size");
+static_assert(sizeof(Shared) == FORGE_SHARED_BYTES, "the launcher asks for another size");
 
 // The tokens above the bound.
 struct Tokens {
@@ -98,12 +98,12 @@ struct Tokens {
 #pragma unroll
         for (int k = 0; k < MANY; ++k) {
           pages[k] = i + k * WARPS < count ? (int)sh.pages[i + k * WARPS] : -1;
-          if (pages[k] >= 0) s[k] = *(const float2*)(scores + pages[k] * fa::PAGE + 2 * lane);
+          if (pages[k] >= 0) s[k] = *(const float2*)(scores + pages[k] * forge::PAGE + 2 * lane);
         }
 #pragma unroll
         for (int k = 0; k < MANY; ++k) {
           if (pages[k] < 0) break;
-          const int token = pages[k] * fa::PAGE + 2 * lane;
+          const int token = pages[k] * forge::PAGE + 2 * lane;
           use(token < length && bin_of(s[k].x, top) <= limit, token_value(s[k].x, token));
           use(token + 1 < length && bin_of(s[k].y, top) <= limit, token_value(s[k].y, token + 1));
         }
@@ -143,12 +143,12 @@ __device__ __forceinline__ void clear_bins(Shared& sh) {
   __syncthreads();
 }
 
-FA_KERNEL(THREADS) sparse_threshold(FA_PARAMS p) {
+FORGE_KERNEL(THREADS) sparse_threshold(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 memory[];
   Shared& sh = *(Shared*)memory;
   const int thread = threadIdx.x, row = blockIdx.x;
-  const int length = __ldg(p.lengths + row / (p.q_heads * p.n)), used = (length + fa::PAGE - 1) / fa::PAGE;
-  const float* scores = p.scores + (i64)row * p.pages * fa::PAGE;
+  const int length = __ldg(p.lengths + row / (p.q_heads * p.n)), used = (length + forge::PAGE - 1) / forge::PAGE;
+  const float* scores = p.scores + (i64)row * p.pages * forge::PAGE;
   const float2* stats = p.stats + (i64)row * p.pages;
   const bool by_mass = p.top_p > 0.f;
 
@@ -197,7 +197,7 @@ FA_KERNEL(THREADS) sparse_threshold(FA_PARAMS p) {
   bool enough = upto >= (u64)budget;
   if (by_mass) {
     const u64 below = packed - block_scan(sh.bin(thread), sh.sums);
-    const float each = ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * fa::PAGE;  // of a page's tokens in later bins
+    const float each = ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * forge::PAGE;  // of a page's tokens in later bins
     enough = (double)below + (double)upto * each * FIXED <= (double)may_drop;
   }
   const u32 first = block_max(enough ? (u32)(BINS - thread) : 0u, sh.sums);

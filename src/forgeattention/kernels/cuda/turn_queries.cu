@@ -1,19 +1,19 @@
 // Queries into the coordinates of packed keys, for attention by other kernels over decoded pages. One warp per query.
 //
-// Macros: FA_DIM, FA_HEAD_DIM, FA_ROTATION, FA_TYPE (of q), FA_PARAMS_BYTES.
+// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION, FORGE_TYPE (of q), FORGE_PARAMS_BYTES.
 #include "transform.cuh"
 
-constexpr int DIM = FA_DIM, HEAD_DIM = FA_HEAD_DIM, E = DIM / 32, WARPS = 8;
+constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM, E = DIM / 32, WARPS = 8;
 
 struct Params {
-  const void* q;    // FA_TYPE [batch, q_heads, n, head_dim]
+  const void* q;    // FORGE_TYPE [batch, q_heads, n, head_dim]
   void* out;        // f16 [batch, q_heads, n, DIM], contiguous
   float* shift;     // [batch, q_heads, n] q . mu
   TransformArgs transform;
   i64 q_stride[3];  // elements: row, head, token
   int rows, q_heads, group, n;  // rows = batch * q_heads * n
 };
-static_assert(sizeof(Params) == FA_PARAMS_BYTES, "the launcher's structure differs");
+static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) turn_queries(const __grid_constant__ Params p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -24,10 +24,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) turn_queries(const __gr
 #pragma unroll
   for (int k = 0; k < E; ++k) {
     const int c = 32 * k + lane;
-    x[k] = c < HEAD_DIM ? load_element<FA_TYPE>(p.q, from + c) : 0.f;
+    x[k] = c < HEAD_DIM ? load_element<FORGE_TYPE>(p.q, from + c) : 0.f;
   }
   const float shift = dot_mu<DIM>(x, p.transform, head, lane);
-  transform_in<DIM, FA_ROTATION>(x, p.transform, head, lane);
+  transform_in<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
 #pragma unroll
   for (int k = 0; k < E; ++k) store_element<HALF>(p.out, (i64)row * DIM + 32 * k + lane, x[k]);
   if (lane == 0) p.shift[row] = shift;

@@ -2,10 +2,10 @@
 // group of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
 #include "scores_args.cuh"
 
-FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
+FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];  // parts [WARPS][RECORD]; then sums [WARPS][QUERIES][DIM + 1]
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
-  __shared__ float scales[WARPS][fa::PAGE];
+  __shared__ float scales[WARPS][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
   const int length = __ldg(p.lengths + row), query = first + g;
@@ -17,7 +17,7 @@ FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
   float acc[DIM / 4], mass = 0.f;
 #pragma unroll
   for (int i = 0; i < DIM / 4; ++i) acc[i] = 0.f;
-  for (int page = blockIdx.x * WARPS + warp; page * fa::PAGE < length; page += gridDim.x * WARPS) {
+  for (int page = blockIdx.x * WARPS + warp; page * forge::PAGE < length; page += gridDim.x * WARPS) {
     const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
     __syncwarp();
     copy_part<RECORD>(part, record, lane);
@@ -28,7 +28,7 @@ FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
     float x[16], most = 1e-30f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int token = page * fa::PAGE + 16 * t + i;
+      const int token = page * forge::PAGE + 16 * t + i;
       const float w = query < p.queries && token < length ? __ldg(weights + token) : 0.f;
       mass += w;
       x[i] = w * scales[warp][16 * t + i];
@@ -77,7 +77,7 @@ FA_KERNEL(32 * WARPS) value_sum(FA_PARAMS p) {
 #pragma unroll
       for (int k = 0; k < E; ++k) x[k] += s[lane + 32 * k];
     }
-    transform_out<DIM, FA_ROTATION>(x, p.transform, head, lane);
+    transform_out<DIM, FORGE_ROTATION>(x, p.transform, head, lane);
     const i64 at = (((i64)blockIdx.x * gridDim.z + row) * p.kv_heads + head) * p.queries + first + i;
 #pragma unroll
     for (int k = 0; k < E; ++k) {

@@ -2,7 +2,7 @@
 //
 // Grid: parts of a page x pages threadgroups of 128 threads.
 
-namespace fa {
+namespace forge {
 
 // base: the pages' array; offsets: [pages] bytes, multiples of 16; out: [pages, words] of 16 bytes.
 template <class Offsets>
@@ -13,7 +13,7 @@ inline void compact(const device uchar* base, Offsets offsets, int words, device
   for (int i = int(group.x) * 128 + int(thread_index); i < words; i += int(groups.x) * 128) to[i] = from[i];
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  fa::compact(base, offsets, words, out, threadgroup_position_in_grid, threadgroups_per_grid, thread_index_in_threadgroup);
+  forge::compact(base, offsets, words, out, threadgroup_position_in_grid, threadgroups_per_grid, thread_index_in_threadgroup);

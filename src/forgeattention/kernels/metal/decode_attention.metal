@@ -16,7 +16,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 // Floats of threadgroup memory: q [ROWS, D], weights [ROWS, TILE], maxima and sums [2, 4, ROWS]; joining reuses it.
 constexpr int decode_scratch(int dim, int rows) {
@@ -38,12 +38,12 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
   const int me = int(simdgroup * 32 + lane);
   stage_queries<P::D, ROWS>(q, rows, queries, me);
   float offset[ROWS], top[ROWS], total[ROWS], sum[2 * Share<P>::COUNT][ROWS];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     offset[r] = r < rows ? bias[r] : 0.0f;
     top[r] = -INFINITY;
     total[r] = 0.0f;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] = 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -55,40 +55,40 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
   for (int tile = begin; tile < end; ++tile) {
     const int page = tile * TILE_PAGES + int(simdgroup);
     float s[2][ROWS], v_scale[2] = {0.0f, 0.0f};
-    FA_UNROLL
+    FORGE_UNROLL
     for (int h = 0; h < 2; ++h) {
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) s[h][r] = -INFINITY;
     }
     if (page < page_count) {
       const device uchar* record = base + (pages[page] + long(head) * P::BYTES);
       const int exponent = v_base(page_header(record + P::MEAN, lane));
       page_scores<P, ROWS>(record, queries, k_levels, lane, s);
-      FA_UNROLL
+      FORGE_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int token = owned_token(lane, h);
         v_scale[h] = token_scale<P::SCALES>(record + P::V_SCALES, token, exponent);
-        FA_UNROLL
+        FORGE_UNROLL
         for (int r = 0; r < ROWS; ++r) s[h][r] = page * PAGE + token < length ? s[h][r] + offset[r] : -INFINITY;
       }
     }
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const float m = simd_max(max(s[0][r], s[1][r]));
       if (lane == 0) tops[int(simdgroup) * ROWS + r] = m;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float m = top[r];
-      FA_UNROLL
+      FORGE_UNROLL
       for (int k = 0; k < TILE_PAGES; ++k) m = max(m, tops[k * ROWS + r]);
       const float zero = finite_or_zero(m), shrink = exp2(top[r] - zero);
       top[r] = m;
       total[r] *= shrink;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] *= shrink;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int h = 0; h < 2; ++h) {
         const float p = exp2(s[h][r] - zero);
         total[r] += p;
@@ -99,17 +99,17 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
     tile_values<P, ROWS, false>(base, pages, head, tile * TILE_PAGES, page_count, weights, v_levels, simdgroup, lane,
                                 sum);
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (lane == 0) totals[int(simdgroup) * ROWS + r] = l;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     if (me != r || r >= rows) continue;
     float l = 0.0f;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int k = 0; k < TILE_PAGES; ++k) l += totals[k * ROWS + r];
     ml[2 * r] = top[r];
     ml[2 * r + 1] = l;
@@ -129,11 +129,11 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
   enum { CHUNKS = (DIM + 31) / 32 };
   for (int i = int(simdgroup * 32 + lane); i < ROWS * DIM; i += 128) queries[i] = i < rows * DIM ? q[i] : 0.0f;
   float top[ROWS], total[ROWS], sum[ROWS][CHUNKS];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     top[r] = -INFINITY;
     total[r] = 0.0f;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int c = 0; c < CHUNKS; ++c) sum[r][c] = 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -141,51 +141,51 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
   for (int first = int(simdgroup) * 32; first < length; first += 128) {
     const int token = first + int(lane);
     float p[ROWS];
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) p[r] = 0.0f;
     if (token < length) {
       const device vec<T, 4>* key = (const device vec<T, 4>*)(k + token * DIM);
       for (int c = 0; c < DIM / 4; ++c) {
         const vec<T, 4> x = key[c];
-        FA_UNROLL
+        FORGE_UNROLL
         for (int r = 0; r < ROWS; ++r) {
           const float4 y = *(threadgroup const float4*)(queries + r * DIM + 4 * c);
           p[r] += dot(float4(x), y);
         }
       }
     }
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const float s = token < min(length, limit[r]) ? p[r] : -INFINITY;
       const float m = max(top[r], simd_max(s)), zero = finite_or_zero(m), shrink = exp2(top[r] - zero);
       p[r] = exp2(s - zero);
       top[r] = m;
       total[r] = total[r] * shrink + p[r];
-      FA_UNROLL
+      FORGE_UNROLL
       for (int c = 0; c < CHUNKS; ++c) sum[r][c] *= shrink;
     }
     const int count = min(32, length - first);
     for (int i = 0; i < count; ++i) {
       float x[CHUNKS];
-      FA_UNROLL
+      FORGE_UNROLL
       for (int c = 0; c < CHUNKS; ++c) {
         const int channel = 32 * c + int(lane);
         x[c] = channel < DIM ? float(v[(first + i) * DIM + channel]) : 0.0f;
       }
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const float weight = simd_broadcast(p[r], ushort(i));
-        FA_UNROLL
+        FORGE_UNROLL
         for (int c = 0; c < CHUNKS; ++c) sum[r][c] = fma(weight, x[c], sum[r][c]);
       }
     }
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (r >= rows) continue;
     if (lane == 0) ml[2 * r] = top[r], ml[2 * r + 1] = l;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int c = 0; c < CHUNKS; ++c) {
       if (32 * c + int(lane) < DIM) o[r * DIM + 32 * c + int(lane)] = sum[r][c];
     }
@@ -224,11 +224,11 @@ inline void decode_attention(const device float* q, const device float* q_exact,
                          simdgroup, lane);
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup float scratch[fa::decode_scratch(D, ROWS)];
-  fa::decode_attention<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
+  threadgroup float scratch[forge::decode_scratch(D, ROWS)];
+  forge::decode_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
       q, q_exact, bias, base, offsets, lengths, offsets_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2], k_levels,
       v_levels, exact_k_shape[1], q_shape[1] / exact_k_shape[1] * q_shape[2], q_shape[2], packed_o, packed_ml, exact_o,
       exact_ml, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,

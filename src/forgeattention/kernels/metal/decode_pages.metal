@@ -8,7 +8,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 // The pages as in qk_scores; k_levels, v_levels: [16] f32.
 // k, v: [batch, kv_heads, max_length, D] of T, stored coordinates; zero from each row's length on.
@@ -63,9 +63,9 @@ inline void decode_pages(const device uchar* base, Offsets offsets, Lengths leng
   }
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  fa::decode_pages<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(
+  forge::decode_pages<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(
       base, offsets, lengths, offsets_shape[1], k_levels, v_levels, KV_HEADS, max_length, k, v, threadgroup_position_in_grid,
       simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

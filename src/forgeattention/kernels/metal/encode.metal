@@ -15,7 +15,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 enum ScaleRule { UNBIASED = 0, LEAST_SQUARES = 1, NORM = 2 };
 enum { NOT_FINITE = 1, TOO_LARGE = 2 };
@@ -540,10 +540,10 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   if (me == 0) status[slot] = uint(sums[0]) | uint(sums[1]) | uint(sums[2]) | uint(sums[3]);
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup float scratch[fa::encode_scratch(D)];
+  threadgroup float scratch[forge::encode_scratch(D)];
   const int head = int(threadgroup_position_in_grid.y), size = k_factor_shape[1] * D;
   const int own = k_factor_shape[0] > 1 ? head : 0;
   const long slot = SHAPED ? long(threadgroup_position_in_grid.x) * threadgroups_per_grid.y + head : 0;
@@ -551,8 +551,8 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
     errors[thread_position_in_grid.x] = 0.0f;
     codes[thread_position_in_grid.x] = 0;
   }
-  const fa::Shape shape = {k_factor + long(own) * size * D, k_weight + long(own) * size, orders,
-                           errors + slot * fa::PAGE * D, codes + slot * fa::PAGE * D};
-  fa::encode<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE, SHAPED>(
+  const forge::Shape shape = {k_factor + long(own) * size * D, k_weight + long(own) * size, orders,
+                           errors + slot * forge::PAGE * D, codes + slot * forge::PAGE * D};
+  forge::encode<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE, SHAPED>(
       y_k, y_v, y_k_shape[1], k_levels, v_levels, shape, records, status, scratch, threadgroup_position_in_grid,
       threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

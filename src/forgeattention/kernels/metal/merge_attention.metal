@@ -6,7 +6,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 // The weight of one split's unnormalised result, in units of the joint maximum.
 template <class Parts>
@@ -55,9 +55,9 @@ inline void merge_attention(const device float* packed_o, PackedStats packed_ml,
   }
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  fa::merge_attention<D, DIM>(packed_o, packed_ml, packed_o_shape[2], exact_o, exact_ml, sinks, packed_o_shape[1],
+  forge::merge_attention<D, DIM>(packed_o, packed_ml, packed_o_shape[2], exact_o, exact_ml, sinks, packed_o_shape[1],
                               packed_o_shape[3], N, out_packed, out_exact, mass, lse,
                               thread_position_in_grid);

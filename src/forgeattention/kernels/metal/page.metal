@@ -7,7 +7,7 @@
 
 #include "../shared/format.h"
 
-namespace fa {
+namespace forge {
 
 // A tile is four pages, one for each simdgroup of a threadgroup of 128 threads.
 enum { TILE_PAGES = 4, TILE = TILE_PAGES * PAGE };
@@ -32,37 +32,37 @@ template <int D, int BITS, int CODE, int COUNT>
 inline void load_nibbles(const device uchar* part, uint lane, int first, thread uint (&nibbles)[4 * COUNT]) {
   const device uint* codes = (const device uint*)part;
   uint w[COUNT][BITS];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int word = 0; word < BITS; ++word) {
     if (COUNT % 4 == 0) {
-      FA_UNROLL
+      FORGE_UNROLL
       for (int u = 0; u + 3 < COUNT; u += 4) {
         const uint4 x = *(const device uint4*)(codes + word_index(D, BITS, lane, first + u, word));
         w[u][word] = x.x, w[u + 1][word] = x.y, w[u + 2][word] = x.z, w[u + 3][word] = x.w;
       }
     } else if (COUNT % 2 == 0) {
-      FA_UNROLL
+      FORGE_UNROLL
       for (int u = 0; u + 1 < COUNT; u += 2) {
         const uint2 x = *(const device uint2*)(codes + word_index(D, BITS, lane, first + u, word));
         w[u][word] = x.x, w[u + 1][word] = x.y;
       }
     } else {
-      FA_UNROLL
+      FORGE_UNROLL
       for (int u = 0; u < COUNT; ++u) w[u][word] = codes[word_index(D, BITS, lane, first + u, word)];
     }
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int u = 0; u < COUNT; ++u) {
     uint n[4];
     unit_nibbles<BITS, CODE>(w[u], n);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int k = 0; k < 4; ++k) nibbles[4 * u + k] = n[k];
   }
 }
 
 // The eight levels of a nibble word; `levels` is the lane's own entry of the codebook.
 inline void look_up(uint nibbles, float levels, thread float (&x)[8]) {
-  FA_UNROLL
+  FORGE_UNROLL
   for (int e = 0; e < 8; ++e) x[e] = simd_shuffle(levels, ushort(extract_bits(nibbles, 4 * e, 4)));
 }
 
@@ -106,51 +106,51 @@ inline void page_scores(const device uchar* record, threadgroup const float* q, 
   const device uchar* mean_row = record + P::MEAN;
   const uint header = page_header(mean_row, lane);
   float mean[ROWS];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) mean[r] = 0.0f;
   if (mean_scale(header) != 0.0f) {
     for (int k = 0; k < P::STEPS; ++k) {
       const float m = float(char(mean_row[int(lane / 8) * (P::D / 4) + 8 * k + int(lane & 7)]));
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) mean[r] += m * q[r * P::D + 32 * k + int(lane)];
     }
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) mean[r] = mean_scale(header) * simd_sum(mean[r]);
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int h = 0; h < 2; ++h) {
     uint nibbles[4 * P::STEPS];
     load_nibbles<P::D, P::K_BITS, P::K_CODE, P::STEPS>(record, lane, h * P::STEPS, nibbles);
     float sum[4][ROWS];
-    FA_UNROLL
+    FORGE_UNROLL
     for (int j = 0; j < 4; ++j) {
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) sum[j][r] = 0.0f;
     }
-    FA_UNROLL
+    FORGE_UNROLL
     for (int step = 0; step < P::STEPS; ++step) {
       float qs[ROWS][8];
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         threadgroup const float4* from = (threadgroup const float4*)(q + r * P::D + (step * 4 + int(t)) * 8);
         const float4 low = from[0], high = from[1];
-        FA_UNROLL
+        FORGE_UNROLL
         for (int e = 0; e < 4; ++e) qs[r][e] = low[e], qs[r][e + 4] = high[e];
       }
-      FA_UNROLL
+      FORGE_UNROLL
       for (int j = 0; j < 4; ++j) {
         float x[8];
         look_up(nibbles[j * P::STEPS + step], levels, x);
-        FA_UNROLL
+        FORGE_UNROLL
         for (int r = 0; r < ROWS; ++r) {
-          FA_UNROLL
+          FORGE_UNROLL
           for (int e = 0; e < 8; ++e) sum[j][r] = fma(x[e], qs[r][e], sum[j][r]);
         }
       }
     }
     // Lane t keeps token t of the four: two exchanges that halve what is left, instead of a full reduction of each.
     const float scale = token_scale<P::SCALES>(record + P::K_SCALES, owned_token(lane, h), k_base(header));
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       const bool upper = t & 2, odd = t & 1;
       float a = upper ? sum[2][r] : sum[0][r], b = upper ? sum[3][r] : sum[1][r];
@@ -172,10 +172,10 @@ inline void page_values(const device uchar* record, int first, threadgroup const
   bool used[4] = {true, true, true, true};
   if (SKIP) {
     bool any_used = false;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int n = 0; n < 4; ++n) {
       bool mine = false;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const float4 weight = *(threadgroup const float4*)(p + r * stride + int(lane & 3) * 16 + 4 * n);
         mine |= any(weight != float4(0.0f));
@@ -187,19 +187,19 @@ inline void page_values(const device uchar* record, int first, threadgroup const
   }
   uint nibbles[4 * COUNT];
   load_nibbles<P::D, P::V_BITS, P::V_CODE, COUNT>(record + P::V_CODES, lane, first, nibbles);
-  FA_UNROLL
+  FORGE_UNROLL
   for (int n = 0; n < 4; ++n) {
     if (!used[n]) continue;
     float4 weight[ROWS];
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) weight[r] = *(threadgroup const float4*)(p + r * stride + int(lane & 3) * 16 + 4 * n);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int u = 0; u < COUNT; ++u) {
       float x[8];
       look_up(nibbles[4 * u + n], levels, x);
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) {
-        FA_UNROLL
+        FORGE_UNROLL
         for (int e = 0; e < 4; ++e) {
           sum[2 * u][r] = fma(x[e], weight[r][e], sum[2 * u][r]);
           sum[2 * u + 1][r] = fma(x[e + 4], weight[r][e], sum[2 * u + 1][r]);
@@ -238,10 +238,10 @@ inline void tile_values(const device uchar* base, Offsets pages, int head, int f
 template <class P, int ROWS>
 inline void join_values(thread float (&sum)[2 * Share<P>::COUNT][ROWS], threadgroup float* o, uint simdgroup, uint lane) {
   const int slice = int(simdgroup) % Share<P>::SLICES, group = int(simdgroup) / Share<P>::SLICES;
-  FA_UNROLL
+  FORGE_UNROLL
   for (int i = 0; i < 2 * Share<P>::COUNT; ++i) {
     const int channel = v_channel(int(lane), slice * Share<P>::COUNT + i / 2, 4 * (i % 2));
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float x = sum[i][r];
       x += simd_shuffle_xor(x, 1);
@@ -267,4 +267,4 @@ inline int split_count(int tiles) { return min((tiles + 1) / 2, 32); }
 
 inline float finite_or_zero(float m) { return m == -INFINITY ? 0.0f : m; }
 
-}  // namespace fa
+}  // namespace forge

@@ -12,7 +12,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 enum { BLOCK = 32 };
 
@@ -53,7 +53,7 @@ inline void decode_keys(const device uchar* record, int part, float levels, thre
   for (int unit = part * count + int(simdgroup); unit < (part + 1) * count; unit += 4) {
     uint nibbles[4];
     load_nibbles<P::D, P::K_BITS, P::K_CODE, 1>(record, lane, unit, nibbles);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int n = 0; n < 4; ++n) {
       float x[8];
       look_up(nibbles[n], levels, x);
@@ -74,7 +74,7 @@ inline void decode_values(const device uchar* record, int part, float levels, th
   for (int unit = int(simdgroup); unit < P::UNITS; unit += 4) {
     uint nibbles[4];
     load_nibbles<P::D, P::V_BITS, P::V_CODE, 1>(record + P::V_CODES, lane, unit, nibbles);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int k = 0; k < words; ++k) {
       float x[8];
       look_up(nibbles[part * words + k], levels, x);
@@ -106,7 +106,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   threadgroup float* means = scales + 2 * PAGE;
 
   Matrix sum[P::D / 8];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int c = 0; c < P::D / 8; ++c) sum[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   float top = -INFINITY, total = 0.0f;
   for (int page = 0; page < page_count; ++page) {
@@ -126,7 +126,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       decode_keys<P>(record, part, k_levels[lane & 15], tile, simdgroup, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       Matrix s[Tile<P>::BLOCKS];
-      FA_UNROLL
+      FORGE_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) s[b] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       float mean = 0.0f;
       for (int c = 0; c < P::D / 8; ++c) {
@@ -134,7 +134,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
         mean += x.x * means[8 * c + column] + x.y * means[8 * c + column + 1];
         Matrix a, k;
         set_elements(a, x.x, x.y);
-        FA_UNROLL
+        FORGE_UNROLL
         for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
           threadgroup const char* from = levels + (8 * b + column) * Tile<P>::K_STRIDE + 8 * c + fragment_row(lane);
           set_elements(k, float(from[0]), float(from[Tile<P>::K_STRIDE]));
@@ -145,9 +145,9 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       mean += simd_shuffle_xor(mean, 1);
       mean += simd_shuffle_xor(mean, 8);
       float p[Tile<P>::BLOCKS][2], most = top;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
-        FA_UNROLL
+        FORGE_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int local = 8 * b + column + i, quarter = Tile<P>::TOKENS / 4;
           const int token = local / quarter * 16 + part * quarter + local % quarter;
@@ -161,13 +161,13 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       const float zero = finite_or_zero(most), shrink = exp2(top - zero);
       top = most;
       total *= shrink;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int c = 0; c < P::D / 8; ++c) {
         set_elements(sum[c], sum[c].thread_elements()[0] * shrink, sum[c].thread_elements()[1] * shrink);
       }
-      FA_UNROLL
+      FORGE_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
-        FA_UNROLL
+        FORGE_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int local = 8 * b + column + i, quarter = Tile<P>::TOKENS / 4;
           const float weight = exp2(p[b][i] - zero);
@@ -178,11 +178,11 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
       threadgroup_barrier(mem_flags::mem_threadgroup);
       decode_values<P>(record, part, v_levels[lane & 15], tile, simdgroup, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      FA_UNROLL
+      FORGE_UNROLL
       for (int b = 0; b < Tile<P>::BLOCKS; ++b) {
         Matrix a, v;
         set_elements(a, p[b][0], p[b][1]);
-        FA_UNROLL
+        FORGE_UNROLL
         for (int c = 0; c < P::D / 8; ++c) {
           threadgroup const char* from = levels + (8 * c + column) * Tile<P>::V_STRIDE + 8 * b + fragment_row(lane);
           set_elements(v, float(from[0]), float(from[Tile<P>::V_STRIDE]));
@@ -195,7 +195,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   total += simd_shuffle_xor(total, 8);
   if (row >= rows) return;
   const float share = total > 0.0f ? 1.0f / total : 0.0f;
-  FA_UNROLL
+  FORGE_UNROLL
   for (int c = 0; c < P::D / 8; ++c) {
     const float2 x = float2(sum[c].thread_elements()[0], sum[c].thread_elements()[1]);
     *(device float2*)(o + query * P::D + 8 * c + column) = x * share;
@@ -203,12 +203,12 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   if (column == 0) lse[query] = total > 0.0f ? (top + log2(total)) * M_LN2_F : -INFINITY;
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup uint tile[fa::prefill_words(D)];
-  threadgroup float scales[2 * fa::PAGE + D];
-  fa::prefill_attention<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>>(
+  threadgroup uint tile[forge::prefill_words(D)];
+  threadgroup float scales[2 * forge::PAGE + D];
+  forge::prefill_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>>(
       q, bias, base, offsets, lengths, offsets_shape[1], k_levels, v_levels, units[0], units[1], KV_HEADS,
       q_shape[1] / KV_HEADS * q_shape[2], o, lse, tile, scales, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
       thread_index_in_simdgroup);

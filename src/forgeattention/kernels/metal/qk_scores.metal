@@ -8,7 +8,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 // q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
 // base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
@@ -32,10 +32,10 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
     const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
     page_scores<P, ROWS>(record, scratch, k_levels[lane & 15], lane, s);
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int token = page * PAGE + owned_token(lane, h);
-    FA_UNROLL
+    FORGE_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       s[h][r] = r < rows && token < length ? s[h][r] + bias[query + r] : -INFINITY;
       if (r < rows && token < max_length) scores[(query + r) * max_length + token] = s[h][r];
@@ -43,7 +43,7 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
   }
   const int page_count = (max_length + PAGE - 1) / PAGE;
   if (!STATISTICS || page >= page_count) return;
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float m = simd_max(max(s[0][r], s[1][r])), top = finite_or_zero(m);
     const float sum = simd_sum(exp(s[0][r] - top) + exp(s[1][r] - top));
@@ -55,11 +55,11 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
   }
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
   threadgroup float scratch[ROWS * D];
-  fa::qk_scores<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
+  forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
       q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
       scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
       thread_index_in_simdgroup);

@@ -7,7 +7,7 @@
 
 #include "value_sum.metal"
 
-namespace fa {
+namespace forge {
 
 // Weights exp2(score log2 e - top) of the survivors: scores above the threshold, and of those equal to it the ones
 // up to token `last`. scores: [batch, q_heads, n, max_length] f32; pages: [batch, q_heads, n, page_count, 2] f32;
@@ -46,11 +46,11 @@ inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima p
   return s;
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup float scratch[fa::value_scratch(D, ROWS)];
-  fa::value_sum<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
-      fa::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
+  threadgroup float scratch[forge::value_scratch(D, ROWS)];
+  forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
+      forge::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
       offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
       threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

@@ -12,7 +12,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 constexpr int SELECT_SIMDS = 8, SELECT_THREADS = 32 * SELECT_SIMDS, DIGITS = 16;
 
@@ -25,7 +25,7 @@ inline float score_of(uint key) { return as_type<float>((key & 0x80000000u) != 0
 
 inline void add_digit(uint key, float weight, uint low, int shift, thread float* sums) {
   const uint digit = (key - low) >> shift;
-  FA_UNROLL
+  FORGE_UNROLL
   for (int d = 0; d < DIGITS; ++d) sums[d] += key >= low && digit == uint(d) ? weight : 0.0f;
 }
 
@@ -33,7 +33,7 @@ inline void add_digit(uint key, float weight, uint low, int shift, thread float*
 // what lies over that digit. Where rounding keeps it out of reach, the lowest digit that holds anything.
 inline void choose_digit(thread float* sums, float need, int shift, thread uint& low, thread float& above,
                          threadgroup float* scratch, uint simdgroup, uint lane) {
-  FA_UNROLL
+  FORGE_UNROLL
   for (int d = 0; d < DIGITS; ++d) {
     const float sum = simd_sum(sums[d]);
     if (lane == 0) scratch[int(simdgroup) * DIGITS + d] = sum;
@@ -180,11 +180,11 @@ inline void sparse_threshold(Scores scores, Pages pages, Lengths lengths, Counts
   top[query] = largest;
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup float scratch[fa::SELECT_SIMDS * fa::DIGITS];
-  fa::sparse_threshold<BY_MASS>(scores, pages, lengths, top_k, share, exact_lse, scores_shape[1], scores_shape[2],
+  threadgroup float scratch[forge::SELECT_SIMDS * forge::DIGITS];
+  forge::sparse_threshold<BY_MASS>(scores, pages, lengths, top_k, share, exact_lse, scores_shape[1], scores_shape[2],
                                 scores_shape[3], pages_shape[3], score, last, kept, dropped, top, scratch,
                                 long(threadgroup_position_in_grid.x), simdgroup_index_in_threadgroup,
                                 thread_index_in_simdgroup);

@@ -9,7 +9,7 @@
 
 #include "page.metal"
 
-namespace fa {
+namespace forge {
 
 // Floats of threadgroup memory: weights [ROWS, TILE], totals [4, ROWS]; joining reuses it.
 constexpr int value_scratch(int dim, int rows) {
@@ -51,10 +51,10 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   threadgroup float* weights = scratch;
   threadgroup float* totals = scratch + ROWS * TILE;
   float total[ROWS], sum[2 * Share<P>::COUNT][ROWS];
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     total[r] = 0.0f;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int i = 0; i < 2 * Share<P>::COUNT; ++i) sum[i][r] = 0.0f;
   }
   for (int tile = begin; tile < end; ++tile) {
@@ -65,11 +65,11 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
     const bool present = page < page_count;
     const device uchar* record = base + (present ? pages[page] + long(head) * P::BYTES : 0);
     const int exponent = present ? v_base(page_header(record + P::MEAN, lane)) : 0;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int k = 0; k < 2; ++k) {
       const int i = int(lane) + 32 * k, token = page * PAGE + i;
       const float scale = token < length ? token_scale<P::SCALES>(record + P::V_SCALES, i, exponent) : 0.0f;
-      FA_UNROLL
+      FORGE_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const float w = r < rows && token < length ? source.weight(query + r, token) : 0.0f;
         total[r] += w;
@@ -81,7 +81,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
                                lane, sum);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  FA_UNROLL
+  FORGE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const float l = simd_sum(total[r]);
     if (lane == 0) totals[int(simdgroup) * ROWS + r] = l;
@@ -91,7 +91,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   const long at = (long(pair) * groups.x + split) * all_rows + first;
   if (me < rows) {
     float l = 0.0f;
-    FA_UNROLL
+    FORGE_UNROLL
     for (int k = 0; k < TILE_PAGES; ++k) l += totals[k * ROWS + me];
     mass[at + me] = l;
   }
@@ -100,11 +100,11 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   for (int i = me; i < rows * P::D; i += 128) sums[at * P::D + i] = scratch[i];
 }
 
-}  // namespace fa
+}  // namespace forge
 
 //! body
-  threadgroup float scratch[fa::value_scratch(D, ROWS)];
-  fa::value_sum<fa::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
-      fa::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
+  threadgroup float scratch[forge::value_scratch(D, ROWS)];
+  forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
+      forge::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
       p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
       simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
