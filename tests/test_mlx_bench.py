@@ -14,7 +14,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from tolerances import MLX_CPU  # noqa: E402
 
 from forgeattention.codec import CodecSpec  # noqa: E402
-from forgeattention.tools.bench import cpu as bench  # noqa: E402
+from forgeattention.tools.bench import decode  # noqa: E402
 from forgeattention.tools.bench import metal as bench_mlx  # noqa: E402
 from forgeattention.tools.bench import report as bench_report  # noqa: E402
 
@@ -64,7 +64,7 @@ def test_metal_is_refused_without_a_metal_device() -> None:
     if mx.metal.is_available():
         pytest.skip("this machine has a Metal device")
     with pytest.raises(ValueError, match=r"\[bench\] expected a Mac with a Metal device"):
-        bench.decode(argparse.Namespace(device="metal"))
+        decode.run(argparse.Namespace(device="metal"))
 
 
 def test_the_table(record: Any, monkeypatch: Any, capsys: Any) -> None:
@@ -73,7 +73,7 @@ def test_the_table(record: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(bench_mlx, "copy_bandwidth", lambda: 100.0)
     monkeypatch.setattr(bench_mlx, "measure", lambda *shape: record)
     options = {"device": "metal", "contexts": [130], "batches": [2], "q_heads": 4, "kv_heads": 2, "head_dim": 64}
-    records = bench.decode(argparse.Namespace(**options, preset=None, k_bits=None, v_bits=None))
+    records = decode.run(argparse.Namespace(**options, preset=None, k_bits=None, v_bits=None))
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "Apple M4: copying memory at 100 GB/s"
     assert out[2].split()[:3] == ["2", "130", f"{record['us']:.0f}"]

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: more of that server's own arguments")
 
     bench = _branch(commands, "bench", "measure speed beside the fastest peers")
-    decode = _leaf(bench, "decode", "bench.cpu:decode", "attention of one new token over a packed context")
+    decode = _leaf(bench, "decode", "bench.decode:run", "attention of one new token over a packed context")
     decode.add_argument("--device", default="cpu", help="cpu, cuda or metal (default %(default)s)")
     decode.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072], metavar="TOKENS")
     decode.add_argument("--batches", type=int, nargs="+", default=[1, 4], metavar="ROWS")

@@ -210,7 +210,10 @@ class PackedImpl(AttentionImpl[Metadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self._codec = layer_codec(self.vllm_config, name, self.settings, self.head_size, self.num_kv_heads)
+        settings = self.settings
+        self._codec = layer_codec(
+            self.vllm_config, name, settings.spec, self.head_size, self.num_kv_heads, fit=settings.fit
+        )
         layers[name + SUFFIX] = ExactLayer(self)
 
     def _bind(self, kv_cache: torch.Tensor, exact: ExactLayer) -> None:

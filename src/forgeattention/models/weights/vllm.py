@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ...codec import Codec
-from ...integrations.vllm.settings import Settings
+from ...codec.spec import CodecSpec
 from .fit import KeyWeights
 from .hf import key_weights
 
@@ -20,32 +20,35 @@ log = logging.getLogger("forgeattention")
 _known: dict[str, dict[int, KeyWeights | str]] = {}
 
 
-def layer_codec(vllm_config: Any, name: str, settings: Settings, head_dim: int, kv_heads: int) -> Codec:
+def layer_codec(
+    vllm_config: Any, name: str, spec: CodecSpec, head_dim: int, kv_heads: int, *, fit: bool = True
+) -> Codec:
     """The codec of one attention layer of this tensor-parallel rank.
 
     Args:
         vllm_config: the engine's VllmConfig.
         name: the layer's name, which holds its number.
-        settings: the cache's settings.
+        spec: how keys and values are coded.
         head_dim: channels per head.
         kv_heads: KV heads of this rank.
+        fit: fit the keys' codec to the weights in the checkpoint; else it follows from `spec` alone.
     """
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     number = re.search(r"\.(\d+)\.", name)
     found: KeyWeights | str | None = None
-    if settings.fit and number is not None:
+    if fit and number is not None:
         model = vllm_config.model_config
         if model.model not in _known:
             _known[model.model] = _checkpoint_weights(model.model, model.hf_config)
         found = _known[model.model].get(int(number[1]))
     if not isinstance(found, KeyWeights):
-        return Codec(settings.spec, head_dim, kv_heads)
+        return Codec(spec, head_dim, kv_heads)
     rank, ranks, heads = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), len(found.diagonal)
     # With fewer KV heads than ranks, each is held by several ranks in turn.
     first = rank * kv_heads if heads >= ranks else rank * heads // ranks
     mine = slice(first, first + kv_heads)
-    return KeyWeights(found.diagonal[mine], found.query_energy[mine]).codec(settings.spec)
+    return KeyWeights(found.diagonal[mine], found.query_energy[mine]).codec(spec)
 
 
 def _checkpoint_weights(model: str, config: Any) -> dict[int, KeyWeights | str]:

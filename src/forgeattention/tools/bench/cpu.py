@@ -1,10 +1,9 @@
-"""`forgeattn bench decode`: attention of one new token over a packed context, beside torch's over the same values."""
+"""`forgeattn bench decode --device cpu`: one new token's attention, beside torch's over the same values."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from ...ops.table import PageTable
 from ...util.environment import environment
 from ...util.progress import progress
 from ..evaluation.setup import spec_from
+from .records import record
 
 # Calls walk over copies of a cache until so many bytes have passed, so that no cache level keeps it between two calls.
 EVICTING_BYTES = 128 << 20
@@ -29,12 +29,6 @@ PEER_DTYPES = ("float32", "bfloat16", "float16")
 
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every context and batch of the command line; prints a table and returns the records, `env` first."""
-    if args.device == "metal":
-        from . import metal as bench_mlx
-
-        return bench_mlx.decode(args)
-    if args.device != "cpu":
-        raise ValueError(f"[bench] expected --device cpu or metal (benchmarks/ has CUDA's); got {args.device!r}")
     import torch
 
     if args.threads is not None:
@@ -107,48 +101,6 @@ def measure(
             times.setdefault(name, []).extend(seconds)
     shape = (batch, q_heads, kv_heads, head_dim, context)
     return record("cpu", shape, codec, size, read_gb_s, times, rel_error)
-
-
-def record(
-    device: str,
-    shape: tuple[int, int, int, int, int],
-    codec: Codec,
-    size: int,
-    limit_gb_s: float,
-    times: dict[str, list[float]],
-    rel_error: float,
-) -> dict[str, Any]:
-    """One measured shape in the form that every `bench decode` saves.
-
-    Args:
-        device: where it ran.
-        shape: batch, q_heads, kv_heads, head_dim, context.
-        codec: of the packed cache.
-        size: bytes of the packed cache.
-        limit_gb_s: bandwidth that the machine reaches, for `share_of_copy`.
-        times: seconds of every call, by name; "ours" is the packed cache, all others are peers.
-        rel_error: of the result, against the reference.
-    """
-    us = {name: statistics.median(seconds) * 1e6 for name, seconds in times.items()}
-    best = us.pop("ours")
-    names = ("batch", "q_heads", "kv_heads", "head_dim", "context")
-    return {
-        "op": "decode_attention",
-        "device": device,
-        "shape": {**dict(zip(names, shape)), "q_len": 1},
-        "k_bits": codec.spec.k_bits,
-        "v_bits": codec.spec.v_bits,
-        "us": best,
-        "us_min": min(times["ours"]) * 1e6,
-        "gb_s": size / best / 1e3,
-        "share_of_copy": size / limit_gb_s / 1e3 / best,
-        "peers_us": us,
-        "peers_us_min": {name: min(seconds) * 1e6 for name, seconds in times.items() if name != "ours"},
-        "ratio": min(us.values()) / best,
-        "rel_error": rel_error,
-        "packed_bytes": size,
-        "effective_bits": codec.format.effective_bits,
-    }
 
 
 def read_bandwidth() -> float:

@@ -16,7 +16,7 @@ from ...ops.table import PageTable
 from ...util.environment import environment
 from ...util.progress import progress
 from ..evaluation.setup import spec_from
-from .cpu import record
+from .records import record
 
 ROUND_SECONDS = 0.05
 ROUNDS = 15

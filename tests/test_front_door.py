@@ -1,0 +1,50 @@
+"""The names that a user imports, and what importing costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import forgeattention
+
+HEAVY = ("numpy", "torch", "transformers", "mlx", "vllm", "safetensors")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules in a fresh process after one statement."""
+    code = f"import sys, json\n{statement}\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_after("import forgeattention").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("name", ["CodecSpec", "PRESETS", "SparseSpec", "Eviction"])
+def test_settings_need_no_framework(name):
+    assert loaded_after(f"from forgeattention import {name}").isdisjoint({"torch", "transformers", "mlx"})
+
+
+@pytest.mark.parametrize("name", [n for n in forgeattention.__all__ if n != "__version__"])
+def test_every_public_name_is_there(name):
+    assert getattr(forgeattention, name) is not None
+    assert name in dir(forgeattention)
+
+
+def test_unknown_names_raise_as_python_does():
+    with pytest.raises(AttributeError, match="module 'forgeattention' has no attribute 'ForgeCash'"):
+        _ = forgeattention.ForgeCash
+
+
+def test_importing_the_cache_registers_forge():
+    code = (
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "assert 'forge' not in AttentionInterface()\n"
+        "from forgeattention import ForgeCache\n"
+        "assert 'forge' in AttentionInterface() and 'forge' in AttentionMaskInterface()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
