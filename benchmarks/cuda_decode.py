@@ -20,8 +20,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgeattention import ops
-from forgeattention.backends import cuda, nvrtc
-from forgeattention.backends import cuda_args as args
+from forgeattention.backends.cuda import nvrtc, plans
+from forgeattention.backends.cuda.launch import limits
 from forgeattention.codec import Codec, CodecSpec
 from forgeattention.ops.table import ExactTokens, PageTable
 
@@ -172,7 +172,7 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
     if peers is None:
         fp16_copies = max(1, min(4, math.ceil(L2_TIMES * l2 / (batch * context * kv_heads * d * 4))))
         peers = peers_us(*shape, fp16_copies)
-    plan = args.decode_plan(codec.format, kv_heads, q_heads // kv_heads, cuda.limits(0))
+    plan = plans.decode_plan(codec.format, kv_heads, q_heads // kv_heads, limits(0))
     kernel = nvrtc.kernel("decode_attention", plan.macros(codec, "float16", "float16"), 0, plan.shared_bytes)
     best = min(peers.values()) if peers else math.nan
     return {
@@ -235,8 +235,8 @@ def main() -> None:
     if options.scattered:
         globals()["SCATTERED"] = True
     if options.plan:
-        args.decode_plan = partial(
-            args.decode_plan, **{k: int(v) for k, v in (x.split("=") for x in options.plan.split(","))}
+        plans.decode_plan = partial(
+            plans.decode_plan, **{k: int(v) for k, v in (x.split("=") for x in options.plan.split(","))}
         )
     begun, copy = time.time(), copy_bandwidth()
     records: list[dict[str, Any]] = [{"env": environment(copy)}]

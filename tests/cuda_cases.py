@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forgeattention.backends import cuda_args as args
-from forgeattention.backends import cuda_sparse_args as sparse
+from forgeattention.backends.cuda import params as args
+from forgeattention.backends.cuda import plans
 from forgeattention.codec import Codec, CodecSpec
 
 
@@ -88,11 +88,11 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     matrix = [[float(i == j) for j in range(case.head_dim)] for i in range(case.head_dim)]
     extra = {"k_matrix": matrix, "v_matrix": matrix} if case.rotation == "custom" else {}
     codec = case.codec(kv_heads, **extra)
-    plan = args.decode_plan(codec.format, kv_heads, case.group * case.n, args.Limits())
+    plan = plans.decode_plan(codec.format, kv_heads, case.group * case.n, plans.Limits())
     pages = {"FORGE_WIDTH": case.head_dim, "FORGE_TYPE": args.TYPES["float32"]}
     scratch = {"FORGE_WIDTH": codec.format.padded_dim, "FORGE_TYPE": args.TYPES["float16"], "FORGE_ROTATION": 0}
     queries = case.group * case.n
-    plans = [sparse.sparse_plan(codec.format, kv_heads, queries, args.Limits(), keys) for keys in (True, False)]
+    sparse = [plans.sparse_plan(codec.format, kv_heads, queries, plans.Limits(), keys) for keys in (True, False)]
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
         ("compact", args.COMPACT_MACROS),
@@ -106,13 +106,13 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ("append_tokens", args.append_tokens_macros()),
         ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FORGE_TYPE=args.TYPES[case.dtype])),
         ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),
-        ("qk_scores", args.scores_macros(codec, case.dtype)),
-        ("value_sum", args.scores_macros(codec, "float32")),
-        ("sparse_scores", plans[0].macros(codec, sparse.SparseScoresParams, case.dtype)),
-        ("page_scores", sparse.page_scores_macros(codec, case.dtype)),
-        ("page_select", sparse.page_select_macros()),
-        ("sparse_threshold", sparse.threshold_macros()),
-        ("sparse_attention", plans[1].macros(codec, sparse.SparseAttentionParams, case.dtype)),
+        ("qk_scores", plans.scores_macros(codec, case.dtype)),
+        ("value_sum", plans.scores_macros(codec, "float32")),
+        ("sparse_scores", sparse[0].macros(codec, args.SparseScoresParams, case.dtype)),
+        ("page_scores", plans.page_scores_macros(codec, case.dtype)),
+        ("page_select", plans.page_select_macros()),
+        ("sparse_threshold", plans.threshold_macros()),
+        ("sparse_attention", sparse[1].macros(codec, args.SparseAttentionParams, case.dtype)),
     ]
 
 

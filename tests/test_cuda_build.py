@@ -14,8 +14,8 @@ import pytest
 import tolerances
 from cuda_cases import CASES, Case, kernels, unique_kernels
 
-from forgeattention.backends import cuda_args as args
-from forgeattention.backends import nvrtc
+from forgeattention.backends.cuda import nvrtc, plans
+from forgeattention.backends.cuda import params as args
 from forgeattention.codec import CodecSpec
 
 
@@ -102,15 +102,15 @@ def test_plan_fits_the_device(case: Case) -> None:
     fmt = case.spec().page_format(case.head_dim)
     for shared, per_processor in ((232448, 233472), (166912, 167936), (101376, 102400)):
         for kv_heads in (1, 2, 3, 8, 32):
-            limits = args.Limits(108, shared, per_processor)
-            plan = args.decode_plan(fmt, kv_heads, case.group * case.n, limits)
+            limits = plans.Limits(108, shared, per_processor)
+            plan = plans.decode_plan(fmt, kv_heads, case.group * case.n, limits)
             assert plan.queries * plan.blocks >= case.group * case.n
             assert plan.shared_bytes <= shared
             assert plan.ctas * (plan.shared_bytes + 1024) <= per_processor
             assert plan.groups * plan.pages * fmt.record_bytes >= plan.queries * (4 * fmt.padded_dim + 40)
 
 
-def cut(plan: args.DecodePlan, length: int) -> list[tuple[int, int]]:
+def cut(plan: plans.DecodePlan, length: int) -> list[tuple[int, int]]:
     """Pages of each chunk, as kernels/cuda/decode_args.cuh cuts a row."""
     pages = -(-length // 64)
     groups, chunks = -(-pages // plan.pages), max(1, min(plan.chunks, pages // plan.min_pages))
@@ -120,7 +120,7 @@ def cut(plan: args.DecodePlan, length: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("kv_heads", "queries"), [(1, 4), (3, 3), (8, 8), (32, 16)])
 def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -> None:
-    plan = args.decode_plan(CodecSpec().page_format(128), kv_heads, queries, args.Limits())
+    plan = plans.decode_plan(CodecSpec().page_format(128), kv_heads, queries, plans.Limits())
     for length in [*range(0, 5000, 37), 32768, 131072, 524288, 1 << 20]:
         chunks = cut(plan, length)
         assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
@@ -137,7 +137,7 @@ def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -
 @pytest.mark.parametrize("tokens", [1, 64, 1023, 1024, 5000, 16384, 70001])
 def test_prefill_takes_pieces_that_the_scratch_holds(tokens: int, scratch: int, cudnn: bool) -> None:
     """Also for so many rows that no size of cuDNN's fits."""
-    from forgeattention.backends.cuda_prefill import CUDNN_TOKENS, pieces
+    from forgeattention.backends.cuda.prefill import CUDNN_TOKENS, pieces
 
     sizes = pieces(tokens, scratch, cudnn)
     assert sum(sizes) == tokens

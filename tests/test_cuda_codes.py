@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forgeattention.backends.nvrtc import KERNELS
+from forgeattention.backends.cuda.nvrtc import KERNELS
 from forgeattention.codec import packing
 from forgeattention.codec.codebook import trellis_levels
 

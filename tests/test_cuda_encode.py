@@ -14,8 +14,8 @@ import pytest
 import tolerances
 
 from forgeattention import reference
-from forgeattention.backends import cuda_args as args
-from forgeattention.backends.nvrtc import KERNELS
+from forgeattention.backends.cuda import params as args
+from forgeattention.backends.cuda.nvrtc import KERNELS
 from forgeattention.codec import Codec, CodecSpec, packing
 
 RUN = """

@@ -10,7 +10,7 @@ import tolerances
 from cuda_cases import CASES, Case
 
 from forgeattention import ops, reference
-from forgeattention.backends import cuda, nvrtc
+from forgeattention.backends.cuda import nvrtc
 from forgeattention.codec import Codec, packing
 from forgeattention.ops.table import ExactTokens, PageTable
 
@@ -231,11 +231,13 @@ def test_merge(dtype: str, dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_append_tokens(dtype: torch.dtype) -> None:
     """Rows of different lengths, keys with strides, a row without room."""
+    from forgeattention.backends.cuda.pages import append_tokens
+
     k = torch.randn(3, 2, 4, 64, device="cuda").to(dtype).transpose(1, 2)
     v = torch.randn(3, 4, 2, 64, device="cuda").to(dtype)
     buffers = [torch.zeros(3, 4, 10, 64, dtype=dtype, device="cuda") for _ in range(2)]
     lengths = torch.tensor([0, 7, 9], dtype=torch.int32, device="cuda")
-    cuda.append_tokens(*buffers, lengths, k, v)
+    append_tokens(*buffers, lengths, k, v)
     assert lengths.tolist() == [2, 9, 9]
     for buffer, new in zip(buffers, (k, v), strict=True):
         want = torch.zeros_like(buffer)
@@ -327,15 +329,15 @@ def test_peaked_scores() -> None:
 
 
 def test_encode_reports_values_lazily() -> None:
-    from forgeattention.backends import cuda
+    from forgeattention.backends.cuda.pages import encode_failed
 
     codec = CASES[0].codec(KV)
     buffer = torch.zeros(codec.page_bytes, dtype=torch.uint8, device="cuda")
     k = torch.randn(KV, 64, 128, device="cuda", dtype=torch.float16)
     at = torch.zeros(1, dtype=torch.int64, device="cuda")
     ops.encode(k, k, codec, buffer, at)
-    assert not cuda.encode_failed(None)
+    assert not encode_failed(None)
     k[1, 3, 7] = math.nan
     ops.encode(k, k, codec, buffer, at)
-    assert cuda.encode_failed(None)
-    assert not cuda.encode_failed(None)
+    assert encode_failed(None)
+    assert not encode_failed(None)

@@ -10,7 +10,7 @@ import tolerances
 from cuda_cases import CASES, Case
 
 from forgeattention import ops
-from forgeattention.backends import nvrtc
+from forgeattention.backends.cuda import nvrtc
 from forgeattention.codec.spec import PAGE
 from forgeattention.ops import PageTable, Scores
 from forgeattention.reference import sparse

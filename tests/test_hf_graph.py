@@ -10,7 +10,7 @@ import torch
 from hf_slow import model
 
 from forgeattention import CodecSpec
-from forgeattention.backends import nvrtc
+from forgeattention.backends.cuda import nvrtc
 from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.integrations.hf.graph import DecodeGraph
 

@@ -16,8 +16,9 @@ import tolerances  # noqa: E402
 from cuda_cases import CASES, Case  # noqa: E402
 
 from forgeattention import ops  # noqa: E402
-from forgeattention.backends import cuda_args as args  # noqa: E402
-from forgeattention.backends import mlx_cuda, nvrtc  # noqa: E402
+from forgeattention.backends.cuda import mlx as mlx_cuda  # noqa: E402
+from forgeattention.backends.cuda import nvrtc, plans  # noqa: E402
+from forgeattention.backends.cuda import params as args  # noqa: E402
 from forgeattention.codec import Codec  # noqa: E402
 from forgeattention.ops import ExactTokens, PageTable  # noqa: E402
 
@@ -38,7 +39,7 @@ TYPES = {
     "float2": ("float32",),
     "void": ("float32", "float16", "bfloat16"),
 }
-available, reason = mlx_cuda.available()
+available, reason = nvrtc.available_to_mlx()
 on_gpu = pytest.mark.skipif(not available, reason=reason)
 
 
@@ -115,7 +116,7 @@ def launches(monkeypatch: Any) -> list[mlx_cuda.Launch]:
         return [mx.zeros(shape, dtype=getattr(mx, dtype)) for shape, dtype in launch.outputs.values()]
 
     monkeypatch.setattr(mlx_cuda.Launch, "run", run)
-    monkeypatch.setattr(mlx_cuda, "limits", args.Limits)
+    monkeypatch.setattr(mlx_cuda, "limits", plans.Limits)
     return seen
 
 
@@ -169,7 +170,7 @@ def test_entries_fill_the_whole_structure(op: str) -> None:
 
 
 def test_pages_are_stored_in_runs_at_their_places() -> None:
-    from forgeattention.backends.mlx_arrays import page_places, store_pages
+    from forgeattention.backends.mlx.arrays import page_places, store_pages
 
     codec = make_codec(Case(head_dim=64))
     size = codec.page_bytes

@@ -19,7 +19,8 @@ from mlx_models import SPEC, greedy, model, slow_prompt_cache, tokens  # noqa: E
 from tiny import tokenizer  # noqa: E402
 from tolerances import MLX_MODEL  # noqa: E402
 
-from forgeattention.backends import metal, metal_scores  # noqa: E402
+from forgeattention.backends import metal  # noqa: E402
+from forgeattention.backends.metal import attention, pages, scores, sparse  # noqa: E402
 from forgeattention.integrations import mlx as forge  # noqa: E402
 from forgeattention.ops import dispatch  # noqa: E402
 from forgeattention.sparse import SparseSpec  # noqa: E402
@@ -47,14 +48,14 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: Any) -> Any:
     made = Device()
-    for module in (metal, metal_scores):
+    for module in (attention, pages, scores, sparse):
         monkeypatch.setattr(module, "mlx_device", lambda: made)
-    monkeypatch.setattr(metal, "available", lambda: (True, "the emulator"))
+    monkeypatch.setattr(metal, "available_to_mlx", lambda: (True, "the emulator"))
     monkeypatch.setattr(dispatch, "native", lambda kind: "metal" if kind == "mlx" else kind)
-    dispatch.load.cache_clear()
+    dispatch.find.cache_clear()
     with forge.patched():
         yield made
-    dispatch.load.cache_clear()
+    dispatch.find.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "qwen3_next"])

@@ -126,8 +126,7 @@ def test_scores_and_sums(codec: Codec, pages: PageTable) -> None:
 
 def test_arrays_go_to_the_default_device() -> None:
     assert dispatch.native("mlx") == "cpu"
-    module, _ = dispatch.select("encode", mx.zeros((1,)))
-    assert module.__name__.endswith("mlx_cpu")
+    assert dispatch.select("encode", mx.zeros((1,))).__module__ == "forgeattention.backends.cpu.mlx"
 
 
 def test_a_named_backend_that_cannot_run_raises(codec: Codec) -> None:

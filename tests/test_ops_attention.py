@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from ops_cases import CODES, DTYPES, Case, make_case, relative
 
 from forgeattention import ops
-from forgeattention.backends import cpu
+from forgeattention.backends.cpu import native
 from forgeattention.codec import CodecSpec
 
 SCALAR = CodecSpec(k_code="scalar", scales="fp16")
 TRELLIS = CodecSpec(k_code="trellis4", v_code="trellis8", scales="log8")
 
 
-@pytest.fixture(params=cpu.isas())
+@pytest.fixture(params=native.isas())
 def isa(request):
-    before = cpu.isas()[0]
-    cpu.use_isa(request.param)
+    before = native.isas()[0]
+    native.use_isa(request.param)
     yield request.param
-    cpu.use_isa(before)
+    native.use_isa(before)
 
 
 def check(case: Case, dtype: str = "float32", **changes):

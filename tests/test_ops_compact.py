@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgeattention import ops, reference
-from forgeattention.backends import nvrtc
+from forgeattention.backends.cuda import nvrtc
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not nvrtc.available()[0], reason=nvrtc.available()[1]))
 

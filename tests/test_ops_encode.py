@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from ops_cases import CODES, DTYPES, make_case, relative, tensor
 
 from forgeattention import ops, reference
-from forgeattention.backends import cpu
+from forgeattention.backends.cpu import native
 from forgeattention.codec import PAGE, Codec, CodecSpec
 
 
-@pytest.fixture(params=cpu.isas())
+@pytest.fixture(params=native.isas())
 def isa(request):
-    before = cpu.isas()[0]
-    cpu.use_isa(request.param)
+    before = native.isas()[0]
+    native.use_isa(request.param)
     yield request.param
-    cpu.use_isa(before)
+    native.use_isa(before)
 
 
 def tokens(kv_heads, n, head_dim, seed=0):

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from ops_cases import CODES, DTYPES, make_case, relative
 
 from forgeattention import ops
-from forgeattention.backends import cpu
+from forgeattention.backends.cpu import native
 from forgeattention.codec import PAGE, CodecSpec
 from forgeattention.ops import PageTable, Scores
 from forgeattention.reference import sparse
 
 
-@pytest.fixture(params=cpu.isas())
+@pytest.fixture(params=native.isas())
 def isa(request):
-    before = cpu.isas()[0]
-    cpu.use_isa(request.param)
+    before = native.isas()[0]
+    native.use_isa(request.param)
     yield request.param
-    cpu.use_isa(before)
+    native.use_isa(before)
 
 
 def check(case, backend="auto", other=True, **chosen):

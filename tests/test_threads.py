@@ -9,7 +9,7 @@ COMMON = """
 import os, sys, threading
 import numpy as np
 from forgeattention import ops
-from forgeattention.backends import cpu
+from forgeattention.backends.cpu import native
 from forgeattention.codec import PAGE, Codec, CodecSpec
 
 codec = Codec(CodecSpec(), 64, 2)
@@ -31,13 +31,13 @@ def encode():
 
 ops.set_num_threads(2)
 table = ops.PageTable(pool, offsets[None], np.array([pages * PAGE], np.int32), pages * PAGE)
-assert "torch" not in sys.modules and not cpu.shares_torch_threads()
+assert "torch" not in sys.modules and not native.shares_torch_threads()
 bits, alone = encode(), attend()
 """
 TORCH = """
 import torch
 torch.set_num_threads(2)
-shared = cpu.shares_torch_threads()
+shared = native.shares_torch_threads()
 assert shared == sys.platform.startswith("linux"), shared
 """
 CASES = {
@@ -53,9 +53,9 @@ for threads in (1, 2, 3, 8):
 assert (attend() == alone).all()
 child = os.fork()
 if child == 0:
-    os._exit(0 if not cpu.shares_torch_threads() and (attend() == alone).all() else 1)
+    os._exit(0 if not native.shares_torch_threads() and (attend() == alone).all() else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert (attend() == alone).all() and cpu.shares_torch_threads()
+assert (attend() == alone).all() and native.shares_torch_threads()
 """,
     "calls from several threads": TORCH
     + """

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forgeattention.backends.metal_launch import Launch, kernel_text
+from forgeattention.backends.metal.launch import Launch, kernel_text
 from forgeattention.codec import packing
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import PAGE, CodecSpec

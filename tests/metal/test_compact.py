@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forgeattention import reference
-from forgeattention.backends import metal
+from forgeattention.backends.metal import pages as metal_pages
 
 from .cases import Emulator
 
@@ -15,16 +15,16 @@ def test_pages_are_copied_bit_for_bit(words):
     base = np.random.default_rng(words).integers(0, 256, 5 * size + 16, np.uint8)
     at = np.array([3, 0, 4, 3], np.int64) * size + 16
     device = Emulator()
-    out = metal.compact(base, at, size, device)
+    out = metal_pages.compact(base, at, size, device)
     np.testing.assert_array_equal(out, reference.compact(base, at, size))
     # every byte of a page is read once
     assert device.bytes_read["base"] == len(at) * size
 
 
 def test_no_pages():
-    assert metal.compact(np.zeros(64, np.uint8), np.zeros(0, np.int64), 16, Emulator()).shape == (0, 16)
+    assert metal_pages.compact(np.zeros(64, np.uint8), np.zeros(0, np.int64), 16, Emulator()).shape == (0, 16)
 
 
 def test_addresses_are_refused():
     with pytest.raises(ValueError, match=r"\[compact\] expected an array that holds the pages"):
-        metal.compact(None, np.zeros(1, np.int64), 16, Emulator())
+        metal_pages.compact(None, np.zeros(1, np.int64), 16, Emulator())

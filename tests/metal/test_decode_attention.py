@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import METAL
 
-from forgeattention.backends import metal, reference
+from forgeattention.backends.metal import attention as metal_attention
+from forgeattention.backends.reference import attention as oracle_attention
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import CodecSpec
 
@@ -22,8 +23,10 @@ def check(
     q = queries(rng, codec, batch, group, n, q_dtype)
     logits = rng.standard_normal(q.shape[1]).astype(np.float32) * 3 if sinks else None
     scale = codec.head_dim**-0.5
-    out, lse = metal.decode_attention(q, codec, table, ours, scale, causal, logits, Emulator())
-    want, want_lse = reference.decode_attention(q.astype(np.float32), codec, table, theirs, scale, causal, logits)
+    out, lse = metal_attention.decode_attention(q, codec, table, ours, scale, causal, logits, Emulator())
+    want, want_lse = oracle_attention.decode_attention(
+        q.astype(np.float32), codec, table, theirs, scale, causal, logits
+    )
     assert out.dtype == q.dtype
     assert relative_error(out, want) < METAL[q_dtype]
     assert relative_error(lse, want_lse) < METAL["float32"]
@@ -100,8 +103,8 @@ def test_large_scores():
     codec = make_codec()
     table = make_table(rng, codec, [700])
     q = queries(rng, codec, 1, 2, 1) * 200
-    out, lse = metal.decode_attention(q, codec, table, None, 0.125, False, None, Emulator())
-    want, want_lse = reference.decode_attention(q, codec, table, None, 0.125, False, None)
+    out, lse = metal_attention.decode_attention(q, codec, table, None, 0.125, False, None, Emulator())
+    want, want_lse = oracle_attention.decode_attention(q, codec, table, None, 0.125, False, None)
     assert relative_error(lse, want_lse) < METAL["float32"]
     # a score of 1000 in float32 is known to 1e-4, and so is its probability
     assert relative_error(out, want) < METAL["large_scores"]
@@ -117,7 +120,9 @@ def test_batch_rows_do_not_depend_on_each_other():
         mine = type(exact)(
             exact.k[row : row + 1], exact.v[row : row + 1], exact.lengths[row : row + 1], exact.max_length
         )
-        alone, alone_lse = metal.decode_attention(q[row : row + 1], codec, one, mine, 0.125, True, None, Emulator())
+        alone, alone_lse = metal_attention.decode_attention(
+            q[row : row + 1], codec, one, mine, 0.125, True, None, Emulator()
+        )
         assert (alone == out[row]).all()
         assert (alone_lse == lse[row]).all()
 
@@ -130,7 +135,7 @@ def test_a_gqa_group_reads_the_pages_once(head_dim):
     run = device.run
     read = []
     device.run = lambda launch: (run(launch), read.append(dict(device.bytes_read)))[0]
-    metal.decode_attention(queries(rng, codec, 1, 8, 1), codec, table, None, 0.1, False, None, device)
+    metal_attention.decode_attention(queries(rng, codec, 1, 8, 1), codec, table, None, 0.1, False, None, device)
     # one record per page and its 32 header bytes twice (for the keys' and the values' scales); pages 1, 4 and 7 have no
     # mean, so that their mean row is not read
     assert read[0]["base"] == 8 * (codec.format.record_bytes + 2 * 32) - 3 * codec.format.padded_dim

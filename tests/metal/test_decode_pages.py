@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from tolerances import METAL
 
-from forgeattention.backends import metal, reference
+from forgeattention.backends.metal import pages as metal_pages
+from forgeattention.backends.reference import pages as oracle_pages
 
 from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, relative_error
 
@@ -10,8 +11,8 @@ from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, relativ
 def check(rng, codec, lengths, dtype="float32", rotated=True, slack=0):
     table = make_table(rng, codec, lengths)
     table = type(table)(table.base, table.offsets, table.lengths, table.max_length + slack)
-    ours = metal.decode_pages(codec, table, dtype, rotated, Emulator())
-    for got, want in zip(ours, reference.decode_pages(codec, table, "float64", rotated)):
+    ours = metal_pages.decode_pages(codec, table, dtype, rotated, Emulator())
+    for got, want in zip(ours, oracle_pages.decode_pages(codec, table, "float64", rotated)):
         assert got.dtype == dtype
         assert relative_error(got, want) < METAL[dtype]
         for row, length in enumerate(lengths):

@@ -3,7 +3,7 @@ import pytest
 from tolerances import METAL_ENCODE
 
 from forgeattention import reference
-from forgeattention.backends import metal
+from forgeattention.backends.metal import pages as metal_pages
 from forgeattention.codec import packing
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import SCALE_RULES, CodecSpec
@@ -25,7 +25,7 @@ def encode(k, v, codec, base=0, slack=0):
     pages = k.shape[1] // 64
     out = np.full(base + pages * codec.page_bytes + slack, 7, np.uint8)
     offsets = base + codec.page_bytes * np.arange(pages, dtype=np.int64)[::-1]
-    metal.encode(k, v, codec, out, offsets.copy(), Emulator())
+    metal_pages.encode(k, v, codec, out, offsets.copy(), Emulator())
     assert (out[:base] == 7).all()
     assert (out[base + pages * codec.page_bytes :] == 7).all()
     return out[base : base + pages * codec.page_bytes].reshape(pages, codec.kv_heads, -1)[::-1]
@@ -189,7 +189,7 @@ def test_bad_values_write_nothing(value, match, side):
     kv[side][1, 70, 3] = value
     out = np.full(2 * codec.page_bytes, 7, np.uint8)
     with pytest.raises(ValueError, match=match):
-        metal.encode(*kv, codec, out, np.array([0, codec.page_bytes]), Emulator())
+        metal_pages.encode(*kv, codec, out, np.array([0, codec.page_bytes]), Emulator())
     assert (out == 7).all()
 
 
@@ -197,4 +197,4 @@ def test_offsets_outside_the_array():
     codec = make_codec()
     k, v = keys_and_values(np.random.default_rng(7), codec)
     with pytest.raises(ValueError, match="expected offsets within"):
-        metal.encode(k, v, codec, np.zeros(codec.page_bytes, np.uint8), np.array([16]), Emulator())
+        metal_pages.encode(k, v, codec, np.zeros(codec.page_bytes, np.uint8), np.array([16]), Emulator())

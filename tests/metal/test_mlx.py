@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from tolerances import METAL
 
-from forgeattention.backends import metal
-from forgeattention.backends.metal_launch import MLX, kernel_text
+from forgeattention.backends.metal import attention as metal_attention
+from forgeattention.backends.metal import pages as metal_pages
+from forgeattention.backends.metal import scores as metal_scores
+from forgeattention.backends.metal import sparse as metal_sparse
+from forgeattention.backends.metal.launch import MLX, kernel_text
 from forgeattention.ops.sparse import Scores, Threshold
 from forgeattention.ops.table import ExactTokens, PageTable
 
@@ -70,23 +73,23 @@ def launches_of(case):
     codec, table, q, p, exact = case
     device = EmulatedMLX()
     sinks = np.ones(4, np.float32)
-    scores = metal.sparse_scores(q, codec, table, 0.1, Emulator())
-    threshold = metal.sparse_threshold(scores, table, 9, None, None, Emulator())
+    scores = metal_sparse.sparse_scores(q, codec, table, 0.1, Emulator())
+    threshold = metal_sparse.sparse_threshold(scores, table, 9, None, None, Emulator())
     budgets, lse = np.arange(4, dtype=np.int32), np.ones((2, 4, 1), np.float32)
     for op, args in (
-        (metal.decode_attention, (q, codec, table, exact, 0.1, True, None)),
-        (metal.decode_attention, (q, codec, table, None, 0.1, True, sinks)),
-        (metal.prefill_attention, (q, codec, table, 0.1)),
-        (metal.qk_scores, (q, codec, table, 0.1)),
-        (metal.value_sum, (p, codec, table, True)),
-        (metal.decode_pages, (codec, table, "float16", False)),
-        (metal.decode_pages, (codec, table, "float32", True)),
-        (metal.sparse_scores, (q, codec, table, 0.1)),
-        (metal.page_scores, (q, codec, table, 0.1)),
-        (metal.sparse_threshold, (scores, table, budgets, None, lse)),
-        (metal.sparse_threshold, (scores, table, None, 0.9, None)),
-        (metal.sparse_attention, (scores, threshold, codec, table, None)),
-        (metal.sparse_attention, (scores, threshold, codec, table, (q, lse))),
+        (metal_attention.decode_attention, (q, codec, table, exact, 0.1, True, None)),
+        (metal_attention.decode_attention, (q, codec, table, None, 0.1, True, sinks)),
+        (metal_attention.prefill_attention, (q, codec, table, 0.1)),
+        (metal_scores.qk_scores, (q, codec, table, 0.1)),
+        (metal_scores.value_sum, (p, codec, table, True)),
+        (metal_pages.decode_pages, (codec, table, "float16", False)),
+        (metal_pages.decode_pages, (codec, table, "float32", True)),
+        (metal_sparse.sparse_scores, (q, codec, table, 0.1)),
+        (metal_sparse.page_scores, (q, codec, table, 0.1)),
+        (metal_sparse.sparse_threshold, (scores, table, budgets, None, lse)),
+        (metal_sparse.sparse_threshold, (scores, table, None, 0.9, None)),
+        (metal_sparse.sparse_attention, (scores, threshold, codec, table, None)),
+        (metal_sparse.sparse_attention, (scores, threshold, codec, table, (q, lse))),
     ):
         with_numpy = op(*args, device=Emulator())
         with_mlx = op(*(as_mlx(a, mx.float32) for a in args), device=device)
@@ -118,13 +121,13 @@ def test_decode_attention_in_half_precision(case, dtype):
     codec, table, q, _, exact = case
     half = getattr(mx, dtype)
     q16, exact16 = mx.array(q).astype(half), as_mlx(exact, half)
-    out, _ = metal.decode_attention(q16, codec, as_mlx(table), exact16, 0.1, True, None, EmulatedMLX())
+    out, _ = metal_attention.decode_attention(q16, codec, as_mlx(table), exact16, 0.1, True, None, EmulatedMLX())
     assert out.dtype == half
     same = ExactTokens(
         *(np.array(x.astype(mx.float32)) for x in (exact16.k, exact16.v)), exact.lengths, exact.max_length
     )
     q32 = np.array(q16.astype(mx.float32))
-    want, _ = metal.decode_attention(q32, codec, table, same, 0.1, True, None, Emulator())
+    want, _ = metal_attention.decode_attention(q32, codec, table, same, 0.1, True, None, Emulator())
     assert relative_error(np.array(out.astype(mx.float32)), want) < METAL[dtype]
 
 
@@ -133,10 +136,10 @@ def test_encode_writes_mlx_arrays(case):
     k, v = np.random.default_rng(1).standard_normal((2, 2, 128, 64)).astype(np.float32)
     want = np.zeros(3 * codec.page_bytes, np.uint8)
     offsets = np.array([codec.page_bytes, 0])
-    metal.encode(k, v, codec, want, offsets, Emulator())
+    metal_pages.encode(k, v, codec, want, offsets, Emulator())
     for shape in ((-1,), (3, codec.page_bytes)):
         out = mx.zeros((3 * codec.page_bytes,), dtype=mx.uint8).reshape(shape)
-        metal.encode(mx.array(k), mx.array(v), codec, out, mx.array(offsets), EmulatedMLX())
+        metal_pages.encode(mx.array(k), mx.array(v), codec, out, mx.array(offsets), EmulatedMLX())
         # MLX's matrix product rounds otherwise than NumPy's, so that a code in a thousand may differ
         assert (np.array(out).reshape(-1) != want).mean() < 1e-3
 

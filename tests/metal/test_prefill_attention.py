@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import METAL
 
-from forgeattention.backends import metal, reference
+from forgeattention.backends.metal import attention as metal_attention
+from forgeattention.backends.reference import attention as oracle_attention
 
 from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, queries, relative_error
 
@@ -13,8 +14,8 @@ def check(rng, codec, lengths, group=2, n=10, dtype="float32"):
     table = make_table(rng, codec, lengths)
     q = queries(rng, codec, len(lengths), group, n, dtype)
     scale = codec.head_dim**-0.5
-    out, lse = metal.prefill_attention(q, codec, table, scale, Emulator())
-    want, want_lse = reference.prefill_attention(q.astype(np.float32), codec, table, scale)
+    out, lse = metal_attention.prefill_attention(q, codec, table, scale, Emulator())
+    want, want_lse = oracle_attention.prefill_attention(q.astype(np.float32), codec, table, scale)
     assert out.dtype == lse.dtype == np.float32
     assert relative_error(out, want) < METAL["float32"]
     assert relative_error(lse, want_lse) < METAL["float32"]

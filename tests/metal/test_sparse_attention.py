@@ -4,7 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import METAL, SPARSE_MASS
 
-from forgeattention.backends import metal, reference
+from forgeattention.backends.metal import sparse as metal_sparse
+from forgeattention.backends.reference import pages as oracle_pages
+from forgeattention.backends.reference import scores as oracle_scores
+from forgeattention.backends.reference import sparse as oracle_sparse
 from forgeattention.ops import PageTable, Scores
 from forgeattention.reference.sparse import page_statistics
 
@@ -18,18 +21,18 @@ def check(rng, codec, lengths, k=None, group=2, n=1, q=None, p=None, other=False
     table = make_table(rng, codec, lengths)
     q = queries(rng, codec, len(lengths), group, n) if q is None else q
     device = Emulator()
-    scores = metal.sparse_scores(q, codec, table, SCALE, device)
-    assert relative_error(scores.scores, reference.qk_scores(q, codec, table, SCALE)) < METAL["float32"]
+    scores = metal_sparse.sparse_scores(q, codec, table, SCALE, device)
+    assert relative_error(scores.scores, oracle_scores.qk_scores(q, codec, table, SCALE)) < METAL["float32"]
     assert relative_error(scores.pages, page_statistics(scores.scores)) < SPARSE_MASS
     exact = None
     if other:
         shape = (*scores.scores.shape[:3], codec.head_dim)
         exact = rng.standard_normal(shape).astype(np.float32), rng.standard_normal(shape[:3]).astype(np.float32)
     chosen = scores, table, k, p, None if exact is None else exact[1]
-    threshold, want = metal.sparse_threshold(*chosen, device), reference.sparse_threshold(*chosen)
+    threshold, want = metal_sparse.sparse_threshold(*chosen, device), oracle_sparse.sparse_threshold(*chosen)
     same_threshold(threshold, want, p)
-    got = metal.sparse_attention(scores, threshold, codec, table, exact, device)
-    want = reference.sparse_attention(scores, threshold, codec, table, exact)
+    got = metal_sparse.sparse_attention(scores, threshold, codec, table, exact, device)
+    want = oracle_sparse.sparse_attention(scores, threshold, codec, table, exact)
     assert relative_error(got[0], want[0]) < METAL["float32"]
     assert relative_error(got[1], want[1]) < METAL["float32"]
     return device
@@ -104,9 +107,9 @@ def test_budgets_of_heads():
 @pytest.mark.parametrize("k", [1, 5, 64, 200, 519, 520])
 def test_all_scores_equal(k):
     scores, table = given_scores(np.full(520, 0.25))
-    t = metal.sparse_threshold(scores, table, k, None, None, Emulator())
+    t = metal_sparse.sparse_threshold(scores, table, k, None, None, Emulator())
     assert (t.score.item(), t.last.item(), t.kept.item()) == (0.25, k - 1, k)
-    half = metal.sparse_threshold(scores, table, None, 0.5, None, Emulator())
+    half = metal_sparse.sparse_threshold(scores, table, None, 0.5, None, Emulator())
     assert half.last.item() == 259
 
 
@@ -121,7 +124,7 @@ def test_few_values_and_many_ties(values, k, p, lse):
     scores, table = given_scores(values)
     exact = None if lse is None else np.full((1, 1, 1), lse, np.float32)
     chosen = scores, table, None if p else k, p, exact
-    same_threshold(metal.sparse_threshold(*chosen, Emulator()), reference.sparse_threshold(*chosen), p)
+    same_threshold(metal_sparse.sparse_threshold(*chosen, Emulator()), oracle_sparse.sparse_threshold(*chosen), p)
 
 
 @pytest.mark.parametrize("position", [0, 300, 1030])
@@ -133,9 +136,9 @@ def test_tiles_without_survivors_are_not_read(position):
     line = np.zeros(1031, np.float32)
     line[position] = 1
     scores, _ = given_scores(line)
-    threshold = metal.sparse_threshold(scores, table, 1, None, None, device)
-    out, _ = metal.sparse_attention(scores, threshold, codec, table, None, device)
-    _, v = reference.decode_pages(codec, table, "float64", False)
+    threshold = metal_sparse.sparse_threshold(scores, table, 1, None, None, device)
+    out, _ = metal_sparse.sparse_attention(scores, threshold, codec, table, None, device)
+    _, v = oracle_pages.decode_pages(codec, table, "float64", False)
     assert relative_error(out[0, 0, 0], v[0, 0, position]) < METAL["float32"]
     tokens = min(256, 1031 - position // 256 * 256)
     pages = -(-tokens // 64)
@@ -151,7 +154,7 @@ def test_thresholds_pass_over_pages_that_cannot_reach_them():
     line[640:704] = np.linspace(1, 2, 64)
     scores, table = given_scores(line)
     device = Emulator()
-    threshold = metal.sparse_threshold(scores, table, 10, None, None, device)
+    threshold = metal_sparse.sparse_threshold(scores, table, 10, None, None, device)
     assert threshold.kept.item() == 10
     assert device.bytes_read["scores"] <= 4 * 64 * (8 * 10 + 1)
 
@@ -162,7 +165,10 @@ def test_page_scores(fmt, head_dim):
     codec = make_codec(fmt, head_dim, k_mu=rng.standard_normal((2, head_dim)))
     table = make_table(rng, codec, [300, 64, 0])
     q = queries(rng, codec, 3, 2, 1)
-    got, want = metal.page_scores(q, codec, table, SCALE, Emulator()), reference.page_scores(q, codec, table, SCALE)
+    got, want = (
+        metal_sparse.page_scores(q, codec, table, SCALE, Emulator()),
+        oracle_sparse.page_scores(q, codec, table, SCALE),
+    )
     assert np.array_equal(np.isinf(got), np.isinf(want))
     assert relative_error(got, want) < METAL["float32"]
 

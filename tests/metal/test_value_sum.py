@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import METAL
 
-from forgeattention.backends import metal, reference
+from forgeattention.backends.metal import scores as metal_scores
+from forgeattention.backends.reference import scores as oracle_scores
 
 from .cases import CASES, Emulator, make_codec, make_table, relative_error
 
@@ -13,10 +14,10 @@ def check(rng, codec, lengths, group=2, n=1, skip=True, keep=1.0):
     table = make_table(rng, codec, lengths)
     shape = (len(lengths), codec.kv_heads * group, n, table.max_length)
     p = rng.standard_normal(shape).astype(np.float32) * (rng.random(shape) < keep)
-    want = reference.value_sum(p, codec, table)
+    want = oracle_scores.value_sum(p, codec, table)
     for row, length in enumerate(lengths):
         p[row, ..., length:] = np.nan
-    out = metal.value_sum(p, codec, table, skip, Emulator())
+    out = metal_scores.value_sum(p, codec, table, skip, Emulator())
     assert relative_error(out, want) < METAL["float32"]
     return p, table, out
 
@@ -46,7 +47,7 @@ def test_centred_values():
 @pytest.mark.parametrize("keep", [0.0, 0.002, 0.05])
 def test_skipping_equals_dense(keep):
     p, table, out = check(np.random.default_rng(6), make_codec(), [900, 300], keep=keep)
-    assert (out == metal.value_sum(p, make_codec(), table, False, Emulator())).all()
+    assert (out == metal_scores.value_sum(p, make_codec(), table, False, Emulator())).all()
 
 
 def test_pages_without_weight_are_not_read():
@@ -57,7 +58,7 @@ def test_pages_without_weight_are_not_read():
     p[..., 70:90] = 1
     read = {}
     for skip in (True, False):
-        metal.value_sum(p, codec, table, skip, device)
+        metal_scores.value_sum(p, codec, table, skip, device)
         read[skip] = device.bytes_read["base"]
     assert read[False] - read[True] == 3 * codec.format.v_code_bytes
 

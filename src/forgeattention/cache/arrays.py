@@ -151,9 +151,9 @@ class TorchArrays:
 
     def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
         if self.device.type == "cuda":
-            from ..backends import cuda
+            from ..backends.cuda.pages import append_tokens
 
-            cuda.append_tokens(to_k, to_v, lengths, k, v)
+            append_tokens(to_k, to_v, lengths, k, v)
             return
         rows = self._torch.arange(len(lengths))[:, None]
         at = lengths[:, None] + self._torch.arange(k.shape[2])

@@ -29,5 +29,4 @@ def compact(base: Any | None, offsets: Any, page_bytes: int, *, backend: str = "
         raise fail("compact", "page_bytes a positive multiple of 16", page_bytes)
     if base is not None and dtype_of(base) != "uint8":
         raise fail("compact", "base uint8", describe(base))
-    module, _ = select("compact", offsets, backend)
-    return module.compact(base, offsets, page_bytes)
+    return select("compact", offsets, backend)(base, offsets, page_bytes)

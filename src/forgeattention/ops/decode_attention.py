@@ -62,5 +62,4 @@ def decode_attention(
         raise fail(op, "exact tokens for more than one causal query", None)
     if sink_logits is not None:
         check_index(op, "sink_logits", sink_logits, "float32", (q.shape[1],))
-    module, _ = select(op, q, backend)
-    return module.decode_attention(q, codec, table, exact, scale, causal, sink_logits)
+    return select(op, q, backend)(q, codec, table, exact, scale, causal, sink_logits)

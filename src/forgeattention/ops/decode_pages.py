@@ -36,5 +36,4 @@ def decode_pages(
     name = dtype_name(dtype)
     if name not in FLOATS:
         raise fail("decode_pages", f"dtype of {', '.join(FLOATS)}", name)
-    module, _ = select("decode_pages", table.lengths, backend)
-    return module.decode_pages(codec, table, name, rotated)
+    return select("decode_pages", table.lengths, backend)(codec, table, name, rotated)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import sys
-from functools import lru_cache
-from types import ModuleType
+from collections.abc import Callable
+from functools import cache
 from typing import Any, TypedDict
 
 from .arrays import device_of
 
-log = logging.getLogger("forgeattention")
-
 BACKENDS = ("cpu", "cuda", "metal", "reference")
 # Devices whose memory a backend can read. MLX's lies where processor and GPU both reach it.
 READS = {"cpu": ("cpu", "mlx"), "cuda": ("cuda", "mlx"), "metal": ("mlx",), "reference": ("cpu", "cuda", "mlx")}
-# Modules that launch a backend's kernels on MLX arrays, where they are not the backend's own.
-FOR_MLX = {"cpu": "mlx_cpu", "cuda": "mlx_cuda"}
 
 
 class BackendStatus(TypedDict):
@@ -29,15 +24,28 @@ class BackendStatus(TypedDict):
     reason: str
 
 
-@lru_cache
-def load(backend: str) -> tuple[ModuleType | None, str]:
-    """The backend's module and a reason in words: (None, why not) where it cannot run here."""
-    try:
-        module = importlib.import_module(f"forgeattention.backends.{backend}")
-    except ImportError as error:
-        return None, str(error)
-    available, reason = module.available()
-    return (module if available else None), reason
+def status(backend: str, mlx: bool = False) -> tuple[bool, str]:
+    """Whether a backend can run here, and why, in words; on MLX arrays if `mlx`."""
+    package = importlib.import_module(f"forgeattention.backends.{backend}")
+    return package.available_to_mlx() if mlx else package.available()
+
+
+def table(backend: str, mlx: bool = False) -> dict[str, str]:
+    """The ops that a backend has, each with the module that launches it; on MLX arrays if `mlx`."""
+    package = importlib.import_module(f"forgeattention.backends.{backend}")
+    return package.MLX_OPS if mlx else package.OPS
+
+
+@cache
+def find(op: str, backend: str, mlx: bool) -> tuple[Callable[..., Any] | None, str]:
+    """The function that launches an op; (None, why not) where there is none."""
+    module = table(backend, mlx).get(op)
+    if module is None:
+        return None, f"backend {backend!r} has no {op}" + (" on MLX arrays" if mlx else "")
+    available, reason = status(backend, mlx)
+    if not available:
+        return None, reason
+    return getattr(importlib.import_module(f"forgeattention.backends.{backend}.{module}"), op), reason
 
 
 def native(device: str) -> str:
@@ -52,23 +60,24 @@ def native(device: str) -> str:
 
 
 def report() -> list[BackendStatus]:
-    """Every backend, whether it can run here, and why; on MLX arrays too where their launcher is another."""
+    """Every backend, whether it can run here, and why; on MLX arrays too where that is another question."""
     out: list[BackendStatus] = []
     for name in BACKENDS:
-        module, reason = load(name)
-        out.append({"backend": name, "available": module is not None, "reason": reason})
+        mlx = name == "metal"
+        available, reason = status(name, mlx)
+        out.append({"backend": name, "available": available, "reason": reason})
     if importlib.util.find_spec("mlx") is not None:
-        for name, other in FOR_MLX.items():
-            module, reason = load(other)
-            out.append({"backend": f"{name}, MLX", "available": module is not None, "reason": reason})
+        for name in ("cpu", "cuda"):
+            available, reason = status(name, True)
+            out.append({"backend": f"{name}, MLX", "available": available, "reason": reason})
     return out
 
 
-def select(op: str, array: Any, backend: str = "auto") -> tuple[ModuleType, str]:
-    """The module that runs `op`, and why it was chosen.
+def select(op: str, array: Any, backend: str = "auto") -> Callable[..., Any]:
+    """The function that runs `op`.
 
     Args:
-        op: the op's name; the module has a function of that name.
+        op: the op's name.
         array: the op's main argument; its framework and device decide.
         backend: "auto" or one of `BACKENDS`.
 
@@ -85,12 +94,10 @@ def select(op: str, array: Any, backend: str = "auto") -> tuple[ModuleType, str]
         raise ValueError(f"[{op}] expected backend 'auto' or one of {BACKENDS}; got {backend!r}")
     elif device not in READS[backend]:
         raise ValueError(f"[{op}] expected arrays that backend {backend!r} reads; got {_describe(array, device)}")
-    module, reason = load(FOR_MLX.get(name, name) if device == "mlx" else name)
-    if module is not None and not hasattr(module, op):
-        module, reason = None, f"backend {name!r} has no {op}"
-    if module is not None:
-        return module, f"backend {name!r} named" if backend != "auto" else f"{device} arrays"
-    raise ValueError(f"[{op}] expected backend {name!r} to be available; got: {reason}")
+    launch, reason = find(op, name, device == "mlx")
+    if launch is None:
+        raise ValueError(f"[{op}] expected backend {name!r} to be available; got: {reason}")
+    return launch
 
 
 def _describe(array: Any, device: str) -> str:

@@ -23,7 +23,7 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, *, backe
 
     Raises:
         ValueError: a wrong shape or dtype, an offset outside `out`, NaN or infinity, vectors whose scale exceeds
-            the scale format. Nothing is written then. (CUDA reports values lazily: see backends/cuda.py.)
+            the scale format. Nothing is written then. (CUDA reports values lazily: see backends/cuda/pages.py.)
     """
     if traced():
         from . import library
@@ -38,6 +38,6 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, *, backe
     check_index("encode", "offsets", offsets, "int64", (tokens // PAGE,))
     if out is not None and dtype_of(out) != "uint8":
         raise fail("encode", "out uint8", describe(out))
-    module, _ = select("encode", k, backend)
+    launch = select("encode", k, backend)
     if tokens:
-        module.encode(k, v, codec, out, offsets)
+        launch(k, v, codec, out, offsets)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import is_torch, traced
-from .dispatch import load
+from .dispatch import find
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
@@ -22,9 +22,9 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
         o in o1's dtype and the joint lse.
     """
     if _in_one_launch(o1, lse1, o2):
-        cuda, _ = load("cuda")
-        if cuda is not None:
-            return cuda.merge(o1, lse1, o2, lse2)
+        launch, _ = find("merge", "cuda", False)
+        if launch is not None:
+            return launch(o1, lse1, o2, lse2)
     xp: Any = np if isinstance(lse1, np.ndarray) else sys.modules["torch" if is_torch(lse1) else "mlx.core"]
     lse = xp.logaddexp(lse1, lse2)
     finite = xp.where(lse == -xp.inf, xp.zeros_like(lse), lse)

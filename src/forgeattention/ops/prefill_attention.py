@@ -37,5 +37,4 @@ def prefill_attention(
     check_queries("prefill_attention", q, codec)
     scale = check_scale("prefill_attention", scale)
     check_table("prefill_attention", table, q.shape[0], q)
-    module, _ = select("prefill_attention", q, backend)
-    return module.prefill_attention(q, codec, table, scale)
+    return select("prefill_attention", q, backend)(q, codec, table, scale)

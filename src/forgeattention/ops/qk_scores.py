@@ -32,5 +32,4 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend: 
     check_queries("qk_scores", q, codec)
     scale = check_scale("qk_scores", scale)
     check_table("qk_scores", table, q.shape[0], q)
-    module, _ = select("qk_scores", q, backend)
-    return module.qk_scores(q, codec, table, scale)
+    return select("qk_scores", q, backend)(q, codec, table, scale)

@@ -67,8 +67,7 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backe
     check_queries(op, q, codec)
     scale = check_scale(op, scale)
     check_table(op, table, q.shape[0], q)
-    module, _ = select(op, q, backend)
-    return module.sparse_scores(q, codec, table, scale)
+    return select(op, q, backend)(q, codec, table, scale)
 
 
 def page_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend: str = "auto") -> Any:
@@ -89,8 +88,7 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float, *, backend
     check_queries(op, q, codec)
     scale = check_scale(op, scale)
     check_table(op, table, q.shape[0], q)
-    module, _ = select(op, q, backend)
-    return module.page_scores(q, codec, table, scale)
+    return select(op, q, backend)(q, codec, table, scale)
 
 
 def sparse_threshold(
@@ -133,8 +131,7 @@ def sparse_threshold(
         check_index(op, "top_k", top_k, "int32", (shape[1],))
     if exact_lse is not None:
         check_index(op, "exact_lse", exact_lse, "float32", shape[:3])
-    module, _ = select(op, scores.scores, backend)
-    return module.sparse_threshold(scores, table, top_k, top_p, exact_lse)
+    return select(op, scores.scores, backend)(scores, table, top_k, top_p, exact_lse)
 
 
 def sparse_attention(
@@ -172,8 +169,7 @@ def sparse_attention(
         check_index(op, "other's lse", other[1], "float32", shape[:3])
         if tuple(other[0].shape) != (*shape[:3], codec.head_dim):
             raise fail(op, f"other's o {[*shape[:3], codec.head_dim]}", list(other[0].shape))
-    module, _ = select(op, scores.scores, backend)
-    return module.sparse_attention(scores, threshold, codec, table, other)
+    return select(op, scores.scores, backend)(scores, threshold, codec, table, other)
 
 
 def _check_scores(op: str, scores: Any, table: Any) -> tuple[int, ...]:

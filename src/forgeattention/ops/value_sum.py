@@ -39,5 +39,4 @@ def value_sum(p: Any, codec: Codec, table: PageTable, *, backend: str = "auto") 
     check_table(op, table, p.shape[0], p)
     if p.shape[3] != table.max_length:
         raise fail(op, f"p with {table.max_length} weights per query, the table's max_length", p.shape[3])
-    module, _ = select(op, p, backend)
-    return module.value_sum(p, codec, table)
+    return select(op, p, backend)(p, codec, table)

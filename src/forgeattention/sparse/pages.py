@@ -68,7 +68,7 @@ def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: Sp
     """
     most = means.shape[3] if spec.top_k is None else min(spec.top_k // PAGE, means.shape[3])
     if is_torch(means) and means.is_cuda and spec.top_k is not None:
-        from ..backends.cuda_sparse import page_select
+        from ..backends.cuda.sparse import page_select
 
         return page_select(means, codec, table, most)
     if is_mlx(means):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import ops
-from ...backends.mlx_attention import attention
+from ...backends.mlx.attention import attention
 from ...cache import LayerCache
 
 BLOCK = 256

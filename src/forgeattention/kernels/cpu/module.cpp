@@ -1,4 +1,4 @@
-// Python bindings. Arrays arrive as (address, dtype, strides) from backends/cpu.py, which has checked them: reading a torch
+// Python bindings. Arrays arrive as (address, dtype, strides) from backends/cpu/views.py, which has checked them: reading a torch
 // tensor's pointer costs a tenth of a DLPack exchange, and a decode step makes one call a layer.
 
 #include <nanobind/nanobind.h>

@@ -56,7 +56,7 @@ struct Item {
   int length, exact;  // tokens of the row
 };
 
-// Shared memory; backends/cuda_args.py computes the same sizes.
+// Shared memory; backends/cuda/plans.py computes the same sizes.
 constexpr int QUERY_ROWS = QUERIES < 8 ? QUERIES : 8;
 constexpr int ROW_BYTES = 4 * DIM;  // of a query's 16-bit fragments
 struct Shared {

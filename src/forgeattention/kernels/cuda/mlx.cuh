@@ -1,5 +1,5 @@
 // Entries for MLX, which passes pointers of inputs, pointers of outputs, then scalars of 32 bits, and no null pointer.
-// backends/mlx_cuda.py passes them in this order; arrays are contiguous. What an argument means is said at Params.
+// backends/cuda/mlx.py passes them in this order; arrays are contiguous. What an argument means is said at Params.
 #pragma once
 #define FORGE_KERNEL(...) __device__ __forceinline__ void
 #define FORGE_PARAMS const Params&

@@ -105,10 +105,10 @@ def measure(
 
 def read_bandwidth() -> float:
     """GB/s of one pass over half a gigabyte, read by the kernels' threads: the best of several."""
-    from ...backends import cpu
+    from ...backends.cpu import native
 
     data = np.ones(READ_BYTES, np.uint8)
-    passes = _take_turns({"read": lambda i: cpu.read_pass(data)})
+    passes = _take_turns({"read": lambda i: native.read_pass(data)})
     return READ_BYTES / min(passes["read"]) / 1e9
 
 

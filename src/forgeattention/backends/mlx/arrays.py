@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.codec import Codec
-from ..ops.table import ExactTokens, PageTable
+from ...codec.codec import Codec
+from ...ops.table import ExactTokens, PageTable
 
 
 def some_table(table: PageTable | None, batch: int, xp: Any) -> PageTable:

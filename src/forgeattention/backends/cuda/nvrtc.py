@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 Macros = tuple[tuple[str, str], ...]
 _Pointer = ctypes.c_void_p
 
@@ -30,6 +30,24 @@ def available() -> tuple[bool, str]:
         return False, f"{name} has compute capability {major}.{minor}; 8.0 or newer is needed"
     usable, versions = toolchain()
     return usable, f"{name}, sm_{major}{minor}, {versions}" if usable else versions
+
+
+@lru_cache
+def available_to_mlx() -> tuple[bool, str]:
+    """Whether this process can launch CUDA kernels from MLX, and what on or why not."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        return False, f"MLX is not installed ({error})"
+    if not mx.cuda.is_available():
+        return False, f"MLX {mx.__version__} without a CUDA device"
+    usable, versions = toolchain()
+    if not usable:
+        return False, versions
+    major, minor = capability(0)
+    if major < 8:
+        return False, f"compute capability {major}.{minor}; 8.0 or newer is needed"
+    return True, f"MLX {mx.__version__} on sm_{major}{minor}, {versions}"
 
 
 def toolchain() -> tuple[bool, str]:
@@ -135,6 +153,13 @@ def attributes(device: int, *names: str) -> list[int]:
         int(_check(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}"), device), name))
         for name in names
     ]
+
+
+@cache
+def capability(device: int) -> tuple[int, int]:
+    """The compute capability of a device, asked of the driver."""
+    major, minor = attributes(device, "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR")
+    return major, minor
 
 
 class Kernel:

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.codec import Codec
-from ..ops.arrays import dtype_of
-from ..ops.merge import merge
-from ..ops.sparse import Scores, Threshold
-from ..ops.table import ExactTokens, PageTable
-from . import cpu
-
-available = cpu.available
+from ...codec.codec import Codec
+from ...ops.arrays import dtype_of
+from ...ops.merge import merge
+from ...ops.sparse import Scores, Threshold
+from ...ops.table import ExactTokens, PageTable
+from . import attention, pages, scores, sparse
 
 
 class _Bits:
@@ -57,16 +55,16 @@ def _mlx(x: Any, dtype: str) -> Any:
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
-    cpu.encode(_rows(k), _rows(v), codec, None if out is None else _host(out), _flat(offsets))
+    pages.encode(_rows(k), _rows(v), codec, None if out is None else _host(out), _flat(offsets))
 
 
 def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
-    return _mlx(cpu.compact(None if base is None else _host(base), _flat(offsets), page_bytes), "uint8")
+    return _mlx(pages.compact(None if base is None else _host(base), _flat(offsets), page_bytes), "uint8")
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
     made = "float16" if dtype == "float16" else "float32"
-    k, v = cpu.decode_pages(codec, _table(table), made, rotated)
+    k, v = pages.decode_pages(codec, _table(table), made, rotated)
     return _mlx(k, dtype), _mlx(v, dtype)
 
 
@@ -83,7 +81,7 @@ def decode_attention(
         exact = ExactTokens(_rows(exact.k), _rows(exact.v), _flat(exact.lengths), exact.max_length)
     sinks = None if sink_logits is None else _flat(sink_logits)
     tokens = None if table is None else _table(table)
-    out, lse = cpu.decode_attention(_float(q), codec, tokens, exact, scale, causal, sinks)
+    out, lse = attention.decode_attention(_float(q), codec, tokens, exact, scale, causal, sinks)
     return _mlx(out, dtype_of(q)), _mlx(lse, "float32")
 
 
@@ -93,31 +91,31 @@ def _float(q: Any) -> Any:
 
 
 def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> tuple[Any, Any]:
-    out, lse = cpu.prefill_attention(_float(q), codec, _table(table), scale)
+    out, lse = attention.prefill_attention(_float(q), codec, _table(table), scale)
     return _mlx(out, "float32"), _mlx(lse, "float32")
 
 
 def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
-    return _mlx(cpu.qk_scores(_float(q), codec, _table(table), scale), "float32")
+    return _mlx(scores.qk_scores(_float(q), codec, _table(table), scale), "float32")
 
 
 def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
-    return _mlx(cpu.value_sum(_flat(p), codec, _table(table)), "float32")
+    return _mlx(scores.value_sum(_flat(p), codec, _table(table)), "float32")
 
 
 def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
-    made = cpu.sparse_scores(_float(q), codec, _table(table), scale)
+    made = sparse.sparse_scores(_float(q), codec, _table(table), scale)
     return Scores(_mlx(made.scores, "float32"), _mlx(made.pages, "float32"))
 
 
 def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
-    return _mlx(cpu.page_scores(_float(q), codec, _table(table), scale), "float32")
+    return _mlx(sparse.page_scores(_float(q), codec, _table(table), scale), "float32")
 
 
 def sparse_threshold(scores: Scores, table: PageTable, top_k: Any, top_p: float | None, exact_lse: Any) -> Threshold:
     given = top_k if top_k is None or isinstance(top_k, int) else _flat(top_k)
     lse = None if exact_lse is None else _flat(exact_lse)
-    made = cpu.sparse_threshold(_host_scores(scores), _table(table), given, top_p, lse)
+    made = sparse.sparse_threshold(_host_scores(scores), _table(table), given, top_p, lse)
     score, dropped, top = (_mlx(x, "float32") for x in (made.score, made.dropped, made.top))
     return Threshold(score, _mlx(made.last, "int32"), _mlx(made.kept, "int32"), dropped, top)
 
@@ -128,7 +126,7 @@ def sparse_attention(
     names = ("score", "last", "kept", "dropped", "top")
     limits = Threshold(*(_flat(getattr(threshold, name)) for name in names))
     out, lse = (
-        _mlx(x, "float32") for x in cpu.sparse_attention(_host_scores(scores), limits, codec, _table(table), None)
+        _mlx(x, "float32") for x in sparse.sparse_attention(_host_scores(scores), limits, codec, _table(table), None)
     )
     if other is None:
         return out, lse

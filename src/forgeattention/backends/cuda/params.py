@@ -1,7 +1,4 @@
-"""What the CUDA kernels are told: macros, parameter structures, and the shape of a decode launch.
-
-Nothing here needs a GPU, so it is tested without one.
-"""
+"""What the CUDA kernels are told: macros and parameter structures. Nothing here needs a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.codec import Codec
-from ..codec.spec import CODES, PAGE, SCALE_FORMATS, SCALE_RULES, PageFormat
-from ..codec.transform import Transform, random_signs
+from ...codec.codec import Codec
+from ...codec.spec import CODES, SCALE_FORMATS, SCALE_RULES
+from ...codec.transform import Transform, random_signs
 from .nvrtc import Macros
 
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -128,6 +125,67 @@ PARTS = 8
 """Most parts that one launch of merge_parts joins."""
 
 
+class SparseScoresParams(ctypes.Structure):
+    """Params of kernels/cuda/sparse_scores.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("q", "base", "offsets", "lengths", "scores", "stats")),
+        ("transform", TransformArgs),
+        ("q_stride", I64 * 3),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
+        ("scale", F32),
+        ("unit", F32),
+    ]
+
+
+class PageScoresParams(ctypes.Structure):
+    """Params of kernels/cuda/page_scores.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("q", "base", "offsets", "lengths", "out")),
+        ("transform", TransformArgs),
+        ("q_stride", I64 * 3),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
+        ("scale", F32),
+    ]
+
+
+class PageSelectParams(ctypes.Structure):
+    """Params of kernels/cuda/page_select.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("means", "offsets", "lengths", "chosen", "tokens", "read")),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "queries", "pages", "budget", "record")),
+    ]
+
+
+class SparseThresholdParams(ctypes.Structure):
+    """Params of kernels/cuda/sparse_threshold.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("scores", "stats", "lengths", "budgets", "exact_lse")),
+        *((name, P) for name in ("threshold", "last", "kept", "dropped", "top")),
+        *((name, I32) for name in ("q_heads", "n", "pages", "budget")),
+        ("top_p", F32),
+    ]
+
+
+class SparseAttentionParams(ctypes.Structure):
+    """Params of kernels/cuda/sparse_attention.cu."""
+
+    _fields_ = [
+        *((name, P) for name in ("scores", "stats", "threshold", "top", "last", "base", "offsets", "lengths")),
+        *((name, P) for name in ("other", "other_lse", "out", "lse", "part", "counter")),
+        ("transform", TransformArgs),
+        ("max_pages", I64),
+        *((name, I32) for name in ("kv_heads", "queries", "blocks", "pages")),
+        ("unit", F32),
+    ]
+
+
 class TurnQueriesParams(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("q", "out", "shift")),
@@ -195,18 +253,6 @@ def _code(kind: Any) -> str:
     return {P: "P", I64: "q", I32: "i", F32: "f"}[kind]
 
 
-def scores_warps(fmt: PageFormat) -> int:
-    return 4 if fmt.padded_dim <= 256 else 2
-
-
-def scores_macros(codec: Codec, dtype: str) -> Macros:
-    return macros(codec, ScoresParams, FORGE_TYPE=TYPES[dtype], FORGE_WARPS=scores_warps(codec.format))
-
-
-def value_sum_shared_bytes(fmt: PageFormat) -> int:
-    return scores_warps(fmt) * max(fmt.record_bytes, 8 * (fmt.padded_dim + 1) * 4)
-
-
 def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
     """The macros of page.cuh, and the kernel's own."""
     fmt = codec.format
@@ -255,123 +301,4 @@ def encode_macros(codec: Codec, dtype: str) -> Macros:
         FORGE_KEY_MEAN=int(spec.key_mean),
         FORGE_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
         FORGE_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
-    )
-
-
-def encode_shared_bytes(fmt: PageFormat) -> int:
-    d = fmt.padded_dim
-    return 4 * (PAGE * (d + 1) + d + 3 * PAGE + 32 + 8) + PAGE * d
-
-
-def decode_pages_shared_bytes(fmt: PageFormat) -> int:
-    return 4 * (PAGE * (fmt.padded_dim + 4) + PAGE)
-
-
-LIMITS = (
-    "MULTIPROCESSOR_COUNT",
-    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
-    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR",
-)
-"""Names of the device attributes that `Limits` holds."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device offers to one launch. Defaults: H100."""
-
-    processors: int = 132
-    shared_per_block: int = 232448
-    shared_per_processor: int = 233472
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so
-    that a row's result is the same alone and in a batch."""
-
-    queries: int  # of one KV head that a CTA holds
-    blocks: int  # CTAs' worth of queries
-    warps: int
-    pages: int  # that a warp reads together
-    groups: int  # of so many records, that a warp's ring holds
-    ctas: int  # per multiprocessor
-    chunks: int  # of one row and KV head, at most
-    min_pages: int  # of a chunk
-    shared_bytes: int
-
-    def macros(self, codec: Codec, dtype: str, exact_dtype: str) -> Macros:
-        return macros(
-            codec,
-            DecodeParams,
-            FORGE_QUERIES=self.queries,
-            FORGE_WARPS=self.warps,
-            FORGE_PAGES=self.pages,
-            FORGE_GROUPS=self.groups,
-            FORGE_CTAS=self.ctas,
-            FORGE_TYPE=TYPES[dtype],
-            FORGE_EXACT_TYPE=TYPES[exact_dtype],
-        )
-
-    def row_chunks(self, length: int) -> int:
-        """Chunks that pages of so many tokens are cut into."""
-        return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
-
-    def slots(self, max_length: int, max_exact: int) -> int:
-        """Partial results of a row and KV head: one per chunk and per task of exact tokens (Cut in decode_args.cuh)."""
-        return self.row_chunks(max_length) + -(-max_exact // 16)
-
-    def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
-        return self.row_chunks(max_length), kv_heads * self.blocks, batch
-
-
-def decode_plan(
-    fmt: PageFormat,
-    kv_heads: int,
-    queries: int,
-    limits: Limits,
-    warps: int | None = None,
-    ctas: int | None = None,
-    pages: int | None = None,
-    groups: int = 4,
-    rounds: int = 2,
-) -> DecodePlan:
-    """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
-
-    To head_dim 128 two CTAs of eight warps share a multiprocessor with four queries or fewer (128 registers, two pages
-    at a time), and one of twelve has it with eight (168 registers): half as many chunks to join make up for the warps.
-    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp.
-    """
-    d = fmt.padded_dim
-    held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
-    blocks = -(-queries // held)
-    light = d <= 128 and held <= 8
-    eight = light and held == 8
-    warps = warps or (12 if eight else 8)
-    ctas = ctas or (2 if light and not eight else 1)
-    pages = pages or (2 if light and held == 4 else 1)
-    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
-    per_group = warps * (pages * fmt.record_bytes + 16)
-    room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    # A warp's part of the ring holds its state at the end.
-    needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
-    if room < needed * per_group:
-        if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, groups, rounds)
-        if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, groups, rounds)
-        if pages > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, pages=1)
-        expected, got = fixed + needed * per_group, room + fixed
-        raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
-    groups = max(needed, min(groups, room // per_group))
-    return DecodePlan(
-        queries=held,
-        blocks=blocks,
-        warps=warps,
-        pages=pages,
-        groups=groups,
-        ctas=ctas,
-        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
-        min_pages=rounds * warps * pages,
-        shared_bytes=fixed + groups * per_group,
     )

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from ..codec.codec import Codec
-from ..codec.spec import PAGE
-from ..ops.arrays import dtype_of
-from ..ops.table import PageTable
-from . import cuda
-from . import cuda_args as args
+from ...codec.codec import Codec
+from ...codec.spec import PAGE
+from ...ops.arrays import dtype_of
+from ...ops.table import PageTable
+from . import params as args
+from .launch import constants_of, current_stream, on_device
+from .pages import decode_pages
 
 SCRATCH_TOKENS = 16384
 """Tokens decoded at a time, over all rows: 64 MiB in float16 for 8 KV heads of 128 channels."""
@@ -77,7 +78,7 @@ def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> P
         runs = [(slice(0, batch), table.max_length)]
     else:
         runs = [(slice(row, row + 1), length) for row, length in enumerate(table.lengths.tolist())]
-    with cuda._on(q.device):
+    with on_device(q.device):
         for rows, length in runs:
             if length:
                 _rows(q[rows], codec, table, rows, length, scale, out[rows], lse[rows])
@@ -92,7 +93,7 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
     batch, q_heads, n, _ = q.shape
     device, kv_heads, dim = q.device, codec.kv_heads, codec.format.padded_dim
     group, total = q_heads // kv_heads, batch * q_heads * n
-    constants, stream = cuda._constants_of(codec, device), cuda._stream(device)
+    constants, stream = constants_of(codec, device), current_stream(device)
     turned = torch.empty((batch, kv_heads, group * n, dim), dtype=torch.float16, device=device)
     shift = torch.empty(total, dtype=torch.float32, device=device)
     kernel = constants.kernel(
@@ -118,7 +119,7 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
             held = torch.full((batch,), size, dtype=torch.int32, device=device)
             pages = slice(first // PAGE, -(-(first + size) // PAGE))
             part = PageTable(table.base, table.offsets[rows, pages], held, size)
-            k, v = cuda.decode_pages(codec, part, "float16", True)
+            k, v = decode_pages(codec, part, "float16", True)
             parts.append(_attend(turned, k, v, scale, cudnn))
             del k, v
             first += size

@@ -1,4 +1,4 @@
-"""How Metal kernels are launched: their text, the device that runs them, a codec's constants as arrays on it."""
+"""How Metal kernels are launched: their text, the device that runs them, the shape of a launch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-import numpy as np
+from ...codec.codec import Codec
+from ...codec.spec import CODES, PAGE, SCALE_FORMATS
+from ...ops.table import PageTable
 
-from ..codec.codec import Codec
-from ..codec.packing import key_orders
-from ..codec.spec import CODES, PAGE, SCALE_FORMATS
-from ..ops.table import PageTable
-
-KERNELS = Path(__file__).parent.parent / "kernels" / "metal"
+KERNELS = Path(__file__).parents[2] / "kernels" / "metal"
 BODY = "//! body\n"
 """The line in a kernel's file after which the body of the kernel function begins; MLX writes its signature."""
 THREADS = 128
@@ -131,63 +127,6 @@ def paged(table: PageTable) -> dict[str, Any]:
     return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
 
 
-@dataclass(frozen=True)
-class CodecArrays:
-    """A codec's constants on a device, float32.
-
-    Attributes:
-        k_values, v_values: [16], the codebooks for unit variance; levels times unit.
-        k_levels, v_levels: [16], the int8 levels.
-        units: [2], of keys and of values.
-        k_inverse, v_inverse, k_forward, v_forward: [heads, head_dim, padded_dim] with x = inverse y + mu and
-            y = forward^T (x - mu).
-        k_factor: [heads, orders, padded_dim, padded_dim], how keys are shaped; a placeholder where they are not.
-        k_weight: [heads, orders, padded_dim], likewise.
-        orders: uint8 [64], which order a token has.
-        k_mu, v_mu: [heads, head_dim, 1], or None.
-    """
-
-    k_values: Any
-    v_values: Any
-    k_levels: Any
-    v_levels: Any
-    units: Any
-    k_inverse: Any
-    v_inverse: Any
-    k_forward: Any
-    v_forward: Any
-    k_factor: Any
-    k_weight: Any
-    orders: Any
-    k_mu: Any | None
-    v_mu: Any | None
-
-
-_constants: WeakKeyDictionary[Codec, dict[int, CodecArrays]] = WeakKeyDictionary()
-
-
-def constants(codec: Codec, xp: Any) -> CodecArrays:
-    """The codec's constants as arrays of `xp`, made once."""
-    cached = _constants.setdefault(codec, {})
-    if id(xp) not in cached:
-        books = (codec.k_codebook, codec.v_codebook)
-        values = [np.resize(b.values, 16).astype(np.float32) for b in books]
-        levels = [np.resize(b.levels, 16).astype(np.float32) for b in books]
-        units = np.array([b.unit for b in books], np.float32)
-        sides = (codec.k_transform, codec.v_transform)
-        inverse = [np.ascontiguousarray(t.inverse[:, : codec.head_dim]) for t in sides]
-        forward = [np.ascontiguousarray(t.forward[:, :, : codec.head_dim].swapaxes(1, 2)) for t in sides]
-        # MLX passes arrays of fewer than eight elements in another address space.
-        nothing, shaping = np.zeros((1, 1, 8), np.float32), codec.shaping
-        shape = [nothing, nothing] if shaping is None else [shaping.factor, shaping.weight]
-        shape.append(key_orders(codec.format.padded_dim)[1].astype(np.uint8))
-        mu = [None if t.mu is None else np.ascontiguousarray(t.mu[:, : codec.head_dim, None]) for t in sides]
-        cached[id(xp)] = CodecArrays(
-            *(None if a is None else xp.array(a) for a in (*values, *levels, units, *inverse, *forward, *shape, *mu))
-        )
-    return cached[id(xp)]
-
-
 def format_template(codec: Codec) -> list[tuple[str, str | int | bool]]:
     """Template arguments that name the page format: D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES."""
     f = codec.format
@@ -201,37 +140,12 @@ def format_template(codec: Codec) -> list[tuple[str, str | int | bool]]:
     ]
 
 
-def packed_queries(q: Any, codec: Codec, factor: float, xp: Any) -> tuple[Any, Any, Any]:
-    """Queries as the kernels take them, for q [batch, q_heads, n, head_dim].
-
-    Returns:
-        A^-T q [batch, q_heads, n, padded_dim], q itself, and q . mu [batch, q_heads, n]: float32, times `factor`.
-    """
-    c = constants(codec, xp)
-    batch, heads, n, dim = q.shape
-    flat = (q.astype(xp.float32) * factor).reshape(batch, codec.kv_heads, -1, dim)
-    rotated = (flat @ c.k_inverse).reshape(batch, heads, n, -1)
-    bias = xp.zeros((batch, heads, n), dtype=xp.float32)
-    if c.k_mu is not None:
-        bias = (flat @ c.k_mu).reshape(batch, heads, n)
-    return rotated, flat.reshape(q.shape), bias
-
-
-def unpacked_values(o: Any, mass: Any, codec: Codec, xp: Any) -> Any:
-    """Weighted sums of stored values in the model's coordinates.
-
-    Args:
-        o: [batch, q_heads, n, padded_dim], sums of stored values.
-        mass: [batch, q_heads, n], sums of their weights.
-        codec: the layer's codec.
-        xp: the array module.
-
-    Returns:
-        [batch, q_heads, n, head_dim].
-    """
-    c = constants(codec, xp)
-    batch, heads, n, width = o.shape
-    x = o.reshape(batch, codec.kv_heads, -1, width) @ c.v_inverse.swapaxes(1, 2)
-    if c.v_mu is not None:
-        x = x + mass.reshape(batch, codec.kv_heads, -1, 1) * c.v_mu.swapaxes(1, 2)
-    return x.reshape(batch, heads, n, codec.head_dim)
+def available_to_mlx() -> tuple[bool, str]:
+    """Whether this process can launch Metal kernels, and why."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        return False, f"MLX is not installed ({error})"
+    if not mx.metal.is_available():
+        return False, f"MLX {mx.__version__} without a Metal device"
+    return True, f"MLX {mx.__version__} on {mx.metal.device_info()['device_name']}"

@@ -6,13 +6,31 @@ from typing import Any
 
 import numpy as np
 
-from .. import reference
-from ..codec.codec import Codec
-from ..ops.arrays import dtype_of, from_numpy, to_numpy
-from ..ops.merge import merge
-from ..ops.sparse import Scores, Threshold
-from ..ops.table import PageTable
-from ..reference import sparse
+from ... import reference
+from ...codec.codec import Codec
+from ...codec.spec import PAGE
+from ...ops.arrays import dtype_of, from_numpy, to_numpy
+from ...ops.merge import merge
+from ...ops.sparse import Scores, Threshold
+from ...ops.table import PageTable
+from ...reference import sparse
+from .rows import pages_of_row
+from .scores import qk_scores
+
+
+def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
+    scores = qk_scores(q, codec, table, scale)
+    return Scores(scores, from_numpy(sparse.page_statistics(to_numpy(scores)), q, "float32"))
+
+
+def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
+    q64 = to_numpy(q).astype(np.float64)
+    out = np.full((*q64.shape[:3], -(-table.max_length // PAGE)), -np.inf)
+    for row in range(q64.shape[0]):
+        pages, _ = pages_of_row("page_scores", codec, table, row)
+        if len(pages):
+            out[row, ..., : len(pages)] = sparse.page_scores(q64[row], pages, codec, scale)
+    return from_numpy(out, q, "float32")
 
 
 def sparse_threshold(
@@ -32,12 +50,12 @@ def sparse_threshold(
 
 
 def sparse_attention(
-    scores: Scores, threshold: Threshold, codec: Codec, pages: list[Any], other: tuple[Any, Any] | None
+    scores: Scores, threshold: Threshold, codec: Codec, table: PageTable, other: tuple[Any, Any] | None
 ) -> tuple[Any, Any]:
-    """`pages`: of each row its pages [n, kv_heads, record_bytes] and its length."""
     s, t, last = (to_numpy(x) for x in (scores.scores, threshold.score, threshold.last))
     out, lse = np.zeros((*s.shape[:3], codec.head_dim)), np.full(s.shape[:3], -np.inf)
-    for b, (records, length) in enumerate(pages):
+    for b in range(s.shape[0]):
+        records, length = pages_of_row("sparse_attention", codec, table, b)
         if length:
             _, v = reference.decode_pages(records, codec)
             keep = sparse.survivors(s[b, ..., :length], t[b], last[b])

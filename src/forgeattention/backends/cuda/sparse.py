@@ -1,4 +1,4 @@
-"""Sparse attention on CUDA. Nothing waits for the device, and every launch can be captured in a graph."""
+"""Sparse attention on CUDA: the kernels sparse_scores, sparse_threshold and sparse_attention on torch tensors."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import Any
 
 import torch
 
-from ..codec.codec import Codec
-from ..codec.spec import PAGE
-from ..ops.arrays import dtype_of
-from ..ops.sparse import Scores, Threshold
-from ..ops.table import PageTable
-from . import cuda, cuda_args, nvrtc
-from . import cuda_sparse_args as args
+from ...codec.codec import Codec
+from ...codec.spec import PAGE
+from ...ops.arrays import dtype_of
+from ...ops.sparse import Scores, Threshold
+from ...ops.table import PageTable
+from . import nvrtc, plans
+from . import params as args
+from .launch import address, constants_of, counters, current_stream, limits, on_device, partials
 
 
-def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> args.SparsePlan:
-    return args.sparse_plan(codec.format, codec.kv_heads, queries, cuda.limits(device.index), keys)
+def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> plans.SparsePlan:
+    return plans.sparse_plan(codec.format, codec.kv_heads, queries, limits(device.index), keys)
 
 
-_score_params = cuda_args.Packer(args.SparseScoresParams)
-_page_params = cuda_args.Packer(args.PageScoresParams)
-_select_params = cuda_args.Packer(args.PageSelectParams)
-_threshold_params = cuda_args.Packer(args.SparseThresholdParams)
-_attention_params = cuda_args.Packer(args.SparseAttentionParams)
+_score_params = args.Packer(args.SparseScoresParams)
+_page_params = args.Packer(args.PageScoresParams)
+_select_params = args.Packer(args.PageSelectParams)
+_threshold_params = args.Packer(args.SparseThresholdParams)
+_attention_params = args.Packer(args.SparseAttentionParams)
 
 
 class _Launch:
@@ -34,11 +35,11 @@ class _Launch:
         self.plan = _plan(codec, queries, device, keys)
         macros = self.plan.macros(codec, params, dtype)
         self.kernel = nvrtc.kernel(stem, macros, device.index, self.plan.shared_bytes)
-        self.transform = bytes(cuda._constants_of(codec, device).attend[0 if keys else 1])
+        self.transform = bytes(constants_of(codec, device).attend[0 if keys else 1])
 
 
 def _launch(stem: str, codec: Codec, queries: int, dtype: str, device: Any, keys: bool) -> _Launch:
-    kernels = cuda._constants_of(codec, device).kernels
+    kernels = constants_of(codec, device).kernels
     key = stem, queries, dtype
     if key not in kernels:
         kernels[key] = _Launch(stem, codec, queries, dtype, device, keys)
@@ -52,10 +53,10 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
     scores = torch.empty((batch, q_heads, n, pages * PAGE), dtype=torch.float32, device=device)
     stats = torch.empty((batch, q_heads, n, pages, 2), dtype=torch.float32, device=device)
     if scores.numel():
-        with cuda._on(device):
+        with on_device(device):
             launch = _launch("sparse_scores", codec, group * n, dtype_of(q), device, True)
             params = _score_params(
-                *map(cuda._address, (q, table.base, table.offsets, table.lengths, scores, stats)),
+                *map(address, (q, table.base, table.offsets, table.lengths, scores, stats)),
                 launch.transform,
                 *q.stride()[:3],
                 table.offsets.stride(0),
@@ -65,7 +66,7 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
             )
             splits = max(1, min(launch.plan.splits // batch, -(-pages // launch.plan.warps)))
             grid = splits, codec.kv_heads * launch.plan.blocks, batch
-            launch.kernel.launch(grid, launch.plan.threads, cuda._stream(device), params)
+            launch.kernel.launch(grid, launch.plan.threads, current_stream(device), params)
     return Scores(scores[..., : table.max_length], stats)
 
 
@@ -75,14 +76,14 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty((batch, q_heads, n, pages), dtype=torch.float32, device=device)
     if out.numel():
-        with cuda._on(device):
-            constants = cuda._constants_of(codec, device)
+        with on_device(device):
+            constants = constants_of(codec, device)
             kernel = constants.kernel(
-                ("page_scores", q.dtype), lambda: (args.page_scores_macros(codec, dtype_of(q)), 0)
+                ("page_scores", q.dtype), lambda: (plans.page_scores_macros(codec, dtype_of(q)), 0)
             )
             blocks = -(-group * n // 8)
             params = _page_params(
-                *map(cuda._address, (q, table.base, table.offsets, table.lengths, out)),
+                *map(address, (q, table.base, table.offsets, table.lengths, out)),
                 bytes(constants.attend[0]),
                 *q.stride()[:3],
                 table.offsets.stride(0),
@@ -90,9 +91,9 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
                 scale,
             )
             across = codec.kv_heads * blocks
-            most = max(1, 8 * cuda.limits(device.index).processors // (across * batch))
-            splits = min(-(-pages // (16 * args.PAGE_SCORES_WARPS)), most)
-            kernel.launch((splits, across, batch), 32 * args.PAGE_SCORES_WARPS, cuda._stream(device), params)
+            most = max(1, 8 * limits(device.index).processors // (across * batch))
+            splits = min(-(-pages // (16 * plans.PAGE_SCORES_WARPS)), most)
+            kernel.launch((splits, across, batch), 32 * plans.PAGE_SCORES_WARPS, current_stream(device), params)
     return out
 
 
@@ -100,21 +101,21 @@ def page_select(means: Any, codec: Codec, table: PageTable, budget: int) -> tupl
     """See `forgeattention.sparse.pages.select`."""
     batch, q_heads, n, pages = means.shape
     device, kv_heads, record = means.device, codec.kv_heads, codec.format.record_bytes
-    if pages > args.MOST_PAGES:
-        raise ValueError(f"[page_select] expected at most {args.MOST_PAGES} pages; got {pages}")
+    if pages > plans.MOST_PAGES:
+        raise ValueError(f"[page_select] expected at most {plans.MOST_PAGES} pages; got {pages}")
     chosen = torch.empty((batch, kv_heads, budget), dtype=torch.int64, device=device)
     tokens = torch.empty((batch, kv_heads), dtype=torch.int32, device=device)
     read = torch.empty((batch, kv_heads, pages), dtype=torch.bool, device=device)
     if batch:
-        with cuda._on(device):
-            held = args.FEW_PAGES if pages <= args.FEW_PAGES else args.MOST_PAGES
-            kernel = nvrtc.kernel("page_select", args.page_select_macros(), device.index, 4 * held)
+        with on_device(device):
+            held = plans.FEW_PAGES if pages <= plans.FEW_PAGES else plans.MOST_PAGES
+            kernel = nvrtc.kernel("page_select", plans.page_select_macros(), device.index, 4 * held)
             params = _select_params(
-                *map(cuda._address, (means, table.offsets, table.lengths, chosen, tokens, read)),
+                *map(address, (means, table.offsets, table.lengths, chosen, tokens, read)),
                 table.offsets.stride(0),
                 *(kv_heads, q_heads // kv_heads * n, pages, budget, record),
             )
-            kernel.launch((batch * kv_heads, 1, 1), 1024, cuda._stream(device), params)
+            kernel.launch((batch * kv_heads, 1, 1), 1024, current_stream(device), params)
     return chosen, tokens, read
 
 
@@ -139,16 +140,16 @@ def sparse_threshold(
         whole, pages = _whole_pages(scores), scores.pages.contiguous()
         exact_lse = None if exact_lse is None else exact_lse.contiguous()
         one = min(top_k, 2**31 - 1) if isinstance(top_k, int) else 0
-        with cuda._on(device):
-            kernel = nvrtc.kernel("sparse_threshold", args.threshold_macros(), device.index, args.THRESHOLD_BYTES)
+        with on_device(device):
+            kernel = nvrtc.kernel("sparse_threshold", plans.threshold_macros(), device.index, plans.THRESHOLD_BYTES)
             budgets = None if isinstance(top_k, int) else top_k
             params = _threshold_params(
-                *map(cuda._address, (whole, pages, table.lengths, budgets, exact_lse)),
-                *map(cuda._address, (limit, last, kept, dropped, top)),
+                *map(address, (whole, pages, table.lengths, budgets, exact_lse)),
+                *map(address, (limit, last, kept, dropped, top)),
                 *(q_heads, n, pages.shape[3], one),
                 top_p or 0.0,
             )
-            kernel.launch((rows, 1, 1), 1024, cuda._stream(device), params)
+            kernel.launch((rows, 1, 1), 1024, current_stream(device), params)
     else:
         limit.fill_(torch.inf), last.fill_(-1), kept.zero_(), dropped.zero_(), top.fill_(-torch.inf)
     return Threshold(limit, last, kept, dropped, top)
@@ -169,16 +170,17 @@ def sparse_attention(
     lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
     whole, stats = _whole_pages(scores), scores.pages.contiguous()
     other_o, other_lse = (None, None) if other is None else (x.contiguous() for x in other)
-    with cuda._on(device):
+    with on_device(device):
         launch = _launch("sparse_attention", codec, queries, dtype_of(out), device, False)
-        plan, stream = launch.plan, cuda._stream(device)
+        plan, stream = launch.plan, current_stream(device)
         heads = batch * codec.kv_heads * plan.blocks
         size = heads * plan.splits * 8 * (codec.format.padded_dim + 1)
-        part = cuda._scratch_of(cuda._parts, device, stream, size, torch.float32)
+        part = partials(device, stream, size)
         params = _attention_params(
-            *map(cuda._address, (whole, stats, threshold.score, threshold.top, threshold.last)),
-            *map(cuda._address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse, part)),
-            cuda._scratch_of(cuda._counters, device, stream, heads, torch.int32).data_ptr(),
+            *map(address, (whole, stats, threshold.score, threshold.top, threshold.last)),
+            *map(address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse)),
+            part,
+            counters(device, stream, heads),
             launch.transform,
             table.offsets.stride(0),
             *(codec.kv_heads, queries, plan.blocks, stats.shape[3]),

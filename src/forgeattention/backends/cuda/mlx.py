@@ -1,7 +1,7 @@
 """MLX arrays on NVIDIA GPUs: the kernels of kernels/cuda through `mx.fast.precompiled_cuda_kernel`.
 
 Launches are nodes of MLX's own graphs, in its stream. Only `encode` waits for the device. Pages are coded as the torch
-backend codes them (cuda.py).
+backend codes them (pages.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from ..codec.codec import Codec
-from ..codec.spec import PAGE
-from ..ops.arrays import dtype_of
-from ..ops.merge import merge
-from ..ops.table import ExactTokens, PageTable
-from . import cuda_args as args
-from . import nvrtc
-from .metal_launch import packed_queries, unpacked_values
-from .mlx_arrays import page_places, some_exact, some_table, store_pages
-from .mlx_attention import attention
+from ...codec.codec import Codec
+from ...codec.spec import PAGE
+from ...ops.arrays import dtype_of
+from ...ops.merge import merge
+from ...ops.table import ExactTokens, PageTable
+from ..mlx.arrays import page_places, some_exact, some_table, store_pages
+from ..mlx.attention import attention
+from ..mlx.codec import packed_queries, unpacked_values
+from . import nvrtc, plans
+from . import params as args
 
 log = logging.getLogger("forgeattention")
 
@@ -36,34 +36,14 @@ SCORES = 1 << 26
 """Scores of a prefill chunk that are held at a time, 256 MiB."""
 
 
-@lru_cache
-def available() -> tuple[bool, str]:
-    """Whether this process can launch CUDA kernels from MLX, and why."""
-    if not mx.cuda.is_available():
-        return False, f"MLX {mx.__version__} without a CUDA device"
-    usable, versions = nvrtc.toolchain()
-    if not usable:
-        return False, versions
-    major, minor = _capability()
-    if major < 8:
-        return False, f"compute capability {major}.{minor}; 8.0 or newer is needed"
-    return True, f"MLX {mx.__version__} on sm_{major}{minor}, {versions}"
-
-
 @cache
-def _capability() -> tuple[int, int]:
-    major, minor = nvrtc.attributes(DEVICE, "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR")
-    return major, minor
-
-
-@cache
-def limits() -> args.Limits:
-    return args.Limits(*nvrtc.attributes(DEVICE, *args.LIMITS))
+def limits() -> plans.Limits:
+    return plans.Limits(*nvrtc.attributes(DEVICE, *plans.LIMITS))
 
 
 @cache
 def _code(kernel: str, macros: nvrtc.Macros) -> bytes:
-    return nvrtc.cubin(kernel, macros, nvrtc.architecture(*_capability()))
+    return nvrtc.cubin(kernel, macros, nvrtc.architecture(*nvrtc.capability(DEVICE)))
 
 
 @dataclass(frozen=True)
@@ -230,7 +210,7 @@ class _Decode:
 
     def __init__(self, codec: Codec, constants: _Constants, q_heads: int, n: int, dtypes: tuple[str, str]) -> None:
         group = q_heads // codec.kv_heads
-        self.plan = args.decode_plan(codec.format, codec.kv_heads, group * n, limits())
+        self.plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits())
         self.macros = self.plan.macros(codec, *dtypes)
         k, v = constants.attend
         self.arrays = {**k.arrays("k"), **v.arrays("v")}
@@ -281,7 +261,7 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
         },
         (-(-table.max_length // PAGE), codec.kv_heads, shape[0]),
         256,
-        args.decode_pages_shared_bytes(codec.format),
+        plans.decode_pages_shared_bytes(codec.format),
     ).run()
     return found[0], found[1]
 
@@ -312,7 +292,7 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
         {**k_side.scalars("k"), **v_side.scalars("v"), "tokens": k.shape[1], **_units(codec)},
         (pages, codec.kv_heads, 1),
         256,
-        args.encode_shared_bytes(codec.format),
+        plans.encode_shared_bytes(codec.format),
         zeroed=True,
     ).run()
     if bad.item():
@@ -342,12 +322,12 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     table = some_table(table, q.shape[0], mx)
     side = _constants_of(codec).attend[0]
     scalars = _scores_scalars(codec, table, q, side)
-    warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
+    warps, pages = plans.scores_warps(codec.format), -(-table.max_length // PAGE)
     across = codec.kv_heads * scalars["blocks"]
     groups = min(-(-pages // warps), max(1, 8 * limits().processors // (across * q.shape[0])))
     return Launch(
         "qk_scores",
-        args.scores_macros(codec, dtype_of(q)),
+        plans.scores_macros(codec, dtype_of(q)),
         {"q": q, **_pages(table), **side.arrays("side")},
         {"out": (shape, "float32")},
         {**scalars, "scale": scale, "unit": float(codec.k_codebook.unit)},
@@ -364,17 +344,17 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     table = some_table(table, batch, mx)
     side = _constants_of(codec).attend[1]
     scalars = _scores_scalars(codec, table, p, side)
-    warps, pages = args.scores_warps(codec.format), -(-table.max_length // PAGE)
+    warps, pages = plans.scores_warps(codec.format), -(-table.max_length // PAGE)
     splits = max(1, min(64, pages // (2 * warps)))  # by max_length alone, so that a row's result ignores the batch
     (sums,) = Launch(
         "value_sum",
-        args.scores_macros(codec, "float32"),
+        plans.scores_macros(codec, "float32"),
         {"q": p, **_pages(table), **side.arrays("side")},
         {"out": ((splits, batch, q_heads, n, codec.head_dim), "float32")},
         {**scalars, "scale": 1.0, "unit": float(codec.v_codebook.unit)},
         (splits, codec.kv_heads * scalars["blocks"], batch),
         32 * warps,
-        args.value_sum_shared_bytes(codec.format),
+        plans.value_sum_shared_bytes(codec.format),
     ).run()
     return sums.sum(0)
 

@@ -1,0 +1,45 @@
+"""Pages written, read back and moved by the native CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...codec.codec import Codec
+from ...ops.arrays import empty_like, is_torch
+from ...ops.checks import fail
+from ...ops.table import PageTable
+from ...ops.threads import get_num_threads
+from .native import native, native_codec
+from .views import DTYPES, address, bytes_of, flat, table_view, view_of
+
+
+def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
+    op = "encode"
+    base, size = bytes_of(op, "out", out)
+    where = flat(op, "offsets", offsets)
+    pages = offsets.shape[0]
+    native.encode(
+        native_codec(codec), view_of(op, "k", k), view_of(op, "v", v), pages, base, size, where, get_num_threads()
+    )
+
+
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    pages = offsets.shape[0]
+    out = empty_like(offsets, (pages, page_bytes), "uint8")
+    start, size = bytes_of("compact", "base", base)
+    where = flat("compact", "offsets", offsets)
+    native.compact(start, size, where, pages, page_bytes, address(out), get_num_threads())
+    return out
+
+
+def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
+    batch = table.lengths.shape[0]
+    shape = (batch, codec.kv_heads, table.max_length, codec.format.padded_dim if rotated else codec.head_dim)
+    if dtype == "bfloat16" and not is_torch(table.lengths):
+        raise fail("decode_pages", "dtype float32 or float16 for NumPy results", dtype)
+    k, v = empty_like(table.lengths, shape, dtype), empty_like(table.lengths, shape, dtype)
+    view = table_view("decode_pages", table)
+    native.decode_pages(
+        native_codec(codec), view, batch, rotated, DTYPES[dtype], address(k), address(v), get_num_threads()
+    )
+    return k, v

@@ -1,0 +1,119 @@
+"""What launches on torch tensors have in common: a codec's constants on a device, scratch, the stream.
+
+Launches go to torch's current stream. No op but prefill of uneven rows waits for the device, and all can be captured in
+CUDA graphs: lengths and page tables are read by the kernels, and launch shapes follow from the host's upper bounds.
+Captured launches share scratch with the stream they were captured on: do not replay two graphs that were captured on
+one stream at the same time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...codec.codec import Codec
+from . import nvrtc
+from . import params as args
+from .plans import LIMITS, Limits
+
+
+@lru_cache
+def limits(device: int) -> Limits:
+    """What the device of this number offers to one launch."""
+    return Limits(*nvrtc.attributes(device, *LIMITS))
+
+
+class Constants:
+    """A codec's transforms on a device."""
+
+    def __init__(self, codec: Codec, device: Any) -> None:
+        self._device = device
+        self._keep: list[Any] = []
+        self.kernels: dict[Any, Any] = {}  # looked up by what a call varies in, as macros take long to put together
+        sides = codec.k_transform, codec.v_transform
+        self.encode, self.attend = ([self._args(args.Side.of(codec, t, e)) for t in sides] for e in (True, False))
+
+    def kernel(self, key: tuple[Any, ...], options: Callable[[], tuple[args.Macros, int]]) -> nvrtc.Kernel:
+        """The kernel key[0], of which the key tells the variant; `options`: its macros and bytes of shared memory."""
+        if key not in self.kernels:
+            macros, shared = options()
+            self.kernels[key] = nvrtc.kernel(key[0], macros, self._device.index, shared)
+        return self.kernels[key]
+
+    def _put(self, array: Any) -> int:
+        tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
+        self._keep.append(tensor)
+        return int(tensor.data_ptr())
+
+    def _args(self, side: args.Side) -> args.TransformArgs:
+        arrays = side.signs, side.in_matrix, side.out_matrix, side.mu
+        return args.TransformArgs(*(0 if x is None else self._put(x) for x in arrays), side.stride, side.mu_stride)
+
+
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def on_device(device: Any) -> AbstractContextManager[Any]:
+    """Makes a device the current one; costs little where it is."""
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def current_stream(device: Any) -> int:
+    """torch's current stream on a device, as the driver knows it."""
+    # torch.cuda.current_stream makes an object first, which takes ten times as long.
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+_constants: weakref.WeakKeyDictionary[Codec, dict[Any, Constants]] = weakref.WeakKeyDictionary()
+_counters: dict[tuple[int, int], Any] = {}
+_partials: dict[tuple[int, int], Any] = {}
+_replaced: list[Any] = []
+
+
+def constants_of(codec: Codec, device: Any) -> Constants:
+    """The codec's constants on a device, made once."""
+    per_device = _constants.setdefault(codec, {})
+    if device not in per_device:
+        per_device[device] = Constants(codec, device)
+    return per_device[device]
+
+
+def _scratch_of(kept: dict[tuple[int, int], Any], device: Any, stream: int, count: int, dtype: Any) -> Any:
+    """A buffer of at least `count` elements, zero at first. One per stream: launches on one stream do not overlap."""
+    key = (device.index, stream)
+    have = kept.get(key)
+    if have is None or have.numel() < count:
+        if have is not None:
+            _replaced.append(have)  # graphs captured with it may be replayed
+        have = kept[key] = torch.zeros(max(count, 65536), dtype=dtype, device=device)
+    return have
+
+
+def counters(device: Any, stream: int, count: int) -> int:
+    """Address of `count` int32 counters that are zero; every launch leaves them so."""
+    return _scratch_of(_counters, device, stream, count, torch.int32).data_ptr()
+
+
+def partials(device: Any, stream: int, count: int) -> int:
+    """Address of scratch for `count` float32 of partial results."""
+    return _scratch_of(_partials, device, stream, count, torch.float32).data_ptr()
+
+
+def address(x: Any) -> int:
+    """Where a tensor's elements begin; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def aligned_rows(x: Any) -> Any:
+    """The tensor with a contiguous last axis and rows that start at multiples of 16 bytes; a copy if it is not so."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    size = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(s % size == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

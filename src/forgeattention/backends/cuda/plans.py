@@ -1,0 +1,225 @@
+"""Shapes of CUDA launches: tiles, splits, stages and shared memory. Nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from ...codec.codec import Codec
+from ...codec.spec import PAGE, PageFormat
+from .nvrtc import Macros
+from .params import (
+    TYPES,
+    DecodeParams,
+    PageScoresParams,
+    PageSelectParams,
+    ScoresParams,
+    SparseThresholdParams,
+    macros,
+)
+
+THRESHOLD_BYTES = 8 * (8192 + 2048) + 4 * 8192 + 12 * 1024 + 8 * 33 + 16
+"""Shared memory of sparse_threshold: its three lists, its bins."""
+FEW_PAGES, MOST_PAGES = 16384, 49152
+"""Pages whose ranks page_select has room for in shared memory: on any device, and on those with more than 192 KB."""
+
+
+def scores_warps(fmt: PageFormat) -> int:
+    return 4 if fmt.padded_dim <= 256 else 2
+
+
+def value_sum_shared_bytes(fmt: PageFormat) -> int:
+    return scores_warps(fmt) * max(fmt.record_bytes, 8 * (fmt.padded_dim + 1) * 4)
+
+
+def encode_shared_bytes(fmt: PageFormat) -> int:
+    d = fmt.padded_dim
+    return 4 * (PAGE * (d + 1) + d + 3 * PAGE + 32 + 8) + PAGE * d
+
+
+def decode_pages_shared_bytes(fmt: PageFormat) -> int:
+    return 4 * (PAGE * (fmt.padded_dim + 4) + PAGE)
+
+
+LIMITS = (
+    "MULTIPROCESSOR_COUNT",
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+    "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR",
+)
+"""Names of the device attributes that `Limits` holds."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers to one launch. Defaults: H100."""
+
+    processors: int = 132
+    shared_per_block: int = 232448
+    shared_per_processor: int = 233472
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so
+    that a row's result is the same alone and in a batch."""
+
+    queries: int  # of one KV head that a CTA holds
+    blocks: int  # CTAs' worth of queries
+    warps: int
+    pages: int  # that a warp reads together
+    groups: int  # of so many records, that a warp's ring holds
+    ctas: int  # per multiprocessor
+    chunks: int  # of one row and KV head, at most
+    min_pages: int  # of a chunk
+    shared_bytes: int
+
+    def macros(self, codec: Codec, dtype: str, exact_dtype: str) -> Macros:
+        return macros(
+            codec,
+            DecodeParams,
+            FORGE_QUERIES=self.queries,
+            FORGE_WARPS=self.warps,
+            FORGE_PAGES=self.pages,
+            FORGE_GROUPS=self.groups,
+            FORGE_CTAS=self.ctas,
+            FORGE_TYPE=TYPES[dtype],
+            FORGE_EXACT_TYPE=TYPES[exact_dtype],
+        )
+
+    def row_chunks(self, length: int) -> int:
+        """Chunks that pages of so many tokens are cut into."""
+        return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
+
+    def slots(self, max_length: int, max_exact: int) -> int:
+        """Partial results of a row and KV head: one per chunk and per task of exact tokens (Cut in decode_args.cuh)."""
+        return self.row_chunks(max_length) + -(-max_exact // 16)
+
+    def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
+        return self.row_chunks(max_length), kv_heads * self.blocks, batch
+
+
+def decode_plan(
+    fmt: PageFormat,
+    kv_heads: int,
+    queries: int,
+    limits: Limits,
+    warps: int | None = None,
+    ctas: int | None = None,
+    pages: int | None = None,
+    groups: int = 4,
+    rounds: int = 2,
+) -> DecodePlan:
+    """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
+
+    To head_dim 128 two CTAs of eight warps share a multiprocessor with four queries or fewer (128 registers, two pages
+    at a time), and one of twelve has it with eight (168 registers): half as many chunks to join make up for the warps.
+    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp.
+    """
+    d = fmt.padded_dim
+    held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
+    blocks = -(-queries // held)
+    light = d <= 128 and held <= 8
+    eight = light and held == 8
+    warps = warps or (12 if eight else 8)
+    ctas = ctas or (2 if light and not eight else 1)
+    pages = pages or (2 if light and held == 4 else 1)
+    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
+    per_group = warps * (pages * fmt.record_bytes + 16)
+    room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
+    # A warp's part of the ring holds its state at the end.
+    needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
+    if room < needed * per_group:
+        if ctas > 1:
+            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, groups, rounds)
+        if warps > 2:
+            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, groups, rounds)
+        if pages > 1:
+            return decode_plan(fmt, kv_heads, queries, limits, pages=1)
+        expected, got = fixed + needed * per_group, room + fixed
+        raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
+    groups = max(needed, min(groups, room // per_group))
+    return DecodePlan(
+        queries=held,
+        blocks=blocks,
+        warps=warps,
+        pages=pages,
+        groups=groups,
+        ctas=ctas,
+        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
+        min_pages=rounds * warps * pages,
+        shared_bytes=fixed + groups * per_group,
+    )
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """Shape of a launch of sparse_scores or sparse_attention. Fixed by the codec, the queries of a KV head and the
+    device, never by the batch or its lengths.
+
+    Attributes:
+        queries: of one KV head that a CTA holds.
+        blocks: CTAs' worth of queries.
+        warps, stages: of a CTA; pages that each warp has in flight.
+        ctas: per multiprocessor.
+        splits: CTAs over which the pages of one head are dealt out.
+        shared_bytes: dynamic shared memory of a CTA.
+    """
+
+    queries: int
+    blocks: int
+    warps: int
+    stages: int
+    ctas: int
+    splits: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def macros(self, codec: Codec, params: type[ctypes.Structure], dtype: str) -> Macros:
+        return macros(
+            codec,
+            params,
+            FORGE_QUERIES=self.queries,
+            FORGE_WARPS=self.warps,
+            FORGE_STAGES=self.stages,
+            FORGE_CTAS=self.ctas,
+            FORGE_TYPE=TYPES[dtype],
+        )
+
+
+def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, keys: bool) -> SparsePlan:
+    """The shape for `queries` query vectors per KV head, of sparse_scores (`keys`) or of sparse_attention."""
+    d = fmt.padded_dim
+    held = 4 if keys and queries <= 4 else 8
+    blocks = -(-queries // held)
+    warps, ctas = (8, 2) if d <= 128 else (8, 1) if d <= 256 else (4, 1)
+    # Static shared memory: scales, terms of the queries, constants.
+    fixed = 4 * 64 * warps + (held * (2 * (d + 16) + 16) if keys else 32) + 64
+    room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
+    part = fmt.v_offset if keys else fmt.record_bytes - fmt.mean_offset
+    stages = min(4, room // (warps * (part + 16)))
+    sums = 0 if keys else warps * 8 * (d + 1) * 4
+    splits = max(1, limits.processors * ctas // (kv_heads * blocks))
+    return SparsePlan(held, blocks, warps, stages, ctas, splits, max(warps * stages * (part + 16), sums))
+
+
+PAGE_SCORES_WARPS = 4
+
+
+def scores_macros(codec: Codec, dtype: str) -> Macros:
+    return macros(codec, ScoresParams, FORGE_TYPE=TYPES[dtype], FORGE_WARPS=scores_warps(codec.format))
+
+
+def page_scores_macros(codec: Codec, dtype: str) -> Macros:
+    return macros(codec, PageScoresParams, FORGE_WARPS=PAGE_SCORES_WARPS, FORGE_TYPE=TYPES[dtype])
+
+
+def threshold_macros() -> Macros:
+    sizes = {"FORGE_PARAMS_BYTES": ctypes.sizeof(SparseThresholdParams), "FORGE_SHARED_BYTES": THRESHOLD_BYTES}
+    return tuple((name, str(size)) for name, size in sizes.items())
+
+
+def page_select_macros() -> Macros:
+    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PageSelectParams))),)

@@ -1,0 +1,1 @@
+"""What the launchers of several backends share for MLX arrays. No backend of its own."""
