@@ -16,7 +16,7 @@ from ...codec.transform import random_signs
 from ...ops.threads import get_num_threads
 
 try:
-    native: Any = importlib.import_module("forgeattention.native")
+    native: Any = importlib.import_module("forgeattention._native")
     _missing = ""
 except ImportError as error:
     native, _missing = None, f"the native module is not built ({error})"
@@ -51,10 +51,11 @@ def read_pass(data: NDArray[np.uint8]) -> int:
 
 
 def native_codec(codec: Codec) -> Any:
-    native = _codecs.get(codec)
-    if native is None:
-        native = _codecs[codec] = _make_codec(codec)
-    return native
+    """The codec as the native module holds it, made once."""
+    made = _codecs.get(codec)
+    if made is None:
+        made = _codecs[codec] = _make_codec(codec)
+    return made
 
 
 def _make_codec(codec: Codec) -> Any:

@@ -18,8 +18,8 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     shape = tuple(q.shape[:3])
     out = empty_like(q, (*shape, table.max_length), "float32")
     view = table_view("qk_scores", table)
-    native = native_codec(codec)
-    native.qk_scores(native, shape, view_of("qk_scores", "q", q), view, scale, address(out), get_num_threads())
+    queries = view_of("qk_scores", "q", q)
+    native.qk_scores(native_codec(codec), shape, queries, view, scale, address(out), get_num_threads())
     return out
 
 
