@@ -95,6 +95,9 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
     sparse = [plans.sparse_plan(codec.format, kv_heads, queries, plans.Limits(), keys) for keys in (True, False)]
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
+        ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype, 8)),
+        ("page_tables", args.page_tables_macros()),
+        ("paged_append", args.paged_append_macros()),
         ("compact", args.COMPACT_MACROS),
         ("encode", args.encode_macros(codec, case.dtype)),
         ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),

@@ -82,6 +82,8 @@ def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
         args.DecodePagesParams,
         args.ScoresParams,
         args.AppendTokensParams,
+        args.PageTablesParams,
+        args.PagedAppendParams,
         args.MergeParams,
         args.TurnQueriesParams,
         args.MergePartsParams,

@@ -1,132 +1,108 @@
-"""The vLLM backend's tables without vLLM: every token is attended exactly once, as packed or as exact."""
+"""The tables of a paged engine's step without vLLM: every token is attended exactly once, as packed or as exact."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_engine import Batch, Engine
 
 from forgeattention.codec import PAGE, CodecSpec
 from forgeattention.codec.presets import PRESETS
 from forgeattention.integrations.vllm.settings import Settings
-from forgeattention.integrations.vllm.step import Exact, Layout, Pages, Step
+from forgeattention.reference.page_tables import Geometry, PageTables, page_tables
 
 BYTES = 1000
 """Of a page in these tests; only an offset's unit."""
+Token = tuple[int, int]
 
 
-@dataclass
-class Engine:
-    """Blocks as vLLM hands them out: a token is (row, position); packed and exact blocks come from one pool."""
+class Memory:
+    """What lies in the blocks: names of tokens."""
 
-    layout: Layout
-    random: np.random.Generator
-    free: list[int]
-    exact: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    pages: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    packed_table: dict[int, list[int]] = field(default_factory=dict)
-    exact_table: dict[int, list[int]] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.pages: dict[int, list[Token]] = {}
+        self.exact: dict[int, Token] = {}
 
-    def take(self) -> int:
-        return self.free.pop(int(self.random.integers(len(self.free))))
-
-    def step(self, news: dict[int, int]) -> None:
-        """Rows' numbers of new tokens, those with one first."""
-        layout, b = self.layout, self.layout.exact_block
-        rows = sorted(news, key=lambda row: news[row] != 1)
-        slots = []
-        for row in rows:
-            past, length = self.lengths.get(row, 0), self.lengths.get(row, 0) + news[row]
-            held = self.exact_table.setdefault(row, [])
-            # The window's blocks before the step; block 0 is vLLM's null block.
-            for i in range(layout.sink_blocks, max(past - layout.window - PAGE + 1, 0) // b):
-                if held[i]:
-                    self.free.append(held[i])
-                    held[i] = 0
-            held += [self.take() for _ in range(-(-length // b) - len(held))]
-            table = self.packed_table.setdefault(row, [])
-            table += [self.take() for _ in range(-(-length // (PAGE * layout.pages_per_block)) - len(table))]
-            slots += [held[i // b] * b + i % b for i in range(past, length)]
-            self.lengths[row] = length
-        tables = [
-            np.zeros((len(rows), max(map(len, t.values()))), np.int64) for t in (self.packed_table, self.exact_table)
+    def run(self, batch: Batch) -> None:
+        g, rows = self.engine.geometry, self.engine.rows
+        tables = page_tables(g, batch.starts, batch.lengths, batch.packed_table, batch.exact_table, batch.decode_rows)
+        new = [
+            name
+            for i, number in enumerate(batch.rows)
+            for name in rows[number].names[len(rows[number].names) - int(batch.starts[i + 1] - batch.starts[i]) :]
         ]
-        for table, known in zip(tables, (self.packed_table, self.exact_table)):
-            for i, row in enumerate(rows):
-                table[i, : len(known[row])] = known[row]
-        starts = np.cumsum([0, *(news[row] for row in rows)])
-        lengths = np.array([self.lengths[row] for row in rows])
-        step = Step.make(layout, starts, lengths, *tables, torch.tensor(slots))
-        self.write(step, rows, news)
-        self.check(step, rows, news)
+        before = dict(self.exact)
+        for name, slot in zip(new, batch.slots.tolist(), strict=True):
+            if slot >= g.exact_block:
+                self.exact[slot] = name
+        for offset, tokens in zip(tables.fill_offsets.tolist(), tables.fill_tokens.tolist(), strict=True):
+            if offset >= 0:
+                self.pages[offset] = [new[t] if t >= 0 else before[-1 - t] for t in tokens]
+        for i, number in enumerate(batch.rows):
+            self.check(tables, i, number, int(batch.starts[i + 1] - batch.starts[i]), i < batch.decode_rows)
 
-    def write(self, step: Step, rows: list[int], news: dict[int, int]) -> None:
-        tokens = [(row, i) for row in rows for i in range(self.lengths[row] - news[row], self.lengths[row])]
-        assert step.tokens == len(tokens)
-        for token, block, slot in zip(tokens, step.blocks.tolist(), step.slots.tolist(), strict=True):
-            self.exact[block, slot] = token
-        read = [
-            self.exact[block, slot] for block in step.encode_ids.tolist() for slot in range(self.layout.exact_block)
-        ]
-        for i, offset in enumerate(step.encode_offsets.tolist()):
-            self.pages[offset] = read[i * PAGE : (i + 1) * PAGE]
-
-    def attended(self, pages: Pages | None, exact: Exact | None, row: int) -> tuple[list, list]:
-        packed, plain = [], []
-        if pages is not None:
-            left = int(pages.lengths[row])
-            for offset in pages.offsets[row].tolist():
-                packed += self.pages[offset][: min(left, PAGE)] if left > 0 else []
-                left -= PAGE
-        if exact is not None:
-            read = [(block, slot) for block in exact.ids[row].tolist() for slot in range(self.layout.exact_block)]
-            plain = [self.exact[at] for at in read[: int(exact.lengths[row])]]
-        return packed, plain
-
-    def check(self, step: Step, rows: list[int], news: dict[int, int]) -> None:
-        ones = [row for row in rows if news[row] == 1]
-        assert step.rows == len(ones)
-        cases = [(row, *self.attended(step.pages, step.exact, i), 1) for i, row in enumerate(ones)]
-        for row, chunk in zip(rows[len(ones) :], step.chunks, strict=True):
-            assert chunk.stop - chunk.start == news[row]
-            cases.append((row, *self.attended(chunk.pages, chunk.exact, 0), 0))
-        for row, packed, plain, own in cases:
-            past = self.lengths[row] - news[row]
-            want = Counter((row, i) for i in range(past + own))
-            assert Counter(packed) + Counter(plain) == want
-            whole = max(past - self.layout.window, 0) // PAGE * PAGE
-            assert sorted(i for _, i in packed) == list(range(min(self.layout.sinks, whole), whole))
+    def check(self, tables: PageTables, i: int, number: int, new: int, decodes: bool) -> None:
+        """A row's packed and exact tokens are all its tokens, each once, but for new ones that it attends directly."""
+        g, row = self.engine.geometry, self.engine.rows[number]
+        past = len(row.names) - new
+        packed: list[Token] = []
+        for page, offset in enumerate(tables.offsets[i].tolist()):
+            left = int(tables.packed[i]) - page * PAGE
+            packed += self.pages[offset][: min(left, PAGE)] if left > 0 else []
+        slots = [int(block) * g.exact_block + at for block in tables.blocks[i] for at in range(g.exact_block)]
+        plain = [self.exact[slot] for slot in slots[: int(tables.exact[i])]]
+        assert len(plain) == tables.exact[i] <= g.most_exact(new)
+        seen = past + (new if decodes else 0)
+        assert Counter(packed) + Counter(plain) == Counter(row.names[:seen])
+        whole = max(g.first_kept(past), min(row.shared, past // PAGE * PAGE))
+        assert Counter(packed) == Counter(row.names[min(g.sinks, whole) : whole])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_every_token_is_attended_once(data: st.DataObject) -> None:
     b = data.draw(st.sampled_from([4, 8, 32, 64]))
     per_block = data.draw(st.sampled_from([1, 2, 5]))
     window = data.draw(st.sampled_from([0, 64, 128]))
-    sinks = data.draw(st.integers(0, 64 // b)) if b < 64 else data.draw(st.integers(0, 1))
-    layout = Layout(window, BYTES, per_block, per_block * BYTES + 24, b, sinks)
-    engine = Engine(layout, np.random.default_rng(data.draw(st.integers(0, 9))), list(range(1, 4000)))
-    alive, born = [0, 1, 2], 3
+    sinks = data.draw(st.integers(0, 64 // b))
+    decode_tokens = data.draw(st.sampled_from([1, 1, 3]))
+    geometry = Geometry(window, BYTES, per_block, per_block * BYTES + 24, b, sinks)
+    random = np.random.default_rng(data.draw(st.integers(0, 9)))
+    engine = Engine(geometry, random, 6000, decode_tokens)
+    memory = Memory(engine)
+    alive = [engine.add() for _ in range(3)]
     for _ in range(data.draw(st.integers(1, 12))):
         chosen = [row for row in alive if data.draw(st.booleans())]
-        news = {row: data.draw(st.sampled_from([1, 1, 1, 2, 63, 64, 65, 200, 330])) for row in chosen}
+        sizes = st.sampled_from([decode_tokens] * 3 + [2, 63, 64, 65, 200, 330])
+        news = {row: data.draw(sizes) for row in chosen}
         if news:
-            engine.step(news)
-        if data.draw(st.integers(0, 4)) == 0:
+            memory.run(engine.step(news, decode_tokens))
+        event = data.draw(st.integers(0, 5))
+        if event == 0:
             # A sequence ends: its blocks are others' soon, with what they hold.
-            gone = alive.pop(0)
-            for table in (engine.packed_table, engine.exact_table):
-                engine.free += [block for block in table.pop(gone, []) if block]
-            engine.lengths.pop(gone, None)
-            alive.append(born)
-            born += 1
+            engine.end(alive.pop(0))
+            alive.append(engine.add())
+        if event == 1:
+            # Another begins with the same tokens as far as a whole block of pages reaches.
+            parent = data.draw(st.sampled_from(alive))
+            block = PAGE * per_block
+            length = len(engine.rows[parent].names) // block * block
+            if length:
+                alive.append(engine.hit(parent, length))
+
+
+def test_a_chunk_takes_exact_blocks_for_its_last_tokens_only() -> None:
+    geometry = Geometry(64, BYTES, 1, BYTES, 8, 1)
+    engine = Engine(geometry, np.random.default_rng(0), 2000, slack=1)
+    row = engine.add()
+    engine.step({row: 8000})
+    # One block of sinks, and tokens 7,935 // 64 * 64 = 7,872 up to 8,000.
+    assert sum(block > 0 for block in engine.rows[row].exact) == 1 + (8000 - 7872) // 8
 
 
 def test_settings_are_read_and_checked() -> None:

@@ -26,7 +26,7 @@ from .launch import (
 
 LOG2E = math.log2(math.e)
 _merge_params = args.Packer(args.MergeParams)
-_decode_params = args.Packer(args.DecodeParams)
+decode_params = args.Packer(args.DecodeParams)
 _NONE = (0, 0, 0)
 
 
@@ -47,12 +47,21 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
     return out, lse
 
 
-class _DecodeLaunch:
+class DecodeLaunch:
     """What the launches for one codec, number of queries and pair of dtypes have in common."""
 
-    def __init__(self, codec: Codec, constants: Constants, group: int, n: int, dtypes: tuple[str, str], device: int):
+    def __init__(
+        self,
+        codec: Codec,
+        constants: Constants,
+        group: int,
+        n: int,
+        dtypes: tuple[str, str],
+        device: int,
+        exact_block: int = 0,
+    ) -> None:
         self.plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits(device))
-        macros = self.plan.macros(codec, *dtypes)
+        macros = self.plan.macros(codec, *dtypes, exact_block)
         self.kernel = nvrtc.kernel("decode_attention", macros, device, self.plan.shared_bytes)
         self.threads = 32 * self.plan.warps
         self.width = codec.format.padded_dim
@@ -85,7 +94,7 @@ def decode_attention(
         launch = constants.kernels.get(key)
         if launch is None:
             dtypes = dtype_of(q), dtype_of(exact_k)
-            launch = _DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
+            launch = DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
             constants.kernels[key] = launch
         stream = current_stream(device)
         heads = batch * kv_heads * launch.plan.blocks
@@ -93,10 +102,11 @@ def decode_attention(
         slots = launch.plan.slots(max_length, 0 if exact is None else exact.max_length)
         parts = heads * slots * launch.plan.queries  # a vector, its maximum and its sum each
         part = partials(device, stream, parts * (launch.width + 2))
-        params = _decode_params(
+        params = decode_params(
             q.data_ptr(),
             *(_NONE if table is None else map(address, (table.base, table.offsets, table.lengths))),
             *(_NONE if exact is None else (exact_k.data_ptr(), exact_v.data_ptr(), exact.lengths.data_ptr())),
+            0,
             0 if sink_logits is None else sink_logits.data_ptr(),
             out.data_ptr(),
             lse.data_ptr(),
@@ -107,7 +117,9 @@ def decode_attention(
             *q.stride()[:3],
             *exact_k.stride()[:3],
             *exact_v.stride()[:3],
+            *out.stride()[:3],
             0 if table is None else table.offsets.stride(0),
+            0,
             *launch.queries,
             causal,
             *launch.cut,

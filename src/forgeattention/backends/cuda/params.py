@@ -64,11 +64,12 @@ class DecodeParams(ctypes.Structure):
 
     _fields_ = [
         *((name, P) for name in ("q", "base", "offsets", "lengths", "exact_k", "exact_v", "exact_lengths")),
+        ("exact_blocks", P),
         *((name, P) for name in ("sink_logits", "out", "lse", "part", "part_ml", "counter")),
         ("k_transform", TransformArgs),
         ("v_transform", TransformArgs),
-        *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
-        ("max_pages", I64),
+        *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        *((name, I64) for name in ("max_pages", "exact_stride")),
         *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "causal")),
         *((name, I32) for name in ("chunks", "min_pages", "slots", "max_length")),
         *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
@@ -223,6 +224,26 @@ class AppendTokensParams(ctypes.Structure):
     ]
 
 
+class PageTablesParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("starts", "lengths", "packed_table", "exact_table", "offsets", "packed", "blocks")),
+        *((name, P) for name in ("exact", "fill_offsets", "fill_tokens")),
+        *((name, I64) for name in ("block_bytes", "page_bytes")),
+        *((name, I64) for name in ("packed_stride", "exact_stride", "max_pages", "max_blocks")),
+        *((name, I32) for name in ("decode_rows", "window", "pages_per_block", "exact_block", "sink_blocks")),
+    ]
+
+
+class PagedAppendParams(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("k", "v", "cache", "slots", "fill_offsets", "fill_tokens", "fill_k", "fill_v")),
+        *((name, I64 * 2) for name in ("k_stride", "v_stride")),
+        ("cache_stride", I64 * 3),
+        ("fill_stride", I64),
+        *((name, I32) for name in ("tokens", "heads", "words", "exact_block")),
+    ]
+
+
 class Packer:
     """Fills a parameter structure several times faster than its ctypes constructor.
 
@@ -279,6 +300,14 @@ def merge_macros(dim: int, dtype: str) -> Macros:
 
 def append_tokens_macros() -> Macros:
     return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(AppendTokensParams))),)
+
+
+def page_tables_macros() -> Macros:
+    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PageTablesParams))),)
+
+
+def paged_append_macros() -> Macros:
+    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PagedAppendParams))),)
 
 
 def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:

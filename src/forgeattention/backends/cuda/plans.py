@@ -73,7 +73,7 @@ class DecodePlan:
     min_pages: int  # of a chunk
     shared_bytes: int
 
-    def macros(self, codec: Codec, dtype: str, exact_dtype: str) -> Macros:
+    def macros(self, codec: Codec, dtype: str, exact_dtype: str, exact_block: int = 0) -> Macros:
         return macros(
             codec,
             DecodeParams,
@@ -84,6 +84,7 @@ class DecodePlan:
             FORGE_CTAS=self.ctas,
             FORGE_TYPE=TYPES[dtype],
             FORGE_EXACT_TYPE=TYPES[exact_dtype],
+            FORGE_EXACT_BLOCK=exact_block,
         )
 
     def row_chunks(self, length: int) -> int:

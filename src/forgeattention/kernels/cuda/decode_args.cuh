@@ -2,7 +2,8 @@
 //
 // Macros besides those of page.cuh: FORGE_QUERIES (4, 8 or 16 queries of one KV head at a time), FORGE_WARPS, FORGE_PAGES (a warp's at a
 // time, 1 or 2), FORGE_GROUPS (of FORGE_PAGES records, that a warp's ring holds), FORGE_CTAS (per multiprocessor), FORGE_ROTATION, FORGE_TYPE
-// (queries and output), FORGE_EXACT_TYPE, FORGE_PARAMS_BYTES.
+// (queries and output), FORGE_EXACT_TYPE, FORGE_EXACT_BLOCK (tokens of a block of exact tokens; 0: a row's lie side by side),
+// FORGE_PARAMS_BYTES.
 #pragma once
 #include "page.cuh"
 #include "transform.cuh"
@@ -20,15 +21,16 @@ struct Params {
   const int* lengths;          // [batch] packed tokens, or null
   const void *exact_k, *exact_v;  // FORGE_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows
   const int* exact_lengths;    // [batch], or null
+  const int* exact_blocks;     // [batch, exact_stride], if FORGE_EXACT_BLOCK: then k_stride and v_stride are those of blocks, heads, tokens
   const float* sink_logits;    // [q_heads], or null
-  void* out;                   // FORGE_TYPE [batch, q_heads, n, head_dim], contiguous
+  void* out;                   // FORGE_TYPE [batch, q_heads, n, head_dim]
   float* lse;                  // [batch, q_heads, n]
   float* part;                 // [batch, kv_heads, blocks, slots, QUERIES, DIM]: a slot per chunk, then one per task of exact tokens
   float2* part_ml;             // the same without DIM: (maximum in log2 units, sum)
   u32* counter;                // [batch, kv_heads, blocks], zero before and after
   TransformArgs k_transform, v_transform;
-  i64 q_stride[3], k_stride[3], v_stride[3];  // elements: row, head, token
-  i64 max_pages;
+  i64 q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // elements: row, head, token
+  i64 max_pages, exact_stride;
   int kv_heads, group, n, queries, blocks, causal;  // queries = group * n
   int chunks, min_pages, slots;  // a row's head has at most `chunks`, of at least `min_pages` pages each
   int max_length;                // tokens that no row exceeds, and most rows have

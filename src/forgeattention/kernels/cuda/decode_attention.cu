@@ -261,12 +261,13 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     transform_out<DIM, FORGE_ROTATION>(y, p.v_transform, signs, it.head, lane);
     const float total = packed + recent + sink, inverse = total > 0.f ? 1.f / total : 0.f;
     const i64 at = ((i64)it.row * p.kv_heads + it.head) * p.queries + query;
+    const i64 to = it.row * p.out_stride[0] + q_head * p.out_stride[1] + query % p.n * p.out_stride[2];
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
       if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
-      store_element<FORGE_TYPE>(p.out, at * HEAD_DIM + channel, (y[k] + exact[k]) * inverse);
+      store_element<FORGE_TYPE>(p.out, to + channel, (y[k] + exact[k]) * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
   }

@@ -11,7 +11,7 @@ constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
 struct Params {
   const void *k, *v;  // FORGE_TYPE [kv_heads, 64 pages, head_dim]
   u8* base;           // added to offsets; null if they are addresses
-  const i64* offsets;  // [pages] bytes
+  const i64* offsets;  // [pages] bytes; below 0: no page
   int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
   TransformArgs k_transform, v_transform;
   i64 k_stride[2], v_stride[2];  // elements: head, token
@@ -328,7 +328,9 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
   const Shared sh(shared);
   const int page = blockIdx.x, head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  u8* record = p.base + __ldg(p.offsets + page) + (i64)head * RECORD;
+  const i64 offset = __ldg(p.offsets + page);
+  if (offset < 0) return;
+  u8* record = p.base + offset + (i64)head * RECORD;
   if (threadIdx.x < 32) {
     const int c = threadIdx.x >> 2 & 3, e = threadIdx.x & 3;
     const bool keys = threadIdx.x < 16;

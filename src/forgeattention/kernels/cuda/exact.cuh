@@ -7,6 +7,7 @@
 namespace exact {
 constexpr int TERM = FORGE_EXACT_TYPE == HALF ? HALF : BFLOAT;
 constexpr bool TWO = FORGE_EXACT_TYPE == FLOAT;  // terms of a token
+constexpr int EXACT_BLOCK = FORGE_EXACT_BLOCK > 0 ? FORGE_EXACT_BLOCK : 1;
 constexpr bool EARLY = !TWO && HEAD_DIM <= 128;  // all of a task's tokens fit the registers
 static_assert(HEAD_DIM % 16 == 0, "a lane reads eight channels at a time");
 
@@ -52,6 +53,16 @@ __device__ __forceinline__ void load(const void* p, i64 at, bool any, u32 (&firs
   }
 }
 
+// Where a token of a row begins: rows of neighbouring tokens, or blocks of FORGE_EXACT_BLOCK tokens, of which stride[0] is the distance.
+__device__ __forceinline__ i64 place(const Params& p, const Item& it, const i64 (&stride)[3], int token) {
+  if constexpr (FORGE_EXACT_BLOCK > 0) {
+    const i64 block = __ldg(p.exact_blocks + it.row * p.exact_stride + token / EXACT_BLOCK);
+    return block * stride[0] + it.head * stride[1] + token % EXACT_BLOCK * stride[2];
+  } else {
+    return it.row * stride[0] + it.head * stride[1] + token * stride[2];
+  }
+}
+
 // The tokens of a task: from, from + 1, ..
 struct Task {
   int from;
@@ -60,12 +71,12 @@ struct Task {
   // Keys: token 8 half + g, channels 32 b + 8 t ..
   __device__ __forceinline__ void load_key(const Params& p, const Item& it, int half, int b, int lane, u32 (&first)[4], u32 (&second)[4]) {
     const int channel = 32 * b + 8 * (lane & 3), token = min(from + 8 * half + (lane >> 2), it.exact - 1);
-    load(p.exact_k, it.row * p.k_stride[0] + it.head * p.k_stride[1] + token * p.k_stride[2] + channel, channel < HEAD_DIM, first, second);
+    load(p.exact_k, place(p, it, p.k_stride, token) + channel, channel < HEAD_DIM, first, second);
   }
   // Values: token 8 (j / 2) + 2 t + j % 2, channels 64 c + 8 g ..
   __device__ __forceinline__ void load_value(const Params& p, const Item& it, int j, int c, int lane, u32 (&first)[4], u32 (&second)[4]) {
     const int channel = 64 * c + 8 * (lane >> 2), token = min(from + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1), it.exact - 1);
-    load(p.exact_v, it.row * p.v_stride[0] + it.head * p.v_stride[1] + token * p.v_stride[2] + channel, channel < HEAD_DIM, first, second);
+    load(p.exact_v, place(p, it, p.v_stride, token) + channel, channel < HEAD_DIM, first, second);
   }
   __device__ __forceinline__ void begin(const Params& p, const Item& it, int task, int lane) {
     from = task * EXACT_TOKENS;

@@ -34,6 +34,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORGE_CTAS)
   p.v_stride[0] = (i64)kv_heads * capacity * HEAD_DIM;
   p.v_stride[1] = (i64)capacity * HEAD_DIM;
   p.v_stride[2] = HEAD_DIM;
+  p.out_stride[0] = p.q_stride[0];
+  p.out_stride[1] = p.q_stride[1];
+  p.out_stride[2] = p.q_stride[2];
+  p.exact_blocks = nullptr;
+  p.exact_stride = 0;
   p.max_pages = max_pages;
   p.kv_heads = kv_heads;
   p.group = group;

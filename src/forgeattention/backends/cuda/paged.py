@@ -1,0 +1,209 @@
+"""A paged engine's step on CUDA: tables, new tokens, pages that fill, attention, all from the device's block tables.
+
+The engine owns the memory: vLLM's KV blocks hold pages and exact tokens (integrations/vllm). Nothing here allocates,
+copies to the host or waits, so that a whole step can be captured in a CUDA graph and replayed with other tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...codec.codec import Codec
+from ...codec.spec import PAGE
+from ...ops.arrays import dtype_of
+from ...reference.page_tables import Geometry, fills
+from . import nvrtc, pages, plans
+from . import params as args
+from .attention import LOG2E, DecodeLaunch, decode_params
+from .launch import constants_of, current_stream, limits, on_device
+
+_page_tables_params = args.Packer(args.PageTablesParams)
+_paged_append_params = args.Packer(args.PagedAppendParams)
+
+
+class Tables:
+    """As `reference.page_tables.PageTables`, in memory that is allocated once (kernels/cuda/page_tables.cu).
+
+    Args:
+        geometry: of the blocks.
+        rows: most rows of a step.
+        tokens: most new tokens of a step.
+        length: most tokens of a sequence.
+        decode_tokens: most new tokens of a row whose new tokens are attended through the exact blocks.
+        device: where the tables lie.
+    """
+
+    def __init__(
+        self, geometry: Geometry, rows: int, tokens: int, length: int, decode_tokens: int, device: Any
+    ) -> None:
+        self.geometry = geometry
+        most_blocks = geometry.sink_blocks + -(-geometry.most_exact(decode_tokens) // geometry.exact_block) + 1
+        self.offsets = torch.zeros(rows, max(1, length // PAGE), dtype=torch.int64, device=device)
+        self.packed = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.blocks = torch.zeros(rows, most_blocks, dtype=torch.int32, device=device)
+        self.exact = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.fill_offsets = torch.zeros(fills(rows, tokens), dtype=torch.int64, device=device)
+        self.fill_tokens = torch.zeros(fills(rows, tokens), PAGE, dtype=torch.int32, device=device)
+
+    def make(self, starts: Any, lengths: Any, packed_table: Any, exact_table: Any, decode_rows: int) -> None:
+        """Fills the tables of a step.
+
+        Args:
+            starts: int32 [rows + 1], where each row's new tokens start among the step's.
+            lengths: int32 [rows], tokens of each row, the new ones included.
+            packed_table, exact_table: int32 [rows, most blocks], block numbers; 0 where there is none.
+            decode_rows: the first rows, whose exact tokens are to include the new ones.
+        """
+        g, device = self.geometry, lengths.device
+        with on_device(device):
+            kernel = nvrtc.kernel("page_tables", args.page_tables_macros(), device.index, 0)
+            params = _page_tables_params(
+                *(x.data_ptr() for x in (starts, lengths, packed_table, exact_table, self.offsets, self.packed)),
+                *(x.data_ptr() for x in (self.blocks, self.exact, self.fill_offsets, self.fill_tokens)),
+                *(g.block_bytes, g.page_bytes),
+                *(x.stride(0) for x in (packed_table, exact_table, self.offsets, self.blocks)),
+                *(decode_rows, g.window, g.pages_per_block, g.exact_block, g.sink_blocks),
+            )
+            kernel.launch((lengths.shape[0], 1, 1), 128, current_stream(device), params)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one layer.
+
+    Attributes:
+        codec: the layer's codec.
+        pages: uint8 [bytes], to which page offsets are added.
+        tokens: exact blocks [blocks, exact_block, kv_heads, 2 * head_dim], a token's key and value side by side.
+    """
+
+    codec: Codec
+    pages: torch.Tensor
+    tokens: torch.Tensor
+
+
+def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, count: int, staging: Any) -> None:
+    """Writes new keys and values to the exact blocks, and encodes the pages that they fill.
+
+    Args:
+        blocks: of the layer.
+        tables: of the step.
+        key, value: [tokens, kv_heads, head_dim], rows at multiples of 16 bytes.
+        slots: int64 [tokens], place of each token in the exact blocks; in block 0 or below where it is not kept.
+        count: `fills` of the step.
+        staging: [2, kv_heads, at least 64 * count, head_dim] of the tokens' dtype: keys and values of filled pages.
+    """
+    tokens, heads, dim = key.shape
+    size, cache = key.element_size(), blocks.tokens
+    device = key.device
+    with on_device(device):
+        kernel = nvrtc.kernel("paged_append", args.paged_append_macros(), device.index, 0)
+        params = _paged_append_params(
+            *(x.data_ptr() for x in (key, value, cache, slots, tables.fill_offsets, tables.fill_tokens)),
+            *(staging[0].data_ptr(), staging[1].data_ptr()),
+            *(size * s for x in (key, value) for s in x.stride()[:2]),
+            *(size * s for s in cache.stride()[:3]),
+            size * staging.stride(1),
+            *(tokens, heads, dim * size // 16, cache.shape[1]),
+        )
+        kernel.launch((-(-tokens // 4) + count * heads, 1, 1), 256, current_stream(device), params)
+    pages.encode(
+        staging[0, :, : PAGE * count], staging[1, :, : PAGE * count], blocks.codec, blocks.pages, tables.fill_offsets
+    )
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that `decode_attention` works in, of at least `scratch_sizes`.
+
+    Attributes:
+        parts: float32.
+        counters: int32, zero before and after.
+        lse: float32.
+    """
+
+    parts: torch.Tensor
+    counters: torch.Tensor
+    lse: torch.Tensor
+
+
+def scratch_sizes(
+    codec: Codec, q_heads: int, rows: int, n: int, length: int, exact: int, device: Any
+) -> tuple[int, int, int]:
+    """Elements of a `Scratch` for at most `rows` rows of n queries, `length` packed and `exact` exact tokens."""
+    plan = plans.decode_plan(codec.format, codec.kv_heads, q_heads // codec.kv_heads * n, limits(device.index))
+    heads = rows * codec.kv_heads * plan.blocks
+    parts = heads * plan.slots(length, exact) * plan.queries
+    return parts * (codec.format.padded_dim + 2), heads, rows * q_heads * n
+
+
+def decode_attention(
+    q: Any,
+    blocks: Blocks,
+    tables: Tables,
+    scale: float,
+    sink_logits: Any | None,
+    max_length: int,
+    out: Any,
+    scratch: Scratch,
+) -> None:
+    """Attends the newest queries of every row, causally, to the row's pages and exact tokens.
+
+    Args:
+        q: [rows, q_heads, n, head_dim].
+        blocks: of the layer.
+        tables: of the step, whose first rows these are.
+        scale: softmax scale.
+        sink_logits: float32 [q_heads], or None.
+        max_length: packed tokens that no row exceeds.
+        out: as q.
+        scratch: of the size for these rows, queries and lengths.
+    """
+    rows, q_heads, n, dim = q.shape
+    codec, device = blocks.codec, q.device
+    keys, values = blocks.tokens[..., :dim], blocks.tokens[..., dim:]
+    exact_block = keys.shape[1]
+    with on_device(device):
+        constants = constants_of(codec, device)
+        key = ("decode_attention", q_heads, n, q.dtype, keys.dtype, exact_block)
+        launch = constants.kernels.get(key)
+        if launch is None:
+            dtypes = dtype_of(q), dtype_of(keys)
+            launch = DecodeLaunch(codec, constants, q_heads // codec.kv_heads, n, dtypes, device.index, exact_block)
+            constants.kernels[key] = launch
+        slots = launch.plan.slots(max_length, tables.geometry.most_exact(n))
+        parts = rows * codec.kv_heads * launch.plan.blocks * slots * launch.plan.queries
+        part = scratch.parts.data_ptr()
+        block, token, head = keys.stride()[:3]
+        params = decode_params(
+            *(x.data_ptr() for x in (q, blocks.pages, tables.offsets, tables.packed, keys, values, tables.exact)),
+            tables.blocks.data_ptr(),
+            0 if sink_logits is None else sink_logits.data_ptr(),
+            *(
+                out.data_ptr(),
+                scratch.lse.data_ptr(),
+                part,
+                part + 4 * parts * launch.width,
+                scratch.counters.data_ptr(),
+            ),
+            *launch.transforms,
+            *q.stride()[:3],
+            *(block, head, token),
+            *(block, head, token),
+            *out.stride()[:3],
+            tables.offsets.stride(0),
+            tables.blocks.stride(0),
+            *launch.queries,
+            True,
+            *launch.cut,
+            slots,
+            max_length,
+            scale * LOG2E,
+            *launch.units,
+        )
+        launch.kernel.launch(
+            launch.plan.grid(rows, codec.kv_heads, max_length), launch.threads, current_stream(device), params
+        )
