@@ -21,14 +21,13 @@ from forgeattention.codec import Codec, CodecSpec, packing
 RUN = """
 alignas(16) static u8 shared[232448];
 #include "encode.inc"
-extern "C" int run(const float* k, const float* v, u8* record, float k_unit, float v_unit) {
+extern "C" int run(const float* k, const float* v, u8* record, float k_unit, float v_unit, i64 offset) {
   Block made;
   block = &made;
   int bad = 0;
-  i64 offset = 0;
   Params p{};
   p.k = k, p.v = v, p.base = record, p.offsets = &offset, p.bad = &bad;
-  p.k_stride[1] = p.v_stride[1] = HEAD_DIM, p.k_unit = k_unit, p.v_unit = v_unit;
+  p.k_stride[2] = p.v_stride[2] = HEAD_DIM, p.k_unit = k_unit, p.v_unit = v_unit;
   std::vector<std::thread> threads;
   for (int i = 0; i < 256; ++i) threads.emplace_back([&p, i] { threadIdx = {i, 0, 0}, encode(p); });
   for (std::thread& thread : threads) thread.join();
@@ -69,7 +68,9 @@ def test_pages(case: dict[str, Any], tmp_path: Path) -> None:
     v[5] = 0
     record = np.zeros(codec.page_bytes, np.uint8)
     units = [ctypes.c_float(book.unit) for book in (codec.k_codebook, codec.v_codebook)]
-    assert run(*(x.ctypes.data_as(ctypes.c_void_p) for x in (k, v, record)), *units) == 0
+    assert run(*(x.ctypes.data_as(ctypes.c_void_p) for x in (k, v, record)), *units, ctypes.c_int64(-1)) == 0
+    assert not record.any()
+    assert run(*(x.ctypes.data_as(ctypes.c_void_p) for x in (k, v, record)), *units, ctypes.c_int64(0)) == 0
     best = reference.encode(k[None].astype(np.float64), v[None].astype(np.float64), codec)
     for mine, oracle, x in zip(*(reference.decode_pages(p, codec) for p in (record[None, None], best)), (k, v)):
         loss, least = ((mine[0] - x) ** 2).sum(), ((oracle[0] - x) ** 2).sum()
@@ -89,5 +90,11 @@ def test_values_that_are_not_finite_set_the_flag(tmp_path: Path) -> None:
         x[side, 9, 5] = np.nan
         record = np.zeros(codec.page_bytes, np.uint8)
         assert (
-            run(*(a.ctypes.data_as(ctypes.c_void_p) for a in (*x, record)), ctypes.c_float(1), ctypes.c_float(1)) == 1
+            run(
+                *(a.ctypes.data_as(ctypes.c_void_p) for a in (*x, record)),
+                ctypes.c_float(1),
+                ctypes.c_float(1),
+                ctypes.c_int64(0),
+            )
+            == 1
         )

@@ -51,6 +51,20 @@ _append_tokens_params = args.Packer(args.AppendTokensParams)
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
+    """See `forgeattention.ops.encode`."""
+    encode_rows(*(x.unflatten(1, (k.shape[1] // PAGE, PAGE)).transpose(0, 1) for x in (k, v)), codec, offsets, out)
+
+
+def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = None) -> None:
+    """Codes 64 tokens of every row, in one launch that asks nothing of the host.
+
+    Args:
+        k, v: [rows, kv_heads, 64, head_dim] of one dtype, of any strides.
+        codec: the layer's.
+        offsets: int64 [rows] on the device: where a row's page goes, in bytes from `out`, or an address without it. A
+            row whose offset is negative is left out.
+        out: uint8, or None.
+    """
     if codec.spec.refine or codec.shaping is not None:
         _warn_of_plain_codes()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -63,12 +77,12 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
         params = _encode_params(
             *map(address, (k, v, out, offsets, _bad_of(k.device))),
             *map(bytes, constants.encode),
-            *k.stride()[:2],
-            *v.stride()[:2],
+            *k.stride()[:3],
+            *v.stride()[:3],
             codec.k_codebook.unit,
             codec.v_codebook.unit,
         )
-        kernel.launch((k.shape[1] // PAGE, codec.kv_heads, 1), 256, current_stream(k.device), params)
+        kernel.launch((k.shape[0], codec.kv_heads, 1), 256, current_stream(k.device), params)
 
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:

@@ -81,8 +81,8 @@ class EncodeParams(ctypes.Structure):
         *((name, P) for name in ("k", "v", "base", "offsets", "bad")),
         ("k_transform", TransformArgs),
         ("v_transform", TransformArgs),
-        ("k_stride", I64 * 2),
-        ("v_stride", I64 * 2),
+        ("k_stride", I64 * 3),
+        ("v_stride", I64 * 3),
         ("k_unit", F32),
         ("v_unit", F32),
     ]

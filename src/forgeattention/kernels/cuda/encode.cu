@@ -9,12 +9,12 @@ constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
 
 struct Params {
-  const void *k, *v;  // FORGE_TYPE [kv_heads, 64 pages, head_dim]
+  const void *k, *v;  // FORGE_TYPE [pages, kv_heads, 64, head_dim] by their strides
   u8* base;           // added to offsets; null if they are addresses
-  const i64* offsets;  // [pages] bytes; below 0: no page
+  const i64* offsets;  // [pages] bytes; a page whose offset is negative is left out
   int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
   TransformArgs k_transform, v_transform;
-  i64 k_stride[2], v_stride[2];  // elements: head, token
+  i64 k_stride[3], v_stride[3];  // elements: page, head, token
   float k_unit, v_unit;
 };
 static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
@@ -343,7 +343,7 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
       if (!keys && i == 4 * e + c) edge = 0.5f * (V_LEVELS[i + 4] + V_LEVELS[i]);
     sh.edges[threadIdx.x] = edge;
   }
-  bool bad = rotate(p.v, head * p.v_stride[0] + (i64)page * forge::PAGE * p.v_stride[1], p.v_stride[1], p.v_transform, head, sh, warp, lane);
+  bool bad = rotate(p.v, page * p.v_stride[0] + head * p.v_stride[1], p.v_stride[2], p.v_transform, head, sh, warp, lane);
   if (__syncthreads_or(bad)) {
     if (threadIdx.x == 0) *p.bad = 1;
     return;
@@ -354,7 +354,7 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
   bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
   __syncthreads();
 
-  bad |= rotate(p.k, head * p.k_stride[0] + (i64)page * forge::PAGE * p.k_stride[1], p.k_stride[1], p.k_transform, head, sh, warp, lane);
+  bad |= rotate(p.k, page * p.k_stride[0] + head * p.k_stride[1], p.k_stride[2], p.k_transform, head, sh, warp, lane);
   __syncthreads();
   float top = 0.f;
   for (int c = threadIdx.x; c < DIM; c += THREADS) {

@@ -14,10 +14,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   p.bad = bad;
   p.k_transform = FORGE_TRANSFORM(k);
   p.v_transform = FORGE_TRANSFORM(v);
-  p.k_stride[0] = (i64)tokens * HEAD_DIM;
-  p.k_stride[1] = HEAD_DIM;
-  p.v_stride[0] = (i64)tokens * HEAD_DIM;
-  p.v_stride[1] = HEAD_DIM;
+  p.k_stride[0] = forge::PAGE * HEAD_DIM;
+  p.k_stride[1] = (i64)tokens * HEAD_DIM;
+  p.k_stride[2] = HEAD_DIM;
+  p.v_stride[0] = forge::PAGE * HEAD_DIM;
+  p.v_stride[1] = (i64)tokens * HEAD_DIM;
+  p.v_stride[2] = HEAD_DIM;
   p.k_unit = k_unit;
   p.v_unit = v_unit;
   encode(p);
