@@ -147,7 +147,10 @@ _POINTER = re.compile(
     rf"(?P<before>\bconst\s+)?\b(?P<space>device|threadgroup|constant)\s+(?P<after>const\s+)?(?P<type>{_TYPE_NAME})"
     r"(?P<east>\s+const)?\s*(?P<mark>[*&])"
 )
-_VARIABLE = re.compile(rf"\bthreadgroup\s+(?P<type>{_TYPE_NAME})\s+(?P<name>\w+)\s*(?P<dims>(?:\[[^\]]*\]\s*)*);")
+_VARIABLE = re.compile(
+    r"(?:\balignas\((?P<align>\d+)\)\s+)?"
+    rf"\bthreadgroup\s+(?P<type>{_TYPE_NAME})\s+(?P<name>\w+)\s*(?P<dims>(?:\[[^\]]*\]\s*)*);"
+)
 
 
 def _pointer(match: re.Match[str]) -> str:
@@ -163,8 +166,8 @@ def _variable(match: re.Match[str]) -> str:
     dims = re.findall(r"\[([^\]]*)\]", match["dims"])
     if len(dims) != 1:
         raise EmulatorError("translation", f"expected a one-dimensional threadgroup array; got {match[0]}")
-    kind, name = match["type"], match["name"]
-    return f'static msl::threadgroup_storage<{kind}, {dims[0]}> {name}_; auto {name} = {name}_.get("{name}");'
+    kind, name, align = match["type"], match["name"], match["align"] or f"alignof({match['type']})"
+    return f'static msl::threadgroup_storage<{kind}, {dims[0]}, {align}> {name}_; auto {name} = {name}_.get("{name}");'
 
 
 def translate(text: str, body: str) -> str:

@@ -57,6 +57,12 @@ class TestFaults:
         cast = I + "out[i] = ((const device float4*)(x + 1))[0].x;"
         fault("misaligned", "no multiple of 16", cast, inputs={"x": np.ones(40, np.float32)})
 
+    def test_threadgroup_array_read_as_a_wider_type(self):
+        read = "threadgroup float s[32]; s[i] = 1.0f; simdgroup_barrier(mem_flags::mem_threadgroup); "
+        read += "out[i] = (*(threadgroup const float4*)s).x;"
+        fault("misaligned", "no multiple of 16", I + read)
+        assert (launch(I + "alignas(16) " + read) == 1).all()
+
     def test_private_array_index(self):
         fault("undefined", "thread-private", I + "float a[4] = {0}; a[i] = 1.0f; out[i] = a[i / 8];")
 

@@ -131,12 +131,16 @@ using metal::exp;
 using metal::exp2;
 using metal::log;
 using metal::log2;
+using metal::rsqrt;
+using metal::sqrt;
 }  // namespace fast
 namespace precise {
 using metal::exp;
 using metal::exp2;
 using metal::log;
 using metal::log2;
+using metal::rsqrt;
+using metal::sqrt;
 }  // namespace precise
 
 }  // namespace metal

@@ -101,14 +101,17 @@ template <class T>
 using threadgroup_ref = ref<T, kThreadgroup>;
 
 // Storage of one `threadgroup T name[N];`. The threads of a threadgroup share it, and threadgroups run one after
-// another, so one static object serves them all; its cells know which threadgroup wrote them.
-template <class T, size_t N>
+// another, so one static object serves them all; its cells know which threadgroup wrote them. It begins at a multiple of
+// ALIGN, what the declaration promises, and of no more: a read as a wider type is then seen to be misaligned.
+template <class T, size_t N, size_t ALIGN>
 struct threadgroup_storage {
-  alignas(16) char bytes[sizeof(T) * N];
+  alignas(64) char room[sizeof(T) * N + ALIGN];
   Cell cells[N];
   Region region;
   uint32_t declared_in;                          // number of the launch that declared it last
   threadgroup_ptr<T> get(const char* name) {
+    static_assert(ALIGN <= 32, "expected an alignment of at most 32 bytes");
+    char* bytes = room + ALIGN;
     if (declared_in != launch_number()) {
       declared_in = launch_number();
       region = Region{bytes, sizeof(T) * N, name, cells, sizeof(T), kThreadgroup, false, 0};

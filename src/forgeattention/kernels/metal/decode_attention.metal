@@ -227,7 +227,7 @@ inline void decode_attention(const device float* q, const device float* q_exact,
 }  // namespace forge
 
 //! body
-  threadgroup float scratch[forge::decode_scratch(D, ROWS)];
+  alignas(16) threadgroup float scratch[forge::decode_scratch(D, ROWS)];
   forge::decode_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
       q, q_exact, bias, base, offsets, lengths, offsets_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2], k_levels,
       v_levels, exact_k_shape[1], q_shape[1] / exact_k_shape[1] * q_shape[2], q_shape[2], packed_o, packed_ml, exact_o,

@@ -8,6 +8,9 @@
 // head_dim 128 on an M4 (1.9e12 lane instructions a second), once in 64 tokens; REFINE multiplies this by 7. Bytes:
 // 64 KB read and 6.5 KB written, 0.6 us at 120 GB/s.
 //
+// Codes must not depend on the system that a record is made on: functions that decide one are Metal's precise ones.
+// MLX asks for fast ones (no option) on macOS 15 and later and for precise ones before.
+//
 // SHAPED keys (codec/shaping.py) are coded one channel quarter after another, each token by one thread: at head_dim 128
 // a token takes 18,000 instructions for what earlier quarters feed back, 80,000 for four searches in which 8 survivors
 // carry 32 errors and 25,000 for their starts. With REFINE that is 40 us per page and head on an M4, 10 ms for 32
@@ -141,12 +144,12 @@ struct Shape {
 
 // Codes every token of a side at `factor` times its unit variance. y: [64, D] f32; row: [D] f32, subtracted from every
 // token (zeros for values); rms, factor: [64]. sums: [4, 64, 2], by simdgroup <u, c> and <c, c> of each token, u the
-// token at unit variance and c its code values. part: takes the codes with WRITE. shape: with SHAPED, where the codes
-// are found. A barrier must follow.
-template <int D, int BITS, int CODE, bool KEYS, bool WRITE, bool SHAPED>
+// token at unit variance and c its code values. part: takes the codes if `write`. shape: with SHAPED and if `shaped`,
+// where the codes are found. A barrier must follow.
+template <int D, int BITS, int CODE, bool KEYS, bool SHAPED>
 inline void code_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                       device uint* part, threadgroup const float* rms, threadgroup const float* factor,
-                      threadgroup float* sums, Shape shape, uint simdgroup, uint lane) {
+                      threadgroup float* sums, Shape shape, bool write, bool shaped, uint simdgroup, uint lane) {
   for (int i = int(lane); i < 2 * PAGE; i += 32) sums[int(simdgroup) * 2 * PAGE + i] = 0.0f;
   simdgroup_barrier(mem_flags::mem_threadgroup);
   for (int unit = int(simdgroup); unit < units(D); unit += 4) {
@@ -159,14 +162,14 @@ inline void code_side(const device float* y, threadgroup const float* row, threa
       const float size = rms[token];
       u[i] = size > 0.0f ? (y[token * D + channel] - row[channel]) / size : 0.0f;
       x[i] = u[i] * factor[token];
-      if (SHAPED) {
+      if (SHAPED && shaped) {
         const uint found = shape.codes[channel * PAGE + token];
         codes[i] = found & 15;
         x[i] = levels[found >> 4];
       }
     }
-    if (!SHAPED) quantise_unit<BITS, CODE>(x, levels, codes);
-    if (WRITE) {
+    if (!SHAPED || !shaped) quantise_unit<BITS, CODE>(x, levels, codes);
+    if (write) {
       uint w[BITS];
       pack_unit<BITS, CODE>(codes, w);
       for (int k = 0; k < BITS; ++k) part[word_index(D, BITS, int(lane), unit, k)] = w[k];
@@ -222,21 +225,39 @@ inline int circular_start(thread const float (&x)[32], threadgroup const float* 
   return start;
 }
 
+// The factors of `Shape` between the 32 codes of one unit of keys. A class and no lambda, which MSL has since 3.2 only.
+template <int D>
+struct UnitFeedback {
+  Shape shape;
+  int unit, lane;
+
+  // Factor of the error of code j in code i; 0 if they are of different tokens.
+  float before(int i, int j) const {
+    const int token = k_token(D, lane, unit, i % 4);
+    if (token != k_token(D, lane, unit, j % 4)) return 0.0f;
+    return shape.row(D, token, k_channel(D, lane, unit, i % 4, i / 4))[k_channel(D, lane, unit, j % 4, j / 4)];
+  }
+  float weight(int i) const {
+    const int token = k_token(D, lane, unit, i % 4);
+    return shape.weight[shape.orders[token] * D + k_channel(D, lane, unit, i % 4, i / 4)];
+  }
+};
+
 // Codes of a unit on a path from `start` back to it, each survivor with the errors of its own path fed back. x: the unit,
-// base: what earlier units feed back; before(i, j): factor of the error of code j in code i, 0 if of another token;
-// weight(i). found: code and level index << 4; x becomes its errors.
-template <int BITS, int STATES, class Before, class Weight>
+// base: what earlier units feed back; feedback: a UnitFeedback. found: code and level index << 4; x becomes its errors.
+template <int BITS, int STATES, class Feedback>
 inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], int start, threadgroup const float* levels,
-                        Before before, Weight weight, thread uint (&found)[32]) {
+                        Feedback feedback, thread uint (&found)[32]) {
   float cost[STATES], error[2][STATES][32];
   uint level[2][STATES][32];
   for (int s = 0; s < STATES; ++s) cost[s] = s == start ? 0.0f : INFINITY;
   for (int i = 0; i < 32; ++i) {
     const int now = i & 1;
     float target[STATES], next[STATES];
+    const float weight = feedback.weight(i);
     for (int s = 0; s < STATES; ++s) target[s] = x[i] + base[i];
     for (int j = 0; j < i; ++j) {
-      const float f = before(i, j);
+      const float f = feedback.before(i, j);
       for (int s = 0; s < STATES; ++s) target[s] += f * error[now][s][j];
     }
     for (int s = 0; s < STATES; ++s) {
@@ -245,7 +266,7 @@ inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], i
       float distance[2];
       const int w[2] = {nearest_in_subset<BITS>(target[low], kind[0], levels, distance[0]),
                         nearest_in_subset<BITS>(target[high], kind[1], levels, distance[1])};
-      const float a = cost[low] + weight(i) * distance[0], b = cost[high] + weight(i) * distance[1];
+      const float a = cost[low] + weight * distance[0], b = cost[high] + weight * distance[1];
       const int pick = b < a ? 1 : 0, from = pick ? high : low, index = w[pick] << 2 | kind[pick];
       next[s] = pick ? b : a;
       for (int j = 0; j < i; ++j) error[now ^ 1][s][j] = error[now][from][j], level[now ^ 1][s][j] = level[now][from][j];
@@ -284,15 +305,11 @@ inline void shape_keys(const device float* y, threadgroup const float* row, thre
         // what this quarter of the channels has coded so far is of other units, or still zero
         for (int j = 0; j < (run > 1 ? t + 1 : t) * (D / 4); ++j) base[i] += f[j] * shape.errors[j * PAGE + token];
       }
-      const auto before = [&](int i, int j) {
-        const int token = k_token(D, lane, unit, i % 4);
-        if (token != k_token(D, lane, unit, j % 4)) return 0.0f;
-        return shape.row(D, token, k_channel(D, lane, unit, i % 4, i / 4))[k_channel(D, lane, unit, j % 4, j / 4)];
-      };
+      const UnitFeedback<D> feedback = {shape, unit, lane};
       if (CODE == SCALAR) {
         for (int i = 0; i < 32; ++i) {
           float target = x[i] + base[i];
-          for (int j = 0; j < i; ++j) target += before(i, j) * x[j];
+          for (int j = 0; j < i; ++j) target += feedback.before(i, j) * x[j];
           uint code = 0;
           for (int k = 0; k + 1 < 1 << BITS; ++k) code += target > 0.5f * (levels[k] + levels[k + 1]) ? 1 : 0;
           x[i] -= levels[code];
@@ -300,14 +317,10 @@ inline void shape_keys(const device float* y, threadgroup const float* row, thre
         }
       } else {
         enum { STATES = CODE == TRELLIS4 ? 4 : 8 };
-        const auto weight = [&](int i) {
-          const int token = k_token(D, lane, unit, i % 4);
-          return shape.weight[shape.orders[token] * D + k_channel(D, lane, unit, i % 4, i / 4)];
-        };
         float shifted[32];
         for (int i = 0; i < 32; ++i) shifted[i] = x[i] + base[i];
         const int start = circular_start<BITS, STATES>(shifted, levels);
-        shaped_path<BITS, STATES>(x, base, start, levels, before, weight, found);
+        shaped_path<BITS, STATES>(x, base, start, levels, feedback, found);
       }
       for (int i = 0; i < 32; ++i) {
         const int token = k_token(D, lane, unit, i % 4), channel = k_channel(D, lane, unit, i % 4, i / 4);
@@ -346,7 +359,7 @@ inline float2 token_sums(threadgroup const float* sums, int token) {
 // The scale of a token in units of its root mean square; uu = <u, u>.
 template <int RULE>
 inline float token_gain(float uu, float2 s) {
-  if (RULE == NORM) return sqrt(uu / s.y);
+  if (RULE == NORM) return precise::sqrt(uu / s.y);
   if (RULE == LEAST_SQUARES) return s.x / s.y;
   return uu / (s.x > 0.0f ? s.x : 1.0f);
 }
@@ -365,13 +378,14 @@ inline float multiplier(int round) { return 0.85f + 0.05f * float(round); }
 
 // Codes and scales of one side of a page; y, row, part as in code_side.
 // scales: [64] f32, the result. rms, factor: [64], sums: [4, 64, 2] f32 scratch. Ends with a barrier.
-// REFINE codes every token again at five nearby scales and keeps, group by group, what leaves the least squared error.
-// SHAPED codes with feedback, and the error is the shaped one.
-template <int D, int BITS, int CODE, bool KEYS, int RULE, bool REFINE, bool SHAPED>
+// `refine` codes every token at its own scale and at five nearby ones, and keeps, group by group, what leaves the least
+// squared error. `shaped`, with SHAPED, codes with feedback, and the error is the shaped one. Both are known at run time
+// only, and a round that tries shares its code with the last one, which writes: a side is compiled once.
+template <int D, int BITS, int CODE, bool KEYS, int RULE, bool SHAPED>
 inline void quantise_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                           device uint* part, threadgroup float* rms, threadgroup float* factor, threadgroup float* sums,
-                          threadgroup float* scales, Shape shape, uint simdgroup, uint lane) {
-  const int me = int(simdgroup * 32 + lane);
+                          threadgroup float* scales, Shape shape, bool refine, bool shaped, uint simdgroup, uint lane) {
+  const int me = int(simdgroup * 32 + lane), rounds = refine ? 6 : 0;
   for (int token = int(simdgroup); token < PAGE; token += 4) {
     float square = 0.0f;
     for (int c = int(lane); c < D; c += 32) {
@@ -379,44 +393,38 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
       square += x * x;
     }
     square = simd_sum(square);
-    if (lane == 0) rms[token] = sqrt(square / float(D)), factor[token] = 1.0f;
+    if (lane == 0) rms[token] = precise::sqrt(square / float(D)), factor[token] = 1.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const float uu = me < PAGE && rms[me] > 0.0f ? float(D) : 0.0f;
-  if (REFINE) {
-    float least = INFINITY, best = 1.0f, fit = 1.0f;
-    for (int round = 0; round < 6; ++round) {
-      if (SHAPED) {
-        shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
-        threadgroup_barrier(mem_flags::mem_device);
-      }
-      code_side<D, BITS, CODE, KEYS, false, SHAPED>(y, row, levels, part, rms, factor, sums, shape, simdgroup, lane);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (me < PAGE) {
-        const float2 s = token_sums(sums, me);
-        const float gain = token_gain<RULE>(uu, s);
-        if (round == 0 && s.x > 0.0f) fit = s.y / s.x;
-        scales[me] = SHAPED ? shaped_error<D>(y, row, levels, rms[me], gain, shape, me)
-                            : uu - 2.0f * gain * s.x + gain * gain * s.y;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      if (me < PAGE) {
-        float error = 0.0f;
-        for (int token = 0; token < PAGE; ++token) {
-          if (path_group<D, CODE, KEYS>(token) == path_group<D, CODE, KEYS>(me)) error += scales[token];
-        }
-        if (error < least) least = error, best = factor[me];
-        factor[me] = round < 5 ? fit * multiplier(round + 1) : best;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup | (SHAPED ? mem_flags::mem_device : mem_flags::mem_none));
+  float least = INFINITY, best = 1.0f, fit = 1.0f;
+  for (int round = 0; round <= rounds; ++round) {
+    const bool last = round == rounds;
+    if (SHAPED && shaped) {
+      shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
+      threadgroup_barrier(mem_flags::mem_device);
     }
+    code_side<D, BITS, CODE, KEYS, SHAPED>(y, row, levels, part, rms, factor, sums, shape, last, shaped, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (last) break;
+    if (me < PAGE) {
+      const float2 s = token_sums(sums, me);
+      const float gain = token_gain<RULE>(uu, s);
+      if (round == 0 && s.x > 0.0f) fit = s.y / s.x;
+      scales[me] = SHAPED && shaped ? shaped_error<D>(y, row, levels, rms[me], gain, shape, me)
+                                    : uu - 2.0f * gain * s.x + gain * gain * s.y;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (me < PAGE) {
+      float error = 0.0f;
+      for (int token = 0; token < PAGE; ++token) {
+        if (path_group<D, CODE, KEYS>(token) == path_group<D, CODE, KEYS>(me)) error += scales[token];
+      }
+      if (error < least) least = error, best = factor[me];
+      factor[me] = round < 5 ? fit * multiplier(round + 1) : best;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup | (SHAPED ? mem_flags::mem_device : mem_flags::mem_none));
   }
-  if (SHAPED) {
-    shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
-    threadgroup_barrier(mem_flags::mem_device);
-  }
-  code_side<D, BITS, CODE, KEYS, true, SHAPED>(y, row, levels, part, rms, factor, sums, shape, simdgroup, lane);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   if (me < PAGE) scales[me] = rms[me] * token_gain<RULE>(uu, token_sums(sums, me));
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -424,12 +432,12 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
 // The smallest exponent with which every scale times `margin` of a page has a log8 code (codec/packing.py, log8_base).
 inline int log8_base(threadgroup const float* scales, float margin, uint lane) {
   const float top = simd_max(max(scales[lane], scales[lane + 32])) * margin;
-  return top > 0.0f ? int(clamp(ceil(log2(top) - 254.5f / float(LOG8_STEPS)), -128.0f, 127.0f)) : 0;
+  return top > 0.0f ? int(clamp(ceil(precise::log2(top) - 254.5f / float(LOG8_STEPS)), -128.0f, 127.0f)) : 0;
 }
 
 inline uchar log8_code(float scale, int base) {
-  if (!(scale >= exp2(float(base - 1)))) return 0;
-  return uchar(clamp(rint((log2(scale) - float(base)) * float(LOG8_STEPS)) + 1.0f, 1.0f, 255.0f));
+  if (!(scale >= precise::exp2(float(base - 1)))) return 0;
+  return uchar(clamp(rint((precise::log2(scale) - float(base)) * float(LOG8_STEPS)) + 1.0f, 1.0f, 255.0f));
 }
 
 // The mean row of the page, int8 in float: [D] of row, in units of the step; its low bits hold `header` (format.h).
@@ -499,8 +507,9 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   for (int c = int(lane); c < P::D; c += 32) top = max(top, abs(mean[c]));
   const float step = float(half(simd_max(top) / 126.5f));
 
-  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, REFINE, false>(
-      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, shape, simdgroup, lane);
+  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, false>(
+      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, shape, REFINE, false,
+      simdgroup, lane);
   bool fits = isfinite(step);
   int v_exponent = 0, k_exponent = 0;
   if (!fp16_scales) v_exponent = log8_base(scales, 1.0f, lane);
@@ -516,15 +525,14 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
     make_row<P::D>(mean, step, bits, row, me);
     for (int c = me; c < P::D; c += 128) scaled[c] = row[c] * step;
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, SHAPED>(
+        keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, REFINE && !guess, !guess, simdgroup,
+        lane);
     if (guess) {
-      quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, false, false>(
-          keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, simdgroup, lane);
-      k_exponent = log8_base(scales, exp2(REFINE ? 0.25f : 0.0625f), lane);
+      k_exponent = log8_base(scales, precise::exp2(REFINE ? 0.25f : 0.0625f), lane);
       guess = false;
       continue;
     }
-    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, REFINE, SHAPED>(
-        keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, simdgroup, lane);
     const int needed = log8_base(scales, 1.0f, lane);
     if (fp16_scales || needed <= k_exponent || k_exponent == 127) break;
     k_exponent = needed;

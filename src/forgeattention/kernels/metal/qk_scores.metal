@@ -58,7 +58,7 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
 }  // namespace forge
 
 //! body
-  threadgroup float scratch[ROWS * D];
+  alignas(16) threadgroup float scratch[ROWS * D];
   forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
       q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
       scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,

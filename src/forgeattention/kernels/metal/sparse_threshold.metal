@@ -3,8 +3,9 @@
 //
 // Scores are ordered as integers and the threshold is found four bits at a time: a pass counts (or weighs) the tokens of
 // each of 16 digits, and the digit in which the wanted one lies is the next part of the threshold. A page whose maximum
-// is under what is known of it is passed over without its scores. Counts and positions are floats: exact to 2^24 tokens. Where there are at least K pages, their maxima alone
-// are searched first: the K-th largest of them bounds the threshold from below.
+// is under what is known of it is passed over without its scores. Counts and positions are floats: exact to 2^24 tokens.
+// Where there are at least K pages, their maxima alone are searched first: the K-th largest of them bounds the threshold
+// from below.
 //
 // What limits it: eight passes over the scores of pages that may hold survivors, out of cache where they fit (200 KB a
 // query at 50K tokens), each of 40 instructions a token for a threadgroup: 10 cores (M4) take about 0.1 ms for 32
@@ -14,7 +15,7 @@
 
 namespace forge {
 
-constexpr int SELECT_SIMDS = 8, SELECT_THREADS = 32 * SELECT_SIMDS, DIGITS = 16;
+enum { SELECT_SIMDS = 8, SELECT_THREADS = 32 * SELECT_SIMDS, DIGITS = 16 };
 
 // Floats as integers of the same order; 0 and -0 are one.
 inline uint order_of(float s) {

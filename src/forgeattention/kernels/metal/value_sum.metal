@@ -103,7 +103,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
 }  // namespace forge
 
 //! body
-  threadgroup float scratch[forge::value_scratch(D, ROWS)];
+  alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
   forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
       forge::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
       p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
