@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from forgeattention.backends import metal
-from forgeattention.backends.metal_launch import Launch
+from forgeattention.backends.metal import attention, pages, scores, sparse
+from forgeattention.backends.metal.launch import Launch
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import HEAD_DIMS, PAGE, SCALE_RULES, CodecSpec
 from forgeattention.ops.sparse import Scores, Threshold
@@ -51,10 +51,24 @@ class Recorder:
     def taken(self) -> list[Launch]:
         """The launches since the last call, with the dtypes that arrays have in MLX, which has no 64-bit floats."""
         found, self.launches = self.launches, []
-        return [
-            replace(x, inputs={k: a.astype(np.float32) if a.dtype == np.float64 else a for k, a in x.inputs.items()})
-            for x in found
-        ]
+        return [replace(x, inputs={k: _as_mlx(a) for k, a in x.inputs.items()}) for x in found]
+
+
+def _as_mlx(x: Any) -> Any:
+    return x.astype(np.float32) if x.dtype == np.float64 else x
+
+
+# Inputs that launchers pad to the size from which on MLX passes them in device memory. The kernels take both forms.
+PADDED = (
+    *("bias", "offsets", "lengths", "exact_lengths", "sinks", "packed_ml", "top_k", "exact_lse", "threshold", "last"),
+    "top",
+)
+
+
+def small(launch: Launch) -> Launch:
+    """The same launch with those inputs in constant memory."""
+    few = {k: x.reshape(-1)[:4] for k, x in launch.inputs.items() if k in PADDED}
+    return replace(launch, inputs={**launch.inputs, **few})
 
 
 def codec(k: tuple[int, str], v: tuple[int, str], scales: str, head_dim: int, heads: int, **spec: Any) -> Codec:
@@ -63,9 +77,9 @@ def codec(k: tuple[int, str], v: tuple[int, str], scales: str, head_dim: int, he
     return Codec(CodecSpec(**{**fields, **spec}), head_dim, heads, query_gram=gram)
 
 
-def table(c: Codec, batch: int, pages: int) -> PageTable:
-    offsets, lengths = np.zeros((batch, pages), np.int64), np.full(batch, pages * PAGE, np.int32)
-    return PageTable(np.zeros(c.page_bytes * pages, np.uint8), offsets, lengths, pages * PAGE)
+def table(c: Codec, batch: int, count: int) -> PageTable:
+    offsets, lengths = np.zeros((batch, count), np.int64), np.full(batch, count * PAGE, np.int32)
+    return PageTable(np.zeros(c.page_bytes * count, np.uint8), offsets, lengths, count * PAGE)
 
 
 def exact(c: Codec, batch: int, capacity: int, dtype: str) -> ExactTokens:
@@ -79,29 +93,29 @@ def attend(device: Recorder, c: Codec, size: tuple[int, int], rows: tuple[int, i
     batch, _ = size
     q = np.zeros((batch, c.kv_heads * rows[0], rows[1], c.head_dim), np.float32)
     sinks = np.zeros(q.shape[1], np.float32) if causal else None
-    metal.decode_attention(q, c, table(c, *size), exact(c, batch, 40, dtype), 0.1, causal, sinks, device)
+    attention.decode_attention(q, c, table(c, *size), exact(c, batch, 40, dtype), 0.1, causal, sinks, device)
 
 
 def others(device: Recorder, c: Codec, size: tuple[int, int], rows: tuple[int, int], dtype: str, flag: bool) -> None:
     """Every other op but `encode`, once."""
     t = table(c, *size)
     q = np.zeros((size[0], c.kv_heads * rows[0], rows[1], c.head_dim), np.float32)
-    metal.prefill_attention(q, c, t, 0.1, device)
-    metal.qk_scores(q, c, t, 0.1, device)
-    metal.value_sum(np.zeros((*q.shape[:3], t.max_length), np.float32), c, t, flag, device)
-    metal.decode_pages(c, t, dtype, True, device)
-    metal.decode_pages(c, t, "float32", False, device)
-    scores = metal.sparse_scores(q, c, t, 0.1, device)
-    assert isinstance(scores, Scores)
-    metal.sparse_threshold(scores, t, 3 if flag else None, None if flag else 0.9, None, device)
+    attention.prefill_attention(q, c, t, 0.1, device)
+    scores.qk_scores(q, c, t, 0.1, device)
+    scores.value_sum(np.zeros((*q.shape[:3], t.max_length), np.float32), c, t, flag, device)
+    pages.decode_pages(c, t, dtype, True, device)
+    pages.decode_pages(c, t, "float32", False, device)
+    found = sparse.sparse_scores(q, c, t, 0.1, device)
+    assert isinstance(found, Scores)
+    sparse.sparse_threshold(found, t, 3 if flag else None, None if flag else 0.9, None, device)
     f, i = np.zeros(q.shape[:3], np.float32), np.zeros(q.shape[:3], np.int32)
-    metal.sparse_attention(scores, Threshold(f, i, i, f, f), c, t, None, device)
-    metal.compact(t.base, t.offsets[0], c.page_bytes, device)
+    sparse.sparse_attention(found, Threshold(f, i, i, f, f), c, t, None, device)
+    pages.compact(t.base, t.offsets[0], c.page_bytes, device)
 
 
-def encode(device: Recorder, c: Codec, pages: int) -> None:
-    k = np.zeros((c.kv_heads, PAGE * pages, c.head_dim), np.float32)
-    metal.encode(k, k, c, np.zeros(c.page_bytes * pages, np.uint8), np.arange(pages) * c.page_bytes, device)
+def encode(device: Recorder, c: Codec, count: int) -> None:
+    k = np.zeros((c.kv_heads, PAGE * count, c.head_dim), np.float32)
+    pages.encode(k, k, c, np.zeros(c.page_bytes * count, np.uint8), np.arange(count) * c.page_bytes, device)
 
 
 def launches(full: bool = False) -> Iterator[Launch]:
@@ -116,18 +130,21 @@ def launches(full: bool = False) -> Iterator[Launch]:
         if not full:
             formats = [(SIDES[i], SIDES[(i + 3) % 7], ("fp16", "log8")[(i + turn) % 2]) for i in range(7)]
         for k, v, scales in formats:
-            batch, heads, pages = SIZES[turn // 2 % len(SIZES)]
+            batch, heads, count = SIZES[turn // 2 % len(SIZES)]
             rows, dtype, flag = ROWS[turn % len(ROWS)], DTYPES[turn % 3], turn % 4 < 2
             c = codec(k, v, scales, head_dim, heads)
-            attend(device, c, (batch, pages), rows, dtype, flag)
-            others(device, c, (batch, pages), rows, dtype, flag)
+            attend(device, c, (batch, count), rows, dtype, flag)
+            others(device, c, (batch, count), rows, dtype, flag)
             rule = {"k_scale_rule": SCALE_RULES[turn % 3], "v_scale_rule": SCALE_RULES[turn // 3 % 3]}
             gram = np.eye(head_dim) if turn % 2 and head_dim <= 256 else None
             for refine in (False, True) if full else (turn % 3 > 0,):
                 made = codec(k, v, scales, head_dim, heads, refine=refine, key_mean=turn % 4 > 0, gram=gram, **rule)
                 encode(device, made, 1 + turn % 2)
             turn += 1
-            yield from device.taken()
+            found = device.taken()
+            yield from found
+            if turn % 3 == 0:
+                yield from map(small, found)
         # Every number of rows, dtype and causality that decode_attention is compiled for.
         for (group, n), dtype, causal in product(ROWS[:4], DTYPES, (False, True)):
             c = codec(*formats[turn % len(formats)], head_dim, 1)

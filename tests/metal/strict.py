@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from forgeattention.backends.metal_launch import BODY, KERNELS, Launch, kernel_text
+from forgeattention.backends.metal.launch import BODY, KERNELS, Launch, kernel_text
 
 from .msl import mlx_source
 

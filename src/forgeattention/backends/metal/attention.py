@@ -9,7 +9,7 @@ from ...ops.arrays import dtype_of
 from ...ops.table import ExactTokens, PageTable
 from ..mlx.arrays import some_exact, some_table
 from ..mlx.codec import codec_arrays, packed_queries, unpacked_values
-from .launch import TILE, Device, Launch, format_template, mlx_device, paged, rows_per_block, split_count
+from .launch import FEWEST, TILE, Device, Launch, format_template, mlx_device, paged, roomy, rows_per_block, split_count
 
 LOG2E = 1.4426950408889634
 
@@ -33,7 +33,9 @@ def decode_attention(
     c = codec_arrays(codec, xp)
     rotated, plain, bias = packed_queries(q, codec, scale * LOG2E, xp)
     table, exact = some_table(table, batch, xp), some_exact(exact, batch, codec, xp)
-    splits = max(1, split_count(-(-table.max_length // TILE)))
+    # Splits past a row's own are empty; as many as give `packed_ml` its fewest elements.
+    fewest = -(-FEWEST // (batch * kv_heads * rows * 2))
+    splits = max(fewest, split_count(-(-table.max_length // TILE)))
     block = rows_per_block(rows, padded)
     packed_o, packed_ml, exact_o, exact_ml = device.run(
         Launch(
@@ -41,11 +43,11 @@ def decode_attention(
             {
                 "q": rotated,
                 "q_exact": plain,
-                "bias": bias,
-                **paged(table),
+                "bias": roomy(bias, xp),
+                **paged(table, xp),
                 "exact_k": exact.k,
                 "exact_v": exact.v,
-                "exact_lengths": exact.lengths,
+                "exact_lengths": roomy(exact.lengths, xp),
                 "k_levels": c.k_values,
                 "v_levels": c.v_values,
             },
@@ -69,7 +71,7 @@ def decode_attention(
                 "packed_ml": packed_ml,
                 "exact_o": exact_o,
                 "exact_ml": exact_ml,
-                "sinks": sink_logits,
+                "sinks": roomy(sink_logits, xp),
             },
             {
                 "out_packed": ((batch, heads, n, padded), "float32"),
@@ -99,8 +101,8 @@ def prefill_attention(
     rotated, _, bias = packed_queries(q, codec, scale * LOG2E, xp)
     inputs = {
         "q": rotated,
-        "bias": bias,
-        **paged(table),
+        "bias": roomy(bias, xp),
+        **paged(table, xp),
         "k_levels": c.k_levels,
         "v_levels": c.v_levels,
         "units": c.units,

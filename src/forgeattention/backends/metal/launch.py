@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from typing import Any, Protocol
 from ...codec.codec import Codec
 from ...codec.spec import CODES, PAGE, SCALE_FORMATS
 from ...ops.table import PageTable
+from .plan import gpu_name, most_rows
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "metal"
 BODY = "//! body\n"
 """The line in a kernel's file after which the body of the kernel function begins; MLX writes its signature."""
+OLDEST_MACOS = 14
+"""The oldest macOS for which MLX is built; it compiles with Metal 3.1 there, which the kernels keep to."""
 THREADS = 128
 """Threads of a threadgroup: four simdgroups, a page each."""
 
@@ -116,15 +120,32 @@ def split_count(tiles: int) -> int:
 
 
 def rows_per_block(rows: int, padded_dim: int) -> int:
-    """Rows (queries of the heads of one KV head) that share a read of the pages: the size of the fewest equal blocks
-    whose sums fit in registers."""
-    most = 4 if padded_dim == 512 else 8
-    blocks = -(-rows // most)
+    """Rows (queries of the heads of one KV head) that share a read of the pages: the size of the fewest equal blocks of
+    at most `plan.most_rows`."""
+    blocks = -(-rows // most_rows(padded_dim))
     return -(-rows // blocks)
 
 
-def paged(table: PageTable) -> dict[str, Any]:
-    return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
+FEWEST = 8
+"""An input of fewer elements is passed in constant memory (mlx/backend/common/metal_kernel.cpp), which makes another
+kernel of it: one that grows past this would have it compiled in the middle of a generation."""
+
+
+def roomy(x: Any, xp: Any) -> Any:
+    """An array of at least `FEWEST` elements that begins with those of x, for inputs whose shape the kernel does not
+    read."""
+    if x.size >= FEWEST:
+        return x
+    return xp.concatenate([x.reshape(-1), xp.zeros((FEWEST - x.size,), dtype=x.dtype)])
+
+
+def paged(table: PageTable, xp: Any) -> dict[str, Any]:
+    """A page table as the kernels' inputs."""
+    offsets = table.offsets
+    if offsets.size < FEWEST:
+        more = FEWEST - offsets.shape[1]
+        offsets = xp.concatenate([offsets, xp.zeros((offsets.shape[0], more), dtype=offsets.dtype)], axis=1)
+    return {"base": table.base, "offsets": offsets, "lengths": roomy(table.lengths, xp)}
 
 
 def format_template(codec: Codec) -> list[tuple[str, str | int | bool]]:
@@ -146,6 +167,10 @@ def available_to_mlx() -> tuple[bool, str]:
         import mlx.core as mx
     except ImportError as error:
         return False, f"MLX is not installed ({error})"
-    if not mx.metal.is_available():
+    name = gpu_name()
+    if name is None:
         return False, f"MLX {mx.__version__} without a Metal device"
-    return True, f"MLX {mx.__version__} on {mx.metal.device_info()['device_name']}"
+    system = platform.mac_ver()[0]
+    if system and int(system.partition(".")[0]) < OLDEST_MACOS:
+        return False, f"macOS {system}, and the kernels need {OLDEST_MACOS} or newer"
+    return True, f"MLX {mx.__version__} on {name}, macOS {system} ({OLDEST_MACOS} is the oldest)"

@@ -10,8 +10,8 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE, SCALE_RULES
 from ...ops.table import PageTable
 from ..mlx.arrays import page_places, store_pages
-from ..mlx.codec import codec_arrays
-from .launch import THREADS, TILE, Device, Launch, format_template, mlx_device, paged
+from ..mlx.codec import codec_arrays, exact_product
+from .launch import THREADS, TILE, Device, Launch, format_template, mlx_device, paged, roomy
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: Device | None = None) -> None:
@@ -23,7 +23,7 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any, device: 
     y = []
     for x, forward, mu in ((k, c.k_forward, c.k_mu), (v, c.v_forward, c.v_mu)):
         x = x.astype(xp.float32)
-        y.append((x if mu is None else x - mu.swapaxes(1, 2)) @ forward)
+        y.append(exact_product(x if mu is None else x - mu.swapaxes(1, 2), forward, xp))
     spec, pages = codec.spec, len(where)
     shaped = codec.shaping is not None
     work = (pages, codec.kv_heads, PAGE, codec.format.padded_dim) if shaped else (8,)
@@ -81,7 +81,7 @@ def decode_pages(
         Launch(
             "decode_pages",
             {
-                **paged(table),
+                **paged(table, xp),
                 "k_levels": c.k_values,
                 "v_levels": c.v_values,
                 "max_length": xp.array(table.max_length, dtype=xp.int32),
@@ -112,7 +112,7 @@ def compact(base: Any | None, offsets: Any, page_bytes: int, device: Device | No
     if pages == 0:
         return xp.zeros((0, page_bytes), dtype=xp.uint8)
     words = page_bytes // 16
-    inputs = {"base": base, "offsets": offsets, "words": xp.array(words, dtype=xp.int32)}
+    inputs = {"base": base, "offsets": roomy(offsets, xp), "words": xp.array(words, dtype=xp.int32)}
     launch = Launch(
         "compact", inputs, {"out": ((pages, page_bytes), "uint8")}, (-(-words // (4 * THREADS)), pages, 1), []
     )

@@ -8,7 +8,7 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.table import PageTable
 from ..mlx.codec import codec_arrays, packed_queries, unpacked_values
-from .launch import TILE, Device, Launch, format_template, mlx_device, paged, rows_per_block, split_count
+from .launch import TILE, Device, Launch, format_template, mlx_device, paged, roomy, rows_per_block, split_count
 
 
 def launch_scores(kernel: str, q: Any, codec: Codec, table: PageTable, scale: float, device: Device) -> list[Any]:
@@ -23,7 +23,7 @@ def launch_scores(kernel: str, q: Any, codec: Codec, table: PageTable, scale: fl
         return [xp.zeros(shape, dtype=xp.float32) for shape, _ in outputs.values()]
     block = rows_per_block(rows, codec.format.padded_dim)
     rotated, _, bias = packed_queries(q, codec, scale, xp)
-    inputs = {"q": rotated, "bias": bias, **paged(table), "k_levels": codec_arrays(codec, xp).k_values}
+    inputs = {"q": rotated, "bias": roomy(bias, xp), **paged(table, xp), "k_levels": codec_arrays(codec, xp).k_values}
     return device.run(
         Launch(
             kernel,
@@ -51,7 +51,7 @@ def launch_sums(
     sums, mass = device.run(
         Launch(
             kernel,
-            {**weights, **paged(table), "v_levels": codec_arrays(codec, device.xp).v_values},
+            {**weights, **paged(table, device.xp), "v_levels": codec_arrays(codec, device.xp).v_values},
             {
                 "sums": ((batch, codec.kv_heads, splits, rows, padded), "float32"),
                 "mass": ((batch, codec.kv_heads, splits, rows), "float32"),

@@ -10,7 +10,7 @@ from ...ops.merge import merge
 from ...ops.sparse import Scores, Threshold
 from ...ops.table import PageTable
 from ..mlx.codec import packed_queries, unpacked_values
-from .launch import Device, Launch, mlx_device
+from .launch import Device, Launch, mlx_device, roomy
 from .scores import launch_scores, launch_sums
 
 
@@ -60,10 +60,10 @@ def sparse_threshold(
             {
                 "scores": scores.scores,
                 "pages": scores.pages,
-                "lengths": table.lengths,
-                "top_k": top_k,
+                "lengths": roomy(table.lengths, xp),
+                "top_k": roomy(top_k, xp),
                 "share": xp.array(top_p or 0.0, dtype=xp.float32),
-                "exact_lse": exact_lse,
+                "exact_lse": roomy(exact_lse, xp),
             },
             {
                 "score": (shape, "float32"),
@@ -95,8 +95,9 @@ def sparse_attention(
     if 0 in shape:
         out, lse = xp.zeros((*shape[:3], codec.head_dim), dtype=xp.float32), xp.full(shape[:3], -xp.inf)
     else:
-        weights = {"scores": scores.scores, "pages": scores.pages, "threshold": threshold.score}
-        weights |= {"last": threshold.last, "top": threshold.top}
+        weights = {"scores": scores.scores, "pages": scores.pages}
+        limits = {"threshold": threshold.score, "last": threshold.last, "top": threshold.top}
+        weights |= {name: roomy(x, xp) for name, x in limits.items()}
         sums, mass = launch_sums("sparse_attention", weights, codec, table, device)
         some = mass > 0
         share = xp.where(some, 1 / xp.where(some, mass, 1.0), 0.0).astype(xp.float32)

@@ -70,6 +70,23 @@ def codec_arrays(codec: Codec, xp: Any) -> CodecArrays:
     return cached[id(xp)]
 
 
+def exact_product(x: Any, y: Any, xp: Any) -> Any:
+    """x @ y to float32's precision, also on GPUs that multiply float32 as TF32, 11 bits of it (Apple's M5 since macOS
+    26.2, NVIDIA's): where codes are decided, 11 bits would give other ones than another machine.
+
+    Each factor is split into its upper 11 bits and the rest. The product of the two rests is left out: 2^-22 of the
+    whole.
+    """
+    (x_high, x_low), (y_high, y_low) = _halves(x, xp), _halves(y, xp)
+    return x_high @ y_high + (x_low @ y_high + x_high @ y_low)
+
+
+def _halves(x: Any, xp: Any) -> tuple[Any, Any]:
+    x = x.astype(xp.float32)
+    high = (x.view(xp.uint32) & xp.array(0xFFFFE000, dtype=xp.uint32)).view(xp.float32)
+    return high, x - high
+
+
 def packed_queries(q: Any, codec: Codec, factor: float, xp: Any) -> tuple[Any, Any, Any]:
     """Queries as the kernels take them, for q [batch, q_heads, n, head_dim].
 
