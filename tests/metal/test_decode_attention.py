@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from tolerances import METAL
 
 from forgeattention.backends.metal import attention as metal_attention
+from forgeattention.backends.metal import plan
 from forgeattention.backends.reference import attention as oracle_attention
 from forgeattention.codec.codec import Codec
 from forgeattention.codec.spec import CodecSpec
@@ -135,10 +136,16 @@ def test_a_gqa_group_reads_the_pages_once(head_dim):
     run = device.run
     read = []
     device.run = lambda launch: (run(launch), read.append(dict(device.bytes_read)))[0]
-    metal_attention.decode_attention(queries(rng, codec, 1, 8, 1), codec, table, None, 0.1, False, None, device)
+    q = queries(rng, codec, 1, 8, 1)
+    with plan.override(8):
+        metal_attention.decode_attention(q, codec, table, None, 0.1, False, None, device)
     # one record per page and its 32 header bytes twice (for the keys' and the values' scales); pages 1, 4 and 7 have no
     # mean, so that their mean row is not read
-    assert read[0]["base"] == 8 * (codec.format.record_bytes + 2 * 32) - 3 * codec.format.padded_dim
+    once = 8 * (codec.format.record_bytes + 2 * 32) - 3 * codec.format.padded_dim
+    assert read[0]["base"] == once
+    # by default a block is of as many rows as stay in registers
+    metal_attention.decode_attention(q, codec, table, None, 0.1, False, None, device)
+    assert read[2]["base"] == 2 * once
 
 
 @settings(max_examples=40, deadline=None)
