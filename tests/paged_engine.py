@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgeattention.codec import PAGE
-from forgeattention.reference.page_tables import Geometry
+from forgeattention.ops.page_tables import Geometry
 
 I64 = NDArray[np.int64]
 

@@ -14,8 +14,8 @@ from paged_engine import Batch, Engine
 from forgeattention import ops
 from forgeattention.backends.cuda import nvrtc
 from forgeattention.codec import PAGE
+from forgeattention.ops.page_tables import Geometry, fills, page_tables
 from forgeattention.ops.table import PageTable
-from forgeattention.reference.page_tables import Geometry, fills, page_tables
 
 available, reason = nvrtc.available()
 pytestmark = pytest.mark.skipif(not available, reason=reason)

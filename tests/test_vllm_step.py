@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_engine import Batch, Engine
 
 from forgeattention.codec import PAGE, CodecSpec
 from forgeattention.codec.presets import PRESETS
+from forgeattention.integrations.vllm.past import Past
 from forgeattention.integrations.vllm.settings import Settings
-from forgeattention.reference.page_tables import Geometry, PageTables, page_tables
+from forgeattention.ops.page_tables import Geometry, PageTables, page_tables
 
 BYTES = 1000
 """Of a page in these tests; only an offset's unit."""
@@ -94,6 +97,57 @@ def test_every_token_is_attended_once(data: st.DataObject) -> None:
             length = len(engine.rows[parent].names) // block * block
             if length:
                 alive.append(engine.hit(parent, length))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_past_of_chunks_is_every_token_once(data: st.DataObject) -> None:
+    """Pages of the past, a few at a time, hold a row's packed tokens, then its exact ones."""
+    geometry = Geometry(data.draw(st.sampled_from([0, 64, 128])), BYTES, 1, BYTES, 8, data.draw(st.integers(0, 2)))
+    engine = Engine(geometry, np.random.default_rng(data.draw(st.integers(0, 9))), 6000, 1)
+    memory = Memory(engine)
+    rows = [engine.add() for _ in range(4)]
+    sizes = st.sampled_from([1, 2, 63, 64, 65, 200, 330])
+    for _ in range(data.draw(st.integers(1, 5))):
+        memory.run(engine.step({row: data.draw(sizes) for row in rows if data.draw(st.booleans())} or {rows[0]: 70}))
+    parent = max(rows, key=lambda row: len(engine.rows[row].names))
+    rows.append(engine.hit(parent, len(engine.rows[parent].names) // PAGE * PAGE))
+    batch = engine.step({row: data.draw(sizes) for row in rows})
+    if batch.decode_rows == len(rows):
+        return
+    made = page_tables(geometry, batch.starts, batch.lengths, batch.packed_table, batch.exact_table, batch.decode_rows)
+    arrays = {name: torch.from_numpy(getattr(made, name)) for name in ("offsets", "packed", "blocks", "exact")}
+    step = SimpleNamespace(
+        decode_rows=batch.decode_rows,
+        rows=len(rows),
+        starts=torch.from_numpy(batch.starts).int(),
+        starts_host=batch.starts,
+        lengths_host=batch.lengths,
+    )
+    most = data.draw(st.sampled_from([1, 3, 100]))
+    past = Past(step, SimpleNamespace(geometry=geometry, **arrays), most)
+    seen: dict[int, list[Token]] = {row: [] for row in batch.rows[batch.decode_rows :]}
+    for piece in past.pieces:
+        assert piece.pages <= most
+        pages: list[list[Token | None]] = [[None] * PAGE for _ in range(piece.pages + 1)]
+        for i in range(piece.pages):
+            for at in range(int(piece.lengths[i])):
+                pages[i][at] = memory.pages[int(piece.offsets[i, 0])][at]
+        to = zip(piece.blocks.tolist(), piece.places.tolist(), piece.to_pages.tolist(), piece.to_places.tolist())
+        for block, place, page, at in to:
+            if page < piece.pages:
+                assert pages[page][at] is None
+                pages[page][at] = memory.exact[block * geometry.exact_block + place]
+        for i, row in enumerate(seen):
+            used = int(piece.used[i])
+            assert used <= piece.most_used
+            held = [token for page in piece.table[i, : -(-used // PAGE)] for token in pages[int(page)]]
+            assert None not in held[:used]
+            seen[row] += held[:used]
+    for i, row in enumerate(seen):
+        new = int(np.diff(batch.starts)[batch.decode_rows + i])
+        names = engine.rows[row].names
+        assert Counter(seen[row]) == Counter(names[: len(names) - new])
 
 
 def test_a_chunk_takes_exact_blocks_for_its_last_tokens_only() -> None:

@@ -14,7 +14,7 @@ import torch
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
-from ...reference.page_tables import Geometry, fills
+from ...ops.page_tables import Geometry, fills
 from . import nvrtc, pages, plans
 from . import params as args
 from .attention import LOG2E, DecodeLaunch, decode_params
@@ -25,7 +25,7 @@ _paged_append_params = args.Packer(args.PagedAppendParams)
 
 
 class Tables:
-    """As `reference.page_tables.PageTables`, in memory that is allocated once (kernels/cuda/page_tables.cu).
+    """As `ops.page_tables.PageTables`, in memory that is allocated once (kernels/cuda/page_tables.cu).
 
     Args:
         geometry: of the blocks.

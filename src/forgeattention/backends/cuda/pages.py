@@ -115,15 +115,20 @@ def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:
-    fmt, device = codec.format, table.lengths.device
-    width = fmt.padded_dim if rotated else codec.head_dim
+    width = codec.format.padded_dim if rotated else codec.head_dim
     shape = (table.lengths.shape[0], codec.kv_heads, table.max_length, width)
-    k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    if k.numel() == 0:
-        return k, v
+    k, v = (torch.empty(shape, dtype=getattr(torch, dtype), device=table.lengths.device) for _ in range(2))
+    if k.numel():
+        decode_pages_into(codec, table, k, v, rotated)
+    return k, v
+
+
+def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: bool = False) -> None:
+    """`decode_pages` into contiguous k, v [batch, kv_heads, max_length, width], width: padded_dim if rotated."""
+    fmt, device, dtype = codec.format, table.lengths.device, dtype_of(k)
 
     def options() -> tuple[args.Macros, int]:
-        extra = {"FORGE_WIDTH": width, "FORGE_TYPE": args.TYPES[dtype]}
+        extra = {"FORGE_WIDTH": k.shape[3], "FORGE_TYPE": args.TYPES[dtype]}
         if rotated:
             extra["FORGE_ROTATION"] = args.ROTATIONS["none"]
         return args.macros(codec, args.DecodePagesParams, **extra), plans.decode_pages_shared_bytes(fmt)
@@ -141,8 +146,7 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
             codec.k_codebook.unit,
             codec.v_codebook.unit,
         )
-        kernel.launch((-(-table.max_length // PAGE), codec.kv_heads, shape[0]), 256, current_stream(device), params)
-    return k, v
+        kernel.launch((-(-table.max_length // PAGE), codec.kv_heads, k.shape[0]), 256, current_stream(device), params)
 
 
 def _without_mu(t: args.TransformArgs) -> args.TransformArgs:

@@ -1,69 +1,31 @@
-"""The attention backend: packed pages and exact tokens in vLLM's KV blocks, read by `forgeattention.ops`."""
+"""The attention backend: packed pages and exact tokens in vLLM's KV blocks."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    AttentionType,
-    MultipleOf,
-)
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf, max_decode_query_len
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from ... import ops
 from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...models.weights.vllm import layer_codec
-from ...ops.table import ExactTokens, PageTable
-from ..hf.attention import attend
+from ...ops.page_tables import Geometry
 from . import check_version
 from .blocks import ExactSpec
+from .metadata import Builder, Metadata
 from .settings import Settings
-from .step import Exact, Layout, Pages, Step
 
 check_version()
 
-log = logging.getLogger("forgeattention")
-
 SUFFIX = ".exact"
-
-
-@dataclass
-class Metadata:
-    """A step of one group of layers, and `step`, which the first layer to need it makes."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    table: np.ndarray
-    slots: torch.Tensor
-    step: Step | None = field(default=None, repr=False)
-
-
-class Builder(AttentionMetadataBuilder[Metadata]):
-    """Copies what a step's layers need to the host."""
-
-    reorder_batch_threshold = 1
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
-        m = common_attn_metadata
-        if m.causal is not True:
-            raise ValueError("[vllm] expected causal attention; got another mask")
-        starts = m.query_start_loc_cpu.numpy().astype(np.int64)
-        lengths = m.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        return Metadata(starts, lengths, m.block_table_tensor.cpu().numpy().astype(np.int64), m.slot_mapping)
 
 
 class PackedBackend(AttentionBackend):
@@ -100,6 +62,12 @@ class PackedBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_combination(cls, head_size: int, dtype: torch.dtype, *args: Any, **kwargs: Any) -> str | None:
+        if not current_platform.is_cpu() and (dtype == torch.float32 or head_size > 256):
+            return "prompts on CUDA need 16-bit dtypes and head sizes up to 256"
+        return None
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBNHC,)
 
@@ -128,8 +96,6 @@ class ExactLayer(AttentionLayerBase):
         impl: the packed layer's implementation.
     """
 
-    spec: ExactSpec
-
     def __init__(self, impl: PackedImpl) -> None:
         self.impl = impl
         self.kv_cache = torch.empty(0)
@@ -138,29 +104,24 @@ class ExactLayer(AttentionLayerBase):
         return ExactBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ExactSpec:
-        impl, block = self.impl, vllm_config.cache_config.block_size
-        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            raise ValueError("[vllm] expected the hybrid KV cache manager, which keeps exact tokens; got it disabled")
-        if not block or block % PAGE:
-            raise ValueError(f"[vllm] expected a block size that is a multiple of {PAGE}; got {block}")
-        page = block // PAGE * impl.codec.page_bytes
-        token = 2 * impl.num_kv_heads * impl.head_size * impl.dtype.itemsize
-        tokens = min(PAGE, 1 << (page // token).bit_length() - 1)
-        # vLLM sets its config's block size to the smallest of all groups later.
-        self.spec = ExactSpec(
-            block_size=tokens,
-            num_kv_heads=impl.num_kv_heads,
-            head_size=impl.head_size,
-            dtype=impl.dtype,
-            page_size_padded=page if tokens * token < page else None,
-            sliding_window=impl.settings.window + PAGE,
-            sink_blocks=-(-impl.settings.sinks // tokens),
-        )
-        return self.spec
+        return self.impl.exact_spec
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one layer: its codec, pages uint8 [bytes], and exact tokens as in `backends.cuda.paged.Blocks`."""
+
+    codec: Codec
+    pages: torch.Tensor
+    tokens: torch.Tensor
 
 
 class PackedImpl(AttentionImpl[Metadata]):
     """Attention of one layer over packed pages and exact tokens."""
+
+    blocks: Blocks
+    geometry: Geometry
+    """Of the layer's memory, once vLLM has given it some."""
 
     def __init__(
         self,
@@ -187,8 +148,10 @@ class PackedImpl(AttentionImpl[Metadata]):
         if got := [name for name, value in refused.items() if value]:
             raise ValueError(f"[vllm] expected plain full attention; got {', '.join(got)}")
         self.vllm_config = get_current_vllm_config()
-        if self.vllm_config.speculative_config is not None or self.vllm_config.kv_transfer_config is not None:
-            raise ValueError("[vllm] expected no speculative decoding and no KV connector; got one of them")
+        if self.vllm_config.kv_transfer_config is not None:
+            raise ValueError("[vllm] expected no KV connector; got one")
+        if self.vllm_config.parallel_config.use_ubatching:
+            raise ValueError("[vllm] expected whole batches; got microbatches, whose layers would share work memory")
         self.settings = Settings.read(self.vllm_config.additional_config)
         self.num_heads = num_heads
         self.head_size = head_size
@@ -197,9 +160,10 @@ class PackedImpl(AttentionImpl[Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.dtype = self.vllm_config.model_config.dtype
         self.sinks = sinks
+        self.sink_logits: torch.Tensor | None = None
         PackedBackend.spec = self.settings.spec
         self._codec: Codec | None = None
-        self._layout: Layout | None = None
+        self._bound: tuple[int, ...] = ()
 
     @property
     def codec(self) -> Codec:
@@ -210,45 +174,83 @@ class PackedImpl(AttentionImpl[Metadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        settings = self.settings
         self._codec = layer_codec(
-            self.vllm_config, name, settings.spec, self.head_size, self.num_kv_heads, fit=settings.fit
+            self.vllm_config, name, self.settings.spec, self.head_size, self.num_kv_heads, fit=self.settings.fit
         )
+        self.sink_logits = None if self.sinks is None else self.sinks.float()
         layers[name + SUFFIX] = ExactLayer(self)
+        if not current_platform.is_cpu():
+            from .device import reserve
 
-    def _bind(self, kv_cache: torch.Tensor, exact: ExactLayer) -> None:
+            reserve(self, self.settings.window, max_decode_query_len(self.vllm_config))
+
+    @cached_property
+    def exact_spec(self) -> ExactSpec:
+        """The blocks of the exact tokens.
+
+        Kept from the first question on: vLLM sets its config's block size to the smallest of all groups later.
+
+        Raises:
+            ValueError: the hybrid KV cache manager is off, or blocks do not hold whole pages.
+        """
+        config = self.vllm_config
+        block = config.cache_config.block_size
+        if config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise ValueError("[vllm] expected the hybrid KV cache manager, which keeps exact tokens; got it disabled")
+        if not block or block % PAGE:
+            raise ValueError(f"[vllm] expected a block size that is a multiple of {PAGE}; got {block}")
+        page = block // PAGE * self.codec.page_bytes
+        token = 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        tokens = min(PAGE, 1 << (page // token).bit_length() - 1)
+        return ExactSpec(
+            block_size=tokens,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            page_size_padded=page if tokens * token < page else None,
+            sliding_window=self.settings.window + PAGE,
+            sink_blocks=-(-self.settings.sinks // tokens),
+            slack=max_decode_query_len(config) * (1 + config.max_concurrent_batches),
+        )
+
+    def _bind(self, kv_cache: torch.Tensor, exact: torch.Tensor) -> None:
         """Takes the views that the layers were given and checks that the blocks are laid out as asked."""
-        packed = kv_cache.permute(0, 2, 1, 3)
-        tokens = exact.kv_cache.permute(0, 2, 1, 3)
+        packed, tokens = kv_cache.permute(0, 2, 1, 3), exact.permute(0, 2, 1, 3)
         want = [self.num_kv_heads, self.codec.format.record_bytes]
         if kv_cache.dtype != torch.uint8 or list(packed.shape[2:]) != want or not packed.is_contiguous():
             raise ValueError(f"[vllm] expected contiguous blocks uint8 [pages, {want}]; got {list(packed.shape)}")
-        row = tokens.shape[1:].numel()
         if tokens.dtype != self.dtype or not tokens[0].is_contiguous():
             raise ValueError(f"[vllm] expected contiguous blocks of {self.dtype}; got {tokens.dtype}")
-        self._pages = packed.reshape(-1)
-        self._tokens = tokens
-        self._blocks = tokens.as_strided((tokens.shape[0], row), (tokens.stride(0), 1))
-        self._layout = Layout(
+        self.blocks = Blocks(self.codec, packed.reshape(-1), tokens)
+        self.geometry = Geometry(
             self.settings.window,
             self.codec.page_bytes,
             packed.shape[1],
             packed.stride(0),
-            exact.spec.block_size,
-            exact.spec.sink_blocks,
+            self.exact_spec.block_size,
+            self.exact_spec.sink_blocks,
         )
 
-    def _step(self, layer: Any, kv_cache: torch.Tensor) -> Step | None:
+    def _step(self, layer: Any, kv_cache: torch.Tensor) -> Any:
         context = get_forward_context()
         if context.attn_metadata is None:
             return None
         name = layer.layer_name
-        if self._layout is None or self._pages.data_ptr() != kv_cache.data_ptr():
-            self._bind(kv_cache, context.no_compile_layers[name + SUFFIX])
-        assert self._layout is not None
+        exact_cache = context.no_compile_layers[name + SUFFIX].kv_cache
+        now = (kv_cache.data_ptr(), *kv_cache.shape, exact_cache.data_ptr(), *exact_cache.shape)
+        if now != self._bound:
+            self._bind(kv_cache, exact_cache)
+            self._bound = now
         packed, exact = context.attn_metadata[name], context.attn_metadata[name + SUFFIX]
         if packed.step is None:
-            packed.step = Step.make(self._layout, packed.starts, packed.lengths, packed.table, exact.table, exact.slots)
+            if kv_cache.device.type == "cpu":
+                from .host import HostStep
+
+                packed.step = HostStep(self.geometry, packed, exact)
+            else:
+                from .device import DeviceStep
+
+                packed.step = DeviceStep(self.geometry, packed, exact)
         return packed.step
 
     def do_kv_cache_update(
@@ -261,13 +263,8 @@ class PackedImpl(AttentionImpl[Metadata]):
     ) -> None:
         """Stores new keys and values [tokens, kv_heads, head_dim] as exact and encodes the pages they complete."""
         step = self._step(layer, kv_cache)
-        if step is None:
-            return
-        n = step.tokens
-        self._tokens[step.blocks, step.slots] = torch.cat([key[:n], value[:n]], -1)
-        if len(step.encode_offsets):
-            k, v = self._gather(step.encode_ids)
-            ops.encode(k, v, self.codec, self._pages, step.encode_offsets)
+        if step is not None:
+            step.append(self, key, value)
 
     def forward(
         self,
@@ -281,46 +278,10 @@ class PackedImpl(AttentionImpl[Metadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends query [tokens, heads, head_dim] into output of the same shape.
-
-        Rows with one new token are one call of `ops.decode_attention`; others go one by one, as chunks that attend to
-        the past and causally to themselves.
-        """
+        """Attends query [tokens, heads, head_dim] into output of the same shape."""
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("[vllm] expected an output that is not quantised; got a scale for it")
         step = self._step(layer, kv_cache)
-        if step is None:
-            return output
-        if step.rows:
-            assert step.exact is not None
-            q = query[: step.rows].unsqueeze(2)
-            table = None if step.pages is None else self._table(step.pages)
-            own = self._exact(step.exact)
-            out, _ = ops.decode_attention(q, self.codec, table, own, self.scale, sink_logits=self._sink_logits)
-            output[: step.rows] = out[:, :, 0]
-        for chunk in step.chunks:
-            at = slice(chunk.start, chunk.stop)
-            q, k, v = (x[at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            packed = None
-            if chunk.pages is not None:
-                packed = ops.prefill_attention(q, self.codec, self._table(chunk.pages), self.scale)
-            exact = None if chunk.exact is None else self._exact(chunk.exact)
-            out = attend(q, k, v, exact, packed, self.scale, self._sink_logits)
-            output[at] = out[0].transpose(0, 1)
+        if step is not None:
+            step.attend(self, query, key, value, output)
         return output
-
-    @property
-    def _sink_logits(self) -> torch.Tensor | None:
-        return None if self.sinks is None else self.sinks.float()
-
-    def _table(self, pages: Pages) -> PageTable:
-        return PageTable(self._pages, pages.offsets, pages.lengths, pages.max_length)
-
-    def _exact(self, exact: Exact) -> ExactTokens:
-        k, v = (x.unflatten(1, (len(exact.ids), -1)).transpose(0, 1) for x in self._gather(exact.ids.flatten()))
-        return ExactTokens(k, v, exact.lengths, exact.max_length)
-
-    def _gather(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [kv_heads, tokens, head_dim] of exact blocks, views of a copy."""
-        copied = self._blocks.index_select(0, ids).view(-1, self.num_kv_heads, 2, self.head_size)
-        return copied[:, :, 0].transpose(0, 1), copied[:, :, 1].transpose(0, 1)

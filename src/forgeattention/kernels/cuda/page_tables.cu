@@ -1,5 +1,5 @@
 // Where the tokens of a paged engine's step lie, from its block tables: page offsets, exact blocks and the pages that fill. One
-// CTA per row; integrations/vllm/step.py says the same in NumPy and is its oracle.
+// CTA per row; ops/page_tables.py says the same in NumPy and is its oracle.
 //
 // A row has `past` tokens before the step and `length` after it. Packed are its pages before page `whole`: those that lie `window`
 // tokens back, and those whose exact blocks are gone (block 0). All later tokens are exact. The first sink_blocks exact blocks stay

@@ -1,0 +1,203 @@
+"""vLLM on an NVIDIA GPU, with its own caches and with packed ones: tokens that fit, steps, prompts, throughput.
+
+    python -m benchmarks.vllm_cuda --model FOLDER --json benchmarks/results/vllm-cuda-h200-DATE.json
+
+Every engine is a process of its own with the same flags, one after the other on an idle GPU. A case COUNTxPROMPT+NEW is
+COUNT requests of PROMPT tokens of other text each, with NEW greedy tokens: `prefill_s` is the time of the same requests
+with one new token, `step_ms` the rest over NEW - 1 steps. "equal" gives each engine the memory in which vLLM's own
+16-bit cache holds a quarter of the requests. --shape llama-8b has random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "own": {},
+    "own-fp8": {"kv_cache_dtype": "fp8"},
+    "own-turboquant_3bit_nc": {"kv_cache_dtype": "turboquant_3bit_nc"},
+    "own-turboquant_4bit_nc": {"kv_cache_dtype": "turboquant_4bit_nc"},
+    **{
+        f"packed-{preset}": {
+            "attention_backend": "CUSTOM",
+            "block_size": 64,
+            "additional_config": {"forgeattention": {"preset": preset}},
+        }
+        for preset in ("fidelity", "balanced", "small")
+    },
+}
+GRAPHS: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "decode": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "compiled": {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}},
+}
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+}
+CASES = "1x2048+64 32x2048+128 64x8192+128 16x32000+128"
+EQUAL = "160x4096+1024"
+QUESTIONS = ["The capital of France is", "def quicksort(a):", "Once upon a time", "The three primary colours are"]
+
+
+def numbers(case: str) -> tuple[int, int, int]:
+    count, rest = case.split("x")
+    prompt, new = rest.split("+")
+    return int(count), int(prompt), int(new)
+
+
+def say(**record: Any) -> None:
+    print("RECORD " + json.dumps(record), flush=True)
+
+
+def child(a: argparse.Namespace) -> None:
+    """Runs one engine and prints its records."""
+    from vllm import LLM, SamplingParams
+
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "gpu_memory_utilization": a.memory,
+        "seed": 0,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "max_model_len": a.length,
+    }
+    named: dict[str, Any] = {"op": "vllm", "engine": a.engine, "graphs": a.graphs, "memory": a.memory}
+    model = a.model
+    if a.shape == "llama-8b":
+        model = tempfile.mkdtemp()
+        Path(model, "config.json").write_text(json.dumps(LLAMA_8B))
+        options |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    if a.bytes:
+        options["kv_cache_memory_bytes"] = a.bytes
+        named["memory"] = f"{a.bytes} bytes"
+    named["model"] = a.shape or Path(a.model).name
+    import torch
+
+    from forgeattention.util.environment import environment
+
+    print("RECORD " + json.dumps({"op": "env", **environment(), "gpu": torch.cuda.get_device_name()}), flush=True)
+    begun = time.perf_counter()
+    llm = LLM(model=model, **options | ENGINES[a.engine] | GRAPHS[a.graphs])
+    cache = llm.llm_engine.vllm_config.cache_config
+    say(
+        **named,
+        case="start",
+        whole_s=time.perf_counter() - begun,
+        kv_tokens=cache.kv_cache_size_tokens,
+        kv_requests=cache.kv_cache_max_concurrency,
+        length=a.length,
+    )
+    if not a.shape:
+        greedy = SamplingParams(temperature=0, max_tokens=48)
+        for question, out in zip(QUESTIONS, llm.generate(QUESTIONS, greedy, use_tqdm=False)):
+            say(**named, case="text", prompt=question, text=out.outputs[0].text)
+        text = (Path(__file__).parents[1] / "src/forgeattention/tools/evaluation/data/genesis.txt").read_text()
+        ids = llm.get_tokenizer()(text)["input_ids"]
+    else:
+        ids = [(7919 * i + i * i) % 100000 + 100 for i in range(200000)]
+
+    def seconds(prompts: list[list[int]], new: int) -> float:
+        sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        begun = time.perf_counter()
+        llm.generate([{"prompt_token_ids": x} for x in prompts], sampling, use_tqdm=False)
+        return time.perf_counter() - begun
+
+    for case in a.cases.split():
+        count, prompt, new = numbers(case)
+        many = ids * (2 + (37 * count + prompt) // len(ids))
+        prompts = [many[37 * i : 37 * i + prompt] for i in range(count)]
+        seconds(prompts[: min(count, 4)], 8)
+        record: dict[str, Any] = {"case": case}
+        if not a.bytes:
+            record["prefill_s"] = seconds(prompts, 1)
+        record["whole_s"] = seconds(prompts, new)
+        if not a.bytes:
+            record["step_ms"] = 1e3 * (record["whole_s"] - record["prefill_s"]) / (new - 1)
+        record["new_tokens_per_s"] = count * new / record["whole_s"]
+        say(**named, **record)
+
+
+def run(a: argparse.Namespace, engine: str, graphs: str, extra: list[str], log: Path) -> list[dict[str, Any]]:
+    """The records of one engine in a process of its own; its failure is a record too."""
+    own = [str(Path(__file__).resolve()), "--child", "--engine", engine, "--graphs", graphs, "--model", str(a.model)]
+    own += ["--memory", str(a.memory), "--length", str(a.length), *extra]
+    with log.open("a") as out:
+        print("#", engine, graphs, *extra, file=out, flush=True)
+        process = subprocess.Popen([a.python, *own], stdout=subprocess.PIPE, stderr=out, text=True)
+        records, begun = [], time.monotonic()
+        assert process.stdout is not None
+        killer = threading.Timer(a.timeout, process.kill)
+        killer.start()
+        for line in process.stdout:
+            out.write(line)
+            if line.startswith("RECORD "):
+                records.append(json.loads(line[7:]))
+                print(line[7:].rstrip(), flush=True)
+        killer.cancel()
+        if process.wait():
+            why = f"exit status {process.returncode} after {time.monotonic() - begun:.0f} s"
+            records.append({"op": "vllm", "engine": engine, "graphs": graphs, "case": "failed", "why": why})
+            print(records[-1], flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a model")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--graphs", default="decode", choices=list(GRAPHS))
+    parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--equal", default=EQUAL, help="case for equal memory; empty for none")
+    parser.add_argument("--token-bytes", type=int, default=28672, help="of a token in the own 16-bit cache")
+    parser.add_argument("--memory", type=float, default=0.25, help="share of the GPU's memory")
+    parser.add_argument("--length", type=int, default=32768, help="max_model_len")
+    parser.add_argument("--shape", default="", choices=["", "llama-8b"], help="random weights of this shape")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has vLLM")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for an engine")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child:
+        child(a)
+        return
+    from forgeattention.util.files import write_json
+
+    log = Path(f"{a.json}.log" if a.json else "vllm_cuda.log")
+    records: list[dict[str, Any]] = []
+    shape = ["--shape", a.shape] if a.shape else []
+    for engine in a.engines:
+        records += run(a, engine, a.graphs, ["--cases", a.cases, *shape], log)
+        if a.equal:
+            count, prompt, new = numbers(a.equal)
+            memory = count // 4 * (prompt + new) * a.token_bytes
+            records += run(a, engine, a.graphs, ["--cases", a.equal, "--bytes", str(memory), *shape], log)
+        if a.json:
+            # Every process says the same of versions and machine: once is enough.
+            first = [record for record in records if record["op"] == "env"][:1]
+            write_json(a.json, first + [record for record in records if record["op"] != "env"])
+
+
+if __name__ == "__main__":
+    main()
