@@ -26,6 +26,7 @@ KV = 2
 PARAMS = {
     "decode_attention": args.DecodeParams,
     "decode_pages": args.DecodePagesParams,
+    "compact": args.CompactParams,
     "encode": args.EncodeParams,
     "qk_scores": args.ScoresParams,
     "value_sum": args.ScoresParams,
@@ -134,6 +135,7 @@ def all_ops(made: Tokens) -> None:
     scores = mlx_cuda.qk_scores(q, made.codec, table, 0.1)
     mlx_cuda.value_sum(scores, made.codec, table)
     mlx_cuda.prefill_attention(q, made.codec, table, 0.1)
+    mlx_cuda.compact(base, mx.array(made.places), made.codec.page_bytes)
 
 
 @pytest.mark.parametrize("case", [Case(head_dim=64, group=3, k_code="trellis8"), CASES[-1]], ids=str)

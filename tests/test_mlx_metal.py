@@ -22,7 +22,7 @@ from tolerances import MLX_MODEL  # noqa: E402
 from forgeattention.backends import metal  # noqa: E402
 from forgeattention.backends.metal import attention, pages, scores, sparse  # noqa: E402
 from forgeattention.integrations import mlx as forge  # noqa: E402
-from forgeattention.ops import dispatch  # noqa: E402
+from forgeattention.ops import registry  # noqa: E402
 from forgeattention.sparse import SparseSpec  # noqa: E402
 
 
@@ -51,11 +51,11 @@ def device(monkeypatch: Any) -> Any:
     for module in (attention, pages, scores, sparse):
         monkeypatch.setattr(module, "mlx_device", lambda: made)
     monkeypatch.setattr(metal, "available_to_mlx", lambda: (True, "the emulator"))
-    monkeypatch.setattr(dispatch, "native", lambda kind: "metal" if kind == "mlx" else kind)
-    dispatch.find.cache_clear()
+    monkeypatch.setattr(registry, "native", lambda kind: "metal" if kind == "mlx" else kind)
+    registry.find.cache_clear()
     with forge.patched():
         yield made
-    dispatch.find.cache_clear()
+    registry.find.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "qwen3_next"])

@@ -18,7 +18,7 @@ from tolerances import MLX_CPU  # noqa: E402
 from forgeattention import ops  # noqa: E402
 from forgeattention.cache import LayerCache, MLXArrays, NumpyArrays, PagePool, arrays_of  # noqa: E402
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
-from forgeattention.ops import ExactTokens, PageTable, dispatch  # noqa: E402
+from forgeattention.ops import ExactTokens, PageTable, registry  # noqa: E402
 
 DTYPES = ("float32", "float16", "bfloat16")
 SPEC = CodecSpec(k_bits=3, v_bits=2, k_code="scalar", refine=False, sinks=2, window=5)
@@ -125,8 +125,8 @@ def test_scores_and_sums(codec: Codec, pages: PageTable) -> None:
 
 
 def test_arrays_go_to_the_default_device() -> None:
-    assert dispatch.native("mlx") == "cpu"
-    assert dispatch.select("encode", mx.zeros((1,))).__module__ == "forgeattention.backends.cpu.mlx"
+    assert registry.native("mlx") == "cpu"
+    assert registry.launch("encode", mx.zeros((1,))).__module__ == "forgeattention.backends.cpu.mlx"
 
 
 def test_a_named_backend_that_cannot_run_raises(codec: Codec) -> None:

@@ -14,7 +14,7 @@ from ops_cases import make_case
 from forgeattention import ops
 from forgeattention.backends.cpu import native
 from forgeattention.codec import CodecSpec
-from forgeattention.ops import dispatch
+from forgeattention.ops import registry
 
 
 @pytest.fixture
@@ -129,20 +129,20 @@ def test_report_names_every_backend():
 
 
 def test_selection(case):
-    assert dispatch.select("encode", case.q).__module__ == "forgeattention.backends.cpu.pages"
-    assert dispatch.select("encode", case.q, "reference").__module__ == "forgeattention.backends.reference.pages"
+    assert registry.launch("encode", case.q).__module__ == "forgeattention.backends.cpu.pages"
+    assert registry.launch("encode", case.q, "reference").__module__ == "forgeattention.backends.reference.pages"
     with pytest.raises(ValueError, match=r"\[encode\] expected backend 'auto' or one of .*; got 'gpu'"):
-        dispatch.select("encode", case.q, "gpu")
+        registry.launch("encode", case.q, "gpu")
     with pytest.raises(
         ValueError, match=r"\[encode\] expected arrays that backend 'cuda' reads; got torch.Tensor on cpu"
     ):
-        dispatch.select("encode", case.q, "cuda")
+        registry.launch("encode", case.q, "cuda")
     with pytest.raises(
         ValueError, match=r"\[compose\] expected backend 'cpu' to be available; got: backend 'cpu' has no compose"
     ):
-        dispatch.select("compose", case.q)
+        registry.launch("compose", case.q)
     with pytest.raises(ValueError, match=r"\[encode\] expected an array of NumPy, torch or MLX; got builtins.list"):
-        dispatch.select("encode", [1.0])
+        registry.launch("encode", [1.0])
 
 
 def test_threads_follow_torch():

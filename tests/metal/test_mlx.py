@@ -11,7 +11,7 @@ from forgeattention.backends.metal import pages as metal_pages
 from forgeattention.backends.metal import scores as metal_scores
 from forgeattention.backends.metal import sparse as metal_sparse
 from forgeattention.backends.metal.launch import MLX, kernel_text
-from forgeattention.ops.sparse import Scores, Threshold
+from forgeattention.ops import Scores, Threshold
 from forgeattention.ops.table import ExactTokens, PageTable
 
 from .cases import Emulator, make_codec, make_exact, make_table, queries, relative_error

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ops import dispatch
 from ..ops.arrays import dtype_of, is_mlx, is_torch
+from ..ops.registry import native
 
 
 class Arrays(Protocol):
@@ -33,10 +33,6 @@ class Arrays(Protocol):
 
     def index(self, values: NDArray[np.int64]) -> Any:
         """Host integers as an array to index with."""
-
-    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
-        """Writes k, v [batch, heads, n, dim] at the device's `lengths` [batch] into to_k, to_v, and adds n to them.
-        Only for frameworks whose arrays stay in place."""
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         """Copies a host array of the same shape and dtype into `target[at]`, without waiting for the device."""
@@ -86,11 +82,6 @@ class NumpyArrays:
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return values
-
-    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
-        rows, at = np.arange(len(lengths))[:, None], lengths[:, None] + np.arange(k.shape[2])
-        to_k[rows, :, at], to_v[rows, :, at] = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        lengths += k.shape[2]
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         target[at] = values
@@ -149,17 +140,6 @@ class TorchArrays:
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._upload(values)
 
-    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
-        if self.device.type == "cuda":
-            from ..backends.cuda.pages import append_tokens
-
-            append_tokens(to_k, to_v, lengths, k, v)
-            return
-        rows = self._torch.arange(len(lengths))[:, None]
-        at = lengths[:, None] + self._torch.arange(k.shape[2])
-        to_k[rows, :, at], to_v[rows, :, at] = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        lengths += k.shape[2]
-
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         target = target[at]
         if target.dtype == self._torch.bfloat16:
@@ -210,7 +190,7 @@ class MLXArrays:
 
     def __init__(self) -> None:
         self._mx = importlib.import_module("mlx.core")
-        self.on_host = dispatch.native("mlx") == "cpu"
+        self.on_host = native("mlx") == "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._mx.empty(shape, dtype=getattr(self._mx, dtype))
@@ -229,9 +209,6 @@ class MLXArrays:
 
     def index(self, values: NDArray[np.int64]) -> Any:
         return self._mx.array(values)
-
-    def append(self, to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
-        raise ValueError("[cache] expected arrays that stay in place; got MLX's")
 
     def assign(self, target: Any, values: NDArray[Any], at: Any = ...) -> None:
         new = self._mx.array(values)

@@ -118,16 +118,23 @@ class PagePool:
         """Pages allocated and not in use."""
         return sum(len(slab.free) for slab in self._slabs)
 
-    def compact(self) -> None:
+    def compact(self, backend: str = "auto") -> None:
         """Moves the pages in use together, byte for byte, and gives back the memory of the others. Needs room for one
-        copy of the pages in use."""
+        copy of the pages in use.
+
+        Args:
+            backend: that of `ops.compact`.
+
+        Raises:
+            ValueError: the backend cannot move pages; nothing is changed then.
+        """
         used = [page for slab in self._slabs for page in slab.ids if self._refs[page]]
         if not self.spare:
             return
         moved = None
         if used:
             at = self.arrays.index(self._addresses[used])
-            moved = ops.compact(self.base, at, self.page_bytes).reshape(-1)
+            moved = ops.compact(self.base, at, self.page_bytes, backend=backend).reshape(-1)
         for slab in list(self._slabs):
             self._drop(slab)
         self.layout += 1

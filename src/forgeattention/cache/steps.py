@@ -57,7 +57,7 @@ class StaticSteps:
     def append(self, k: Any, v: Any) -> None:
         """Adds a token k, v [batch, kv_heads, 1, head_dim] to every row, on the device."""
         cache = self._cache
-        cache.arrays.append(cache._k, cache._v, cache._exact_device, k, v)
+        ops.append_tokens(cache._k, cache._v, cache._exact_device, k, v, backend=cache.backend)
 
     def attend(self, q: Any, scale: float, sink_logits: Any) -> Any:
         """Attention of q [batch, q_heads, 1, head_dim] over all that the device's lengths say."""

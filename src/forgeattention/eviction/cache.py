@@ -178,7 +178,7 @@ class EvictingCache(LayerCache):
             self._run(planned)
         self._last[due] = lengths[due]
         if rounds and self.pool.spare > max(8, self.pool.in_use // 4):
-            self.pool.compact()
+            self.pool.compact(self.backend)
 
     def trim(self, n: int | Sequence[int] | I64) -> None:
         super().trim(n)

@@ -1,23 +1,19 @@
 """The operations on a packed cache. Each validates its arguments, chooses a backend and launches it."""
 
-from .compact import compact
-from .decode_attention import decode_attention
-from .decode_pages import decode_pages
-from .dispatch import report
-from .encode import encode
-from .merge import merge
-from .prefill_attention import prefill_attention
-from .qk_scores import qk_scores
-from .sparse import Scores, Threshold, page_scores, sparse_attention, sparse_scores, sparse_threshold
-from .table import ExactTokens, PageTable
+from .attention import decode_attention, merge, prefill_attention
+from .pages import append_tokens, compact, decode_pages, encode
+from .registry import report
+from .scores import qk_scores, value_sum
+from .sparse import page_scores, page_select, sparse_attention, sparse_scores, sparse_threshold
+from .table import ExactTokens, PageTable, Scores, Threshold
 from .threads import get_num_threads, set_num_threads
-from .value_sum import value_sum
 
 __all__ = [
     "ExactTokens",
     "PageTable",
     "Scores",
     "Threshold",
+    "append_tokens",
     "compact",
     "decode_attention",
     "decode_pages",
@@ -25,6 +21,7 @@ __all__ = [
     "get_num_threads",
     "merge",
     "page_scores",
+    "page_select",
     "prefill_attention",
     "qk_scores",
     "report",

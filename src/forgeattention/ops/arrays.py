@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 
+
+class Array(Protocol):
+    """A NumPy array, a torch tensor or an MLX array."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+DType = Annotated[Any, "dtype"]
+"""A dtype's name, a NumPy type or another framework's dtype."""
 FLOATS = ("float32", "float16", "bfloat16")
 _torch_names: dict[Any, str] = {}
 
@@ -17,7 +30,7 @@ def is_torch(x: Any) -> bool:
 
 
 def traced() -> bool:
-    """Whether torch.compile or torch.export is reading this call, so that it must become one of `ops.library`."""
+    """Whether torch.compile or torch.export is reading this call, so that it must become one of `ops.operators`."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 

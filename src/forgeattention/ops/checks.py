@@ -24,6 +24,14 @@ def check_codec(op: str, codec: Any) -> None:
         raise fail(op, "a Codec", type(codec).__name__)
 
 
+def check_floats(op: str, name: str, x: Any, rank: int) -> None:
+    """A float array of `rank` axes."""
+    if not device_of(x):
+        raise fail(op, f"{name} as a NumPy, torch or MLX array", type(x).__name__)
+    if dtype_of(x) not in FLOATS or len(x.shape) != rank:
+        raise fail(op, f"{name} of {', '.join(FLOATS)} with {rank} axes", describe(x))
+
+
 def check_vectors(op: str, name: str, x: Any, codec: Codec, rank: int, heads: int | None) -> None:
     """A float array of `rank` axes whose last is head_dim and, with `heads`, whose axis -3 is that."""
     if not device_of(x):

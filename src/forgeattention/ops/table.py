@@ -1,9 +1,10 @@
-"""What an op is told about where packed and exact tokens lie."""
+"""What ops are told and give besides arrays: where packed and exact tokens lie, scores, thresholds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from .arrays import Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +21,12 @@ class PageTable:
         uniform: every row has max_length tokens, so that prefill need not read the lengths.
     """
 
-    base: Any | None
-    offsets: Any
-    lengths: Any
+    base: Array | None
+    offsets: Array
+    lengths: Array
     max_length: int
     uniform: bool = False
-    checked: list[tuple[Any, str]] = field(default_factory=list, init=False, repr=False)
+    checked: list[tuple[int | None, str]] = field(default_factory=list, init=False, repr=False)
     """Rows and device that an op found this table to fit: a table is used by many calls and never changes."""
 
 
@@ -39,7 +40,42 @@ class ExactTokens:
         max_length: host upper bound of `lengths`.
     """
 
-    k: Any
-    v: Any
-    lengths: Any
+    k: Array
+    v: Array
+    lengths: Array
     max_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """All scores of a step.
+
+    Attributes:
+        scores: float32 [batch, q_heads, n, max_length], -inf from each row's length on.
+        pages: float32 [batch, q_heads, n, pages, 2], of every 64 tokens the largest score m and the sum of
+            exp(score - m); -inf and 0 for a page without tokens.
+    """
+
+    scores: Array
+    pages: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """Which tokens each query keeps: those with larger scores, and of those with just this score the ones up to a
+    position.
+
+    Attributes:
+        score: float32 [batch, q_heads, n]; inf where nothing is kept.
+        last: int32 [batch, q_heads, n], position; -1 where nothing is kept.
+        kept: int32 [batch, q_heads, n], how many tokens that are.
+        dropped: float32 [batch, q_heads, n], the other packed tokens' share of the softmax mass, exact tokens included
+            in the whole.
+        top: float32 [batch, q_heads, n], the largest score; -inf without packed tokens.
+    """
+
+    score: Array
+    last: Array
+    kept: Array
+    dropped: Array
+    top: Array

@@ -119,3 +119,30 @@ def sparse_attention(scores: ArrayLike, keep: ArrayLike, v: ArrayLike) -> tuple[
         lse = np.log(total) + top[..., 0]
     weights = p / np.where(total > 0, total, 1)[..., None]
     return np.einsum("hnt,htd->hnd", weights, np.repeat(v64, s.shape[0] // v64.shape[0], 0)), lse
+
+
+def page_select(
+    means: ArrayLike, exact_lse: ArrayLike, used: int, most: int, top_p: float | None
+) -> tuple[NDArray[np.int64], int]:
+    """The pages that one KV head reads: those to which any of its queries is estimated to give the largest share.
+
+    Args:
+        means: [group, n, pages], scores of the pages' mean keys; -inf past the last page.
+        exact_lse: [group, n], log-sum-exp of the tokens that are attended anyway.
+        used: pages that the row has.
+        most: pages to choose, at most.
+        top_p: choose so many that with the exact tokens every query keeps this share of its estimated mass.
+
+    Returns:
+        All pages, the largest share first, the earlier of equal ones first; and how many of them are chosen.
+    """
+    mass = PAGE * np.exp(np.asarray(means, np.float64))
+    whole = mass.sum(-1) + np.exp(np.asarray(exact_lse, np.float64))
+    share = (mass / np.where(whole > 0, whole, 1.0)[..., None]).reshape(-1, mass.shape[-1])
+    order = np.argsort(-share.max(0, initial=0.0), kind="stable")
+    count = min(used, most)
+    if top_p is not None:
+        for count in range(used + 1):
+            if (share[:, order[count:]].sum(-1) <= 1 - top_p).all():
+                break
+    return order, count

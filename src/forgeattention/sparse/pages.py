@@ -44,93 +44,15 @@ def attend_pages(
     lse = None
     if spec.top_p is not None:
         _, lse = ops.decode_attention(q, codec, None, exact, scale, causal=causal, sink_logits=sinks, backend=backend)
-    offsets, tokens, read = select(means, codec, table, lse, spec)
+    top_k = None if spec.top_k is None else spec.top_k // PAGE
+    offsets, tokens, read = ops.page_select(
+        means, codec, table, top_k=top_k, top_p=spec.top_p, exact_lse=lse, backend=backend
+    )
     out, lse = _attend_rows(q, codec, table, offsets, tokens, exact, scale, causal, backend)
     if sinks is not None:
         extra = sinks[None, :, None] + lse * 0
         out, lse = ops.merge(out, lse, out * 0, extra)
     return out, lse, read, means
-
-
-def select(means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: SparseSpec) -> tuple[Any, Any, Any]:
-    """The pages that each KV head reads: those to which any of its queries is estimated to give the largest share.
-
-    Args:
-        means: of `ops.page_scores`.
-        codec: the layer's codec.
-        table: the packed tokens, whole pages.
-        lse: log-sum-exp of the exact tokens [batch, q_heads, n], for `spec.top_p`.
-        spec: how many pages, or the estimated share of every query that they and the exact tokens carry.
-
-    Returns:
-        offsets of the records int64 [batch, kv_heads, most], tokens in them int32 [batch, kv_heads], and which pages
-        they are, bool [batch, kv_heads, pages].
-    """
-    most = means.shape[3] if spec.top_k is None else min(spec.top_k // PAGE, means.shape[3])
-    if is_torch(means) and means.is_cuda and spec.top_k is not None:
-        from ..backends.cuda.sparse import page_select
-
-        return page_select(means, codec, table, most)
-    if is_mlx(means):
-        return _select_mlx(means, codec, table, lse, spec, most)
-    import torch
-
-    def tensor(x: Any) -> Any:
-        return x if is_torch(x) else torch.from_numpy(to_numpy(x))
-
-    m, offsets, lengths = (tensor(x) for x in (means, table.offsets, table.lengths))
-    batch, _, _, pages = m.shape
-    kv_heads = codec.kv_heads
-    z = m.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
-    total = z.logsumexp(-1)
-    if lse is not None:
-        total = torch.logaddexp(total, tensor(lse).reshape(total.shape))
-    z = z - total[..., None]
-    used = ((lengths + PAGE - 1) // PAGE)[:, None].expand(batch, kv_heads)
-    order = torch.sort(z.amax(2), dim=-1, descending=True, stable=True).indices[..., :most]
-    counts = used.clamp(max=most)
-    if spec.top_p is not None:
-        share = z.exp()
-        sums = share.gather(-1, order[:, :, None].expand_as(share)).cumsum(-1)
-        left = share.sum(-1, keepdim=True) - torch.nn.functional.pad(sums, (1, 0))[..., :-1]
-        counts = torch.minimum((left > 1 - spec.top_p).any(2).sum(-1), used)
-    taken = torch.arange(most, device=m.device) < counts[..., None]
-    read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=m.device).scatter(-1, order, taken)
-    heads_at = codec.format.record_bytes * torch.arange(kv_heads, device=m.device)[:, None]
-    chosen = offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
-    held = (counts * PAGE).to(torch.int32)
-    return (chosen, held, read) if is_torch(means) else (chosen.numpy(), held.numpy(), read.numpy())
-
-
-def _select_mlx(
-    means: Any, codec: Codec, table: PageTable, lse: Any | None, spec: SparseSpec, most: int
-) -> tuple[Any, Any, Any]:
-    """`select` in MLX's operations."""
-    import mlx.core as mx
-
-    batch, _, _, pages = means.shape
-    kv_heads = codec.kv_heads
-    z = means.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
-    total = mx.logsumexp(z, axis=-1)
-    if lse is not None:
-        total = mx.logaddexp(total, lse.reshape(total.shape))
-    z = z - total[..., None]
-    used = mx.broadcast_to(((table.lengths + (PAGE - 1)) // PAGE)[:, None], (batch, kv_heads))
-    order = mx.argsort(-z.max(axis=2), axis=-1)[..., :most]
-    counts = mx.minimum(used, most)
-    if spec.top_p is not None:
-        share = mx.exp(z)
-        sums = mx.cumsum(mx.take_along_axis(share, mx.broadcast_to(order[:, :, None], share.shape), axis=-1), axis=-1)
-        left = share.sum(axis=-1, keepdims=True) - mx.concatenate(
-            [mx.zeros_like(sums[..., :1]), sums[..., :-1]], axis=-1
-        )
-        counts = mx.minimum((left > 1 - spec.top_p).any(axis=2).sum(axis=-1), used)
-    taken = mx.arange(most) < counts[..., None]
-    read = mx.put_along_axis(mx.zeros((batch, kv_heads, pages), dtype=mx.bool_), order, taken, axis=-1)
-    heads_at = codec.format.record_bytes * mx.arange(kv_heads, dtype=mx.int64)[:, None]
-    offsets = mx.broadcast_to(table.offsets[:, None, :pages], (batch, kv_heads, pages))
-    chosen = mx.take_along_axis(offsets, order, axis=-1) + heads_at
-    return chosen, (counts * PAGE).astype(mx.int32), read
 
 
 def estimated_drop(means: Any, read: Any, lse: Any) -> Any:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from .. import ops
 from ..codec import PAGE, Codec
 from ..ops.arrays import from_numpy, to_numpy
-from ..ops.sparse import Threshold
-from ..ops.table import ExactTokens, PageTable
+from ..ops.table import ExactTokens, PageTable, Threshold
 from .pages import attend_pages, estimated_drop
 from .spec import SparseSpec
 

@@ -228,17 +228,17 @@ def fetch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def doctor(args: argparse.Namespace) -> dict[str, Any]:
-    """Print and return what `ops.dispatch` knows of the backends, and the versions."""
+    """Print and return what `ops.registry` knows of the backends, and the versions."""
     from ..backends.cpu import native
-    from ..ops import dispatch
+    from ..ops import registry
     from ..ops.threads import get_num_threads
     from ..util.environment import environment
 
-    backends = dispatch.report()
+    backends = registry.report()
     env = environment()
     for row in backends:
         print(f"{row['backend']:<10} {'available' if row['available'] else 'not here':<10} {row['reason']}")
-    if dispatch.status("cpu")[0]:
+    if registry.status("cpu")[0]:
         whose = "PyTorch's" if native.shares_torch_threads() else "this package's own"
         print(f"CPU kernels run on {get_num_threads()} threads, {whose}")
     print(", ".join(f"{name} {version}" for name, version in env["versions"].items()))

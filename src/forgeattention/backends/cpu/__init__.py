@@ -3,19 +3,37 @@
 from .native import available
 
 OPS = {
-    "encode": "pages",
-    "decode_pages": "pages",
-    "compact": "pages",
-    "decode_attention": "attention",
-    "prefill_attention": "attention",
-    "qk_scores": "scores",
-    "value_sum": "scores",
-    "sparse_scores": "sparse",
-    "sparse_threshold": "sparse",
-    "sparse_attention": "sparse",
-    "page_scores": "sparse",
+    "encode": "cpu.pages",
+    "append_tokens": "cpu.pages",
+    "decode_pages": "cpu.pages",
+    "compact": "cpu.pages",
+    "decode_attention": "cpu.attention",
+    "prefill_attention": "cpu.attention",
+    "merge": "cpu.attention",
+    "qk_scores": "cpu.scores",
+    "value_sum": "cpu.scores",
+    "sparse_scores": "cpu.sparse",
+    "sparse_threshold": "cpu.sparse",
+    "sparse_attention": "cpu.sparse",
+    "page_scores": "cpu.sparse",
+    "page_select": "cpu.sparse",
 }
-MLX_OPS = dict.fromkeys(OPS, "mlx")
+# MLX's arrays do not stay in place, so nothing can be appended to them.
+MLX_OPS = {
+    "encode": "cpu.mlx",
+    "decode_pages": "cpu.mlx",
+    "compact": "cpu.mlx",
+    "decode_attention": "cpu.mlx",
+    "prefill_attention": "cpu.mlx",
+    "merge": "mlx.attention",
+    "qk_scores": "cpu.mlx",
+    "value_sum": "cpu.mlx",
+    "sparse_scores": "cpu.mlx",
+    "sparse_threshold": "cpu.mlx",
+    "sparse_attention": "cpu.mlx",
+    "page_scores": "cpu.mlx",
+    "page_select": "mlx.pages",
+}
 available_to_mlx = available
 
 __all__ = ["MLX_OPS", "OPS", "available", "available_to_mlx"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import numpy as np
+
 from ...codec.codec import Codec
-from ...ops.arrays import dtype_of, empty_like
+from ...ops.arrays import dtype_of, empty_like, is_torch
 from ...ops.table import ExactTokens, PageTable
 from ...ops.threads import get_num_threads
+from ..merge import merge_in
 from .native import native, native_codec
 from .views import DTYPES, address, flat, table_view, view_of
 
@@ -61,3 +65,7 @@ def _attention(
         get_num_threads(),
     )
     return out, lse
+
+
+def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
+    return merge_in(sys.modules["torch"] if is_torch(o1) else np, o1, lse1, o2, lse2)

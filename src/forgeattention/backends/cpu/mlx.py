@@ -9,9 +9,8 @@ import numpy as np
 
 from ...codec.codec import Codec
 from ...ops.arrays import dtype_of
-from ...ops.merge import merge
-from ...ops.sparse import Scores, Threshold
-from ...ops.table import ExactTokens, PageTable
+from ...ops.table import ExactTokens, PageTable, Scores, Threshold
+from ..mlx.attention import merge
 from . import attention, pages, scores, sparse
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ...codec.codec import Codec
 from ...ops.arrays import empty_like, is_torch
 from ...ops.checks import fail
@@ -43,3 +45,12 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
         native_codec(codec), view, batch, rotated, DTYPES[dtype], address(k), address(v), get_num_threads()
     )
     return k, v
+
+
+def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+    held = lengths.numpy() if is_torch(lengths) else lengths
+    n = k.shape[2]
+    for row in np.flatnonzero(held + n <= to_k.shape[2]):
+        at = slice(held[row], held[row] + n)
+        to_k[row, :, at], to_v[row, :, at] = k[row], v[row]
+        held[row] += n

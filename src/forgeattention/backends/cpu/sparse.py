@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,9 @@ import numpy as np
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of, empty_like, is_torch
-from ...ops.merge import merge
-from ...ops.sparse import Scores, Threshold
-from ...ops.table import PageTable
+from ...ops.table import PageTable, Scores, Threshold
 from ...ops.threads import get_num_threads
+from .attention import merge
 from .native import native, native_codec
 from .views import address, flat, table_view, view_of
 
@@ -84,3 +85,35 @@ def sparse_attention(
     if is_torch(o):
         return o.to(other[0].dtype), joined
     return np.asarray(o, dtype), joined
+
+
+def page_select(
+    means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
+) -> tuple[Any, Any, Any]:
+    """Pages are few, so NumPy does it, on the arrays' own memory."""
+    given = means, table.offsets, table.lengths, exact_lse
+    m, offsets, lengths, lse = (x.numpy() if is_torch(x) else x for x in given)
+    batch, _, _, pages = m.shape
+    kv_heads = codec.kv_heads
+    z = m.reshape(batch, kv_heads, -1, pages) + np.float32(math.log(PAGE))
+    total = np.logaddexp.reduce(z, axis=-1)
+    if lse is not None:
+        total = np.logaddexp(total, lse.reshape(total.shape))
+    z = z - np.where(total == -np.inf, np.float32(0), total)[..., None]
+    order = np.argsort(-z.max(2, initial=-np.inf), axis=-1, kind="stable")[..., :most]
+    used = np.broadcast_to(((lengths + PAGE - 1) // PAGE)[:, None], (batch, kv_heads))
+    counts = np.minimum(used, most)
+    if top_p is not None:
+        share = np.exp(z)
+        sums = np.cumsum(np.take_along_axis(share, order[:, :, None], -1), -1)
+        left = share.sum(-1, keepdims=True) - np.concatenate([np.zeros_like(sums[..., :1]), sums[..., :-1]], -1)
+        counts = np.minimum((left > 1 - top_p).any(2).sum(-1), used)
+    read = np.zeros((batch, kv_heads, pages), np.bool_)
+    np.put_along_axis(read, order, np.arange(most) < counts[..., None], -1)
+    heads_at = codec.format.record_bytes * np.arange(kv_heads)[:, None]
+    rows = np.broadcast_to(offsets[:, None, :pages], (batch, kv_heads, pages))
+    chosen = np.take_along_axis(rows, order, -1) + heads_at
+    found = chosen, (counts * PAGE).astype(np.int32), read
+    if is_torch(means):
+        found = tuple(map(sys.modules["torch"].from_numpy, found))
+    return found

@@ -6,23 +6,30 @@ The modules of `OPS` need PyTorch, that of `MLX_OPS` needs MLX.
 from .nvrtc import available, available_to_mlx
 
 OPS = {
-    "encode": "pages",
-    "append_tokens": "pages",
-    "decode_pages": "pages",
-    "compact": "pages",
-    "decode_attention": "attention",
-    "prefill_attention": "prefill",
-    "merge": "attention",
-    "qk_scores": "scores",
-    "value_sum": "scores",
-    "sparse_scores": "sparse",
-    "sparse_threshold": "sparse",
-    "sparse_attention": "sparse",
-    "page_scores": "sparse",
-    "page_select": "sparse",
+    "encode": "cuda.pages",
+    "append_tokens": "cuda.pages",
+    "decode_pages": "cuda.pages",
+    "compact": "cuda.pages",
+    "decode_attention": "cuda.attention",
+    "prefill_attention": "cuda.prefill",
+    "merge": "cuda.attention",
+    "qk_scores": "cuda.scores",
+    "value_sum": "cuda.scores",
+    "sparse_scores": "cuda.sparse",
+    "sparse_threshold": "cuda.sparse",
+    "sparse_attention": "cuda.sparse",
+    "page_scores": "cuda.sparse",
+    "page_select": "cuda.sparse",
 }
-MLX_OPS = dict.fromkeys(
-    ("encode", "decode_pages", "decode_attention", "prefill_attention", "qk_scores", "value_sum"), "mlx"
-)
+MLX_OPS = {
+    "encode": "cuda.mlx",
+    "decode_pages": "cuda.mlx",
+    "compact": "cuda.mlx",
+    "decode_attention": "cuda.mlx",
+    "prefill_attention": "cuda.mlx",
+    "merge": "mlx.attention",
+    "qk_scores": "cuda.mlx",
+    "value_sum": "cuda.mlx",
+}
 
 __all__ = ["MLX_OPS", "OPS", "available", "available_to_mlx"]

@@ -10,6 +10,7 @@ import torch
 from ...codec.codec import Codec
 from ...ops.arrays import dtype_of
 from ...ops.table import ExactTokens, PageTable
+from ..merge import merge_in
 from . import nvrtc, plans
 from . import params as args
 from .launch import (
@@ -31,7 +32,11 @@ _NONE = (0, 0, 0)
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
-    """`ops.merge` of o1 [batch, heads, n, dim] and a float32 o2 of the same shape, in one launch."""
+    """One launch where o1 is [batch, heads, n, an even head_dim] and the rest float32, as prefill has it; else torch's
+    operations."""
+    pairs = o1.ndim == 4 and o1.shape[3] % 2 == 0 and o1.dtype.itemsize <= 4
+    if not (pairs and o2.dtype == lse1.dtype == lse2.dtype == torch.float32):
+        return merge_in(torch, o1, lse1, o2, lse2)
     o1, lse1, o2, lse2 = o1 if o1.stride(-1) == 1 else o1.contiguous(), *(x.contiguous() for x in (lse1, o2, lse2))
     out = torch.empty(o1.shape, dtype=o1.dtype, device=o1.device)
     lse = torch.empty_like(lse1)

@@ -20,10 +20,9 @@ import numpy as np
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
-from ...ops.merge import merge
 from ...ops.table import ExactTokens, PageTable
 from ..mlx.arrays import page_places, some_exact, some_table, store_pages
-from ..mlx.attention import attention
+from ..mlx.attention import attention, merge
 from ..mlx.codec import packed_queries, unpacked_values
 from . import nvrtc, plans
 from . import params as args
@@ -233,6 +232,25 @@ class _Decode:
             "scale_log2": 0.0,
             **_units(codec),
         }
+
+
+def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
+    """See `forgeattention.ops.compact`."""
+    if base is None:
+        raise ValueError("[compact] expected an array that holds the pages; got absolute addresses")
+    pages = offsets.shape[0]
+    if pages == 0:
+        return mx.zeros((0, page_bytes), dtype=mx.uint8)
+    (out,) = Launch(
+        "compact",
+        args.COMPACT_MACROS,
+        {"base": base, "offsets": offsets},
+        {"out": ((pages, page_bytes), "uint8")},
+        {"words": page_bytes // 16},
+        (-(-page_bytes // (16 * 4 * 256)), pages, 1),
+        256,
+    ).run()
+    return out
 
 
 def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,7 @@ import torch
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
-from ...ops.sparse import Scores, Threshold
-from ...ops.table import PageTable
+from ...ops.table import PageTable, Scores, Threshold
 from . import nvrtc, plans
 from . import params as args
 from .launch import address, constants_of, counters, current_stream, limits, on_device, partials
@@ -97,13 +97,17 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     return out
 
 
-def page_select(means: Any, codec: Codec, table: PageTable, budget: int) -> tuple[Any, Any, Any]:
-    """See `forgeattention.sparse.pages.select`."""
+def page_select(
+    means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
+) -> tuple[Any, Any, Any]:
+    """One launch for a number of pages; a share of the mass is found in torch's operations."""
+    if top_p is not None or exact_lse is not None:
+        return _page_select(means, codec, table, most, top_p, exact_lse)
     batch, q_heads, n, pages = means.shape
     device, kv_heads, record = means.device, codec.kv_heads, codec.format.record_bytes
     if pages > plans.MOST_PAGES:
         raise ValueError(f"[page_select] expected at most {plans.MOST_PAGES} pages; got {pages}")
-    chosen = torch.empty((batch, kv_heads, budget), dtype=torch.int64, device=device)
+    chosen = torch.empty((batch, kv_heads, most), dtype=torch.int64, device=device)
     tokens = torch.empty((batch, kv_heads), dtype=torch.int32, device=device)
     read = torch.empty((batch, kv_heads, pages), dtype=torch.bool, device=device)
     if batch:
@@ -113,10 +117,35 @@ def page_select(means: Any, codec: Codec, table: PageTable, budget: int) -> tupl
             params = _select_params(
                 *map(address, (means, table.offsets, table.lengths, chosen, tokens, read)),
                 table.offsets.stride(0),
-                *(kv_heads, q_heads // kv_heads * n, pages, budget, record),
+                *(kv_heads, q_heads // kv_heads * n, pages, most, record),
             )
             kernel.launch((batch * kv_heads, 1, 1), 1024, current_stream(device), params)
     return chosen, tokens, read
+
+
+def _page_select(
+    means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
+) -> tuple[Any, Any, Any]:
+    batch, _, _, pages = means.shape
+    kv_heads, device = codec.kv_heads, means.device
+    z = means.reshape(batch, kv_heads, -1, pages) + math.log(PAGE)
+    total = z.logsumexp(-1)
+    if exact_lse is not None:
+        total = torch.logaddexp(total, exact_lse.reshape(total.shape))
+    z = z - total[..., None]
+    used = ((table.lengths + PAGE - 1) // PAGE)[:, None].expand(batch, kv_heads)
+    order = torch.sort(z.amax(2), dim=-1, descending=True, stable=True).indices[..., :most]
+    counts = used.clamp(max=most)
+    if top_p is not None:
+        share = z.exp()
+        sums = share.gather(-1, order[:, :, None].expand_as(share)).cumsum(-1)
+        left = share.sum(-1, keepdim=True) - torch.nn.functional.pad(sums, (1, 0))[..., :-1]
+        counts = torch.minimum((left > 1 - top_p).any(2).sum(-1), used)
+    taken = torch.arange(most, device=device) < counts[..., None]
+    read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=device).scatter(-1, order, taken)
+    heads_at = codec.format.record_bytes * torch.arange(kv_heads, device=device)[:, None]
+    chosen = table.offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
+    return chosen, (counts * PAGE).to(torch.int32), read
 
 
 def _whole_pages(scores: Scores) -> Any:

@@ -8,17 +8,19 @@ from .launch import available_to_mlx
 
 OPS: dict[str, str] = {}
 MLX_OPS = {
-    "encode": "pages",
-    "decode_pages": "pages",
-    "compact": "pages",
-    "decode_attention": "attention",
-    "prefill_attention": "attention",
-    "qk_scores": "scores",
-    "value_sum": "scores",
-    "sparse_scores": "sparse",
-    "sparse_threshold": "sparse",
-    "sparse_attention": "sparse",
-    "page_scores": "sparse",
+    "encode": "metal.pages",
+    "decode_pages": "metal.pages",
+    "compact": "metal.pages",
+    "decode_attention": "metal.attention",
+    "prefill_attention": "metal.attention",
+    "merge": "mlx.attention",
+    "qk_scores": "metal.scores",
+    "value_sum": "metal.scores",
+    "sparse_scores": "metal.sparse",
+    "sparse_threshold": "metal.sparse",
+    "sparse_attention": "metal.sparse",
+    "page_scores": "metal.sparse",
+    "page_select": "mlx.pages",
 }
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
-from ...ops.merge import merge
-from ...ops.sparse import Scores, Threshold
-from ...ops.table import PageTable
+from ...ops.table import PageTable, Scores, Threshold
+from ..merge import merge_in
 from ..mlx.codec import packed_queries, unpacked_values
 from .launch import Device, Launch, mlx_device, roomy
 from .scores import launch_scores, launch_sums
@@ -106,5 +105,5 @@ def sparse_attention(
     lse = lse.astype(xp.float32)
     if other is None:
         return out, lse
-    o, joined = merge(out, lse, *other)
+    o, joined = merge_in(xp, out, lse, *other)
     return o.astype(other[0].dtype), joined

@@ -1,19 +1,22 @@
 """The float64 NumPy oracle as a backend, for arrays of every framework: slow, and chosen only by name."""
 
 OPS = {
-    "encode": "pages",
-    "decode_pages": "pages",
-    "compact": "pages",
-    "decode_attention": "attention",
-    "prefill_attention": "attention",
-    "qk_scores": "scores",
-    "value_sum": "scores",
-    "sparse_scores": "sparse",
-    "sparse_threshold": "sparse",
-    "sparse_attention": "sparse",
-    "page_scores": "sparse",
+    "encode": "reference.pages",
+    "append_tokens": "reference.pages",
+    "decode_pages": "reference.pages",
+    "compact": "reference.pages",
+    "decode_attention": "reference.attention",
+    "prefill_attention": "reference.attention",
+    "merge": "reference.attention",
+    "qk_scores": "reference.scores",
+    "value_sum": "reference.scores",
+    "sparse_scores": "reference.sparse",
+    "sparse_threshold": "reference.sparse",
+    "sparse_attention": "reference.sparse",
+    "page_scores": "reference.sparse",
+    "page_select": "reference.sparse",
 }
-MLX_OPS = OPS
+MLX_OPS = {op: module for op, module in OPS.items() if op != "append_tokens"}
 
 
 def available() -> tuple[bool, str]:

@@ -50,3 +50,9 @@ def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> t
             k, v = reference.decode_pages(pages, codec)
             out[row], lse[row] = attention(q64[row], k[:, :length], v[:, :length], scale)
     return from_numpy(out, q, "float32"), from_numpy(lse, q, "float32")
+
+
+def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
+    parts = [(to_numpy(o).astype(np.float64), to_numpy(lse).astype(np.float64)) for o, lse in ((o1, lse1), (o2, lse2))]
+    o, lse = reference.merge(parts)
+    return from_numpy(o, o1, dtype_of(o1)), from_numpy(lse, lse1, dtype_of(lse1))

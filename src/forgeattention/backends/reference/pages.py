@@ -57,3 +57,11 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
             k, v = reference.decode_pages(pages, codec)
         out[0, row, :, :length], out[1, row, :, :length] = k[:, :length], v[:, :length]
     return from_numpy(out[0], table.lengths, dtype), from_numpy(out[1], table.lengths, dtype)
+
+
+def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
+    n = k.shape[2]
+    for row, length in enumerate(to_numpy(lengths).tolist()):
+        if length + n <= to_k.shape[2]:
+            to_k[row, :, length : length + n], to_v[row, :, length : length + n] = k[row], v[row]
+            lengths[row] = length + n

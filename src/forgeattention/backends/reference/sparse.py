@@ -10,9 +10,7 @@ from ... import reference
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of, from_numpy, to_numpy
-from ...ops.merge import merge
-from ...ops.sparse import Scores, Threshold
-from ...ops.table import PageTable
+from ...ops.table import PageTable, Scores, Threshold
 from ...reference import sparse
 from .rows import pages_of_row
 from .scores import qk_scores
@@ -62,5 +60,21 @@ def sparse_attention(
             out[b], lse[b] = sparse.sparse_attention(s[b, ..., :length], keep, v[:, :length])
     if other is None:
         return from_numpy(out, scores.scores, "float32"), from_numpy(lse, scores.scores, "float32")
-    o, joined = merge(out, lse, to_numpy(other[0]).astype(np.float64), to_numpy(other[1]).astype(np.float64))
+    o, joined = reference.merge([(out, lse), (to_numpy(other[0]), to_numpy(other[1]))])
     return from_numpy(o, other[0], dtype_of(other[0])), from_numpy(joined, other[1], "float32")
+
+
+def page_select(
+    means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
+) -> tuple[Any, Any, Any]:
+    m, offsets, lengths = to_numpy(means), to_numpy(table.offsets), to_numpy(table.lengths)
+    (batch, q_heads, n, pages), kv_heads = m.shape, codec.kv_heads
+    lse = np.full((batch, q_heads, n), -np.inf) if exact_lse is None else to_numpy(exact_lse)
+    chosen, tokens = np.zeros((batch, kv_heads, most), np.int64), np.zeros((batch, kv_heads), np.int32)
+    read = np.zeros((batch, kv_heads, pages), np.bool_)
+    for b, h in np.ndindex(batch, kv_heads):
+        heads = slice(h * q_heads // kv_heads, (h + 1) * q_heads // kv_heads)
+        order, count = sparse.page_select(m[b, heads], lse[b, heads], -(-int(lengths[b]) // PAGE), most, top_p)
+        chosen[b, h] = offsets[b, order[:most]] + h * codec.format.record_bytes
+        tokens[b, h], read[b, h, order[:count]] = count * PAGE, True
+    return from_numpy(chosen, means, "int64"), from_numpy(tokens, means, "int32"), from_numpy(read, means, "bool")

@@ -11,9 +11,12 @@ import torch
 from ops_cases import Case, make_case
 
 from forgeattention import ops
+from forgeattention.backends.cpu import attention
 from forgeattention.codec import CodecSpec
 from forgeattention.codec.codec import codec_of
-from forgeattention.ops import library
+from forgeattention.ops import registry
+from forgeattention.ops.operators import OPERATORS
+from forgeattention.ops.registry import OPS
 
 torch.manual_seed(0)
 TOKENS = 128
@@ -41,6 +44,14 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ops.encode(k * 2, v, codec, out, at)
         return out
 
+    def append_tokens(k: Any, v: Any) -> Any:
+        to_k, to_v, lengths = exact.k + 0, exact.v + 0, exact.lengths + 0
+        ops.append_tokens(to_k, to_v, lengths, k * 2, v)
+        return to_k, to_v, lengths
+
+    def compact(base: Any) -> Any:
+        return ops.compact(base + 0, table.offsets[:2].reshape(-1)[:2], codec.page_bytes)
+
     def decode_attention(q: Any) -> Any:
         return ops.decode_attention(q * 2, codec, table, exact, 0.1)
 
@@ -52,46 +63,88 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         packed = ops.prefill_attention(q, codec, table, 0.1)
         return ops.merge(*packed, *ops.prefill_attention(q + 1, codec, table, 0.1))
 
+    def merge(q: Any) -> Any:
+        lse = q[..., 0] * 1
+        return ops.merge(q, lse, q + 1, lse * 2)
+
     def qk_scores(q: Any) -> Any:
         return ops.qk_scores(q, codec, table, 0.1) * 2
 
     def value_sum(p: Any) -> Any:
         return ops.value_sum(p * p, codec, table)
 
+    def sparse_scores(q: Any) -> Any:
+        found = ops.sparse_scores(q, codec, table, 0.1)
+        return found.scores * 2, found.pages
+
+    def sparse_threshold(q: Any) -> Any:
+        found = ops.sparse_threshold(ops.sparse_scores(q, codec, table, 0.1), table, top_k=7)
+        return found.score, found.last, found.kept, found.dropped, found.top
+
+    def sparse_attention(q: Any) -> Any:
+        other = ops.decode_attention(q, codec, None, exact, 0.1)
+        scores = ops.sparse_scores(q, codec, table, 0.1)
+        threshold = ops.sparse_threshold(scores, table, top_p=0.9, exact_lse=other[1])
+        return ops.sparse_attention(scores, threshold, codec, table, other=other)
+
+    def page_scores(q: Any) -> Any:
+        return ops.page_scores(q, codec, table, 0.1)
+
+    def page_select(q: Any) -> Any:
+        return ops.page_select(ops.page_scores(q, codec, table, 0.1), codec, table, top_k=2)
+
+    new = torch.randn(2, *exact.k.shape[:2], 2, exact.k.shape[3]).to(exact.k.dtype)
     return {
         "encode": (encode, page_arguments(case)),
+        "append_tokens": (append_tokens, (new[0], new[1])),
         "decode_attention": (decode_attention, (q,)),
         "decode_pages": (decode_pages, ()),
+        "compact": (compact, (table.base,)),
         "prefill_attention": (prefill_attention, (q,)),
+        "merge": (merge, (q,)),
         "qk_scores": (qk_scores, (q,)),
         "value_sum": (value_sum, (weights,)),
+        "sparse_scores": (sparse_scores, (q,)),
+        "sparse_threshold": (sparse_threshold, (q,)),
+        "sparse_attention": (sparse_attention, (q,)),
+        "page_scores": (page_scores, (q,)),
+        "page_select": (page_select, (q,)),
     }
 
 
-NAMES = ("encode", "decode_attention", "decode_pages", "prefill_attention", "qk_scores", "value_sum")
+NAMES = tuple(OPS)
 
 
-def arguments(name: str, case: Case) -> tuple[Any, ...]:
-    handle, table, exact = case.codec.handle, case.table, case.exact
-    where = table.base, table.offsets, table.lengths, table.max_length
-    weights = torch.randn(*case.q.shape[:3], table.max_length)
+def arguments(name: str, case: Case) -> list[Any]:
+    """The operator's arguments, from those of the op."""
+    codec, table, exact, q = case.codec, case.table, case.exact, case.q
     k, v, out, at = page_arguments(case)
-    return {
-        "encode": (k, v, handle, out, at, "auto"),
-        "decode_attention": (
-            *(case.q, handle, *where, exact.k, exact.v, exact.lengths, exact.max_length),
-            *(0.1, True, torch.randn(case.q.shape[1]), "auto"),
-        ),
-        "decode_pages": (handle, *where, "float32", True, "auto"),
-        "prefill_attention": (case.q, handle, *where, 0.1, "auto"),
-        "qk_scores": (case.q, handle, *where, 0.1, "auto"),
-        "value_sum": (weights, handle, *where, "auto"),
-    }[name]
+    scores = ops.sparse_scores(q, codec, table, 0.1)
+    threshold = ops.sparse_threshold(scores, table, top_k=5)
+    o, lse = torch.randn_like(q), torch.randn(q.shape[:3])
+    buffers = [torch.zeros(3, 2, 9, 64), torch.zeros(3, 2, 9, 64), torch.tensor([0, 9, 4], dtype=torch.int32)]
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "encode": ((k, v, codec, out, at), {}),
+        "append_tokens": ((*buffers, torch.randn(3, 2, 2, 64), torch.randn(3, 2, 2, 64)), {}),
+        "decode_attention": ((q, codec, table, exact, 0.1), {"sink_logits": torch.randn(q.shape[1])}),
+        "decode_pages": ((codec, table), {"rotated": True}),
+        "compact": ((table.base, torch.arange(2) * codec.page_bytes, codec.page_bytes), {}),
+        "prefill_attention": ((q, codec, table, 0.1), {}),
+        "merge": ((o, lse, o + 1, lse), {}),
+        "qk_scores": ((q, codec, table, 0.1), {}),
+        "value_sum": ((torch.randn(*q.shape[:3], table.max_length), codec, table), {}),
+        "sparse_scores": ((q, codec, table, 0.1), {}),
+        "sparse_threshold": ((scores, table), {"top_k": torch.full((q.shape[1],), 3, dtype=torch.int32)}),
+        "sparse_attention": ((scores, threshold, codec, table), {"other": (o, lse)}),
+        "page_scores": ((q, codec, table, 0.1), {}),
+        "page_select": ((ops.page_scores(q, codec, table, 0.1), codec, table), {"top_p": 0.5, "exact_lse": lse}),
+    }
+    return OPERATORS[name].spread(*given[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operator(name: str, case: Case) -> None:
-    torch.library.opcheck(getattr(torch.ops.forgeattention, name).default, arguments(name, case))
+    torch.library.opcheck(getattr(torch.ops.forgeattention, name).default, tuple(arguments(name, case)))
 
 
 def same(a: Any, b: Any) -> None:
@@ -122,6 +175,28 @@ def test_compiled_with_a_table_of_its_own(case: Case) -> None:
         same(compiled(lengths, length), step(lengths, length))
 
 
+def test_a_uniform_table_stays_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill of uneven rows waits for a CUDA device, so an operator must not forget that rows are even."""
+    row = int(case.table.lengths.argmax())
+    one = slice(row, row + 1)
+    length = int(case.table.lengths[row])
+    table = ops.PageTable(case.table.base, case.table.offsets[one], case.table.lengths[one], length, uniform=True)
+    queries = case.q[one]
+    seen = []
+
+    def prefill(q: Any, codec: Any, table: Any, scale: float) -> Any:
+        seen.append(table.uniform)
+        return attention.prefill_attention(q, codec, table, scale)
+
+    monkeypatch.setattr(registry, "find", lambda *_: (prefill, ""))
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q: ops.prefill_attention(q, case.codec, table, 0.1), fullgraph=True, backend="aot_eager"
+    )
+    same(compiled(queries), ops.prefill_attention(queries, case.codec, table, 0.1))
+    assert seen == [True, True]
+
+
 def test_exported(case: Case) -> None:
     codec, table, exact = case.codec, case.table, case.exact
 
@@ -145,7 +220,7 @@ def test_errors_come_through(case: Case) -> None:
 
 def test_traced_encode_wants_a_tensor_to_write(case: Case) -> None:
     with pytest.raises(ValueError, match=r"\[encode\] expected out, a tensor, in traced code; got None"):
-        library.encode(*page_arguments(case)[:2], case.codec, None, torch.zeros(2, dtype=torch.int64), "auto")
+        OPERATORS["encode"].spread((*page_arguments(case)[:2], case.codec, None, torch.zeros(2, dtype=torch.int64)), {})
 
 
 def test_a_handle_lives_as_long_as_its_codec() -> None:
