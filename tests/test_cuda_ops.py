@@ -228,23 +228,6 @@ def test_merge(dtype: str, dim: int) -> None:
     assert float((got.double() - want).abs().max() / want.abs().max()) < tolerances.CUDA_MERGE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_append_tokens(dtype: torch.dtype) -> None:
-    """Rows of different lengths, keys with strides, a row without room."""
-    from forgeattention.backends.cuda.pages import append_tokens
-
-    k = torch.randn(3, 2, 4, 64, device="cuda").to(dtype).transpose(1, 2)
-    v = torch.randn(3, 4, 2, 64, device="cuda").to(dtype)
-    buffers = [torch.zeros(3, 4, 10, 64, dtype=dtype, device="cuda") for _ in range(2)]
-    lengths = torch.tensor([0, 7, 9], dtype=torch.int32, device="cuda")
-    append_tokens(*buffers, lengths, k, v)
-    assert lengths.tolist() == [2, 9, 9]
-    for buffer, new in zip(buffers, (k, v), strict=True):
-        want = torch.zeros_like(buffer)
-        want[0, :, :2], want[1, :, 7:9] = new[0], new[1]
-        assert torch.equal(buffer, want)
-
-
 def test_no_exact_tokens_and_nothing_at_all() -> None:
     setup = Setup(Case(k_code="trellis8"), [300, 0, 70], [0, 0, 0])
     setup.check(causal=False)

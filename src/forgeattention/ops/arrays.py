@@ -93,4 +93,4 @@ def from_numpy(array: Any, like: Any, dtype: str) -> Any:
     if isinstance(like, np.ndarray):
         return np.ascontiguousarray(array, dtype)
     mx = sys.modules["mlx.core"]
-    return mx.array(np.ascontiguousarray(array)).astype(getattr(mx, dtype))
+    return mx.array(np.ascontiguousarray(array)).astype(mx.bool_ if dtype == "bool" else getattr(mx, dtype))

@@ -238,6 +238,8 @@ def doctor(args: argparse.Namespace) -> dict[str, Any]:
     env = environment()
     for row in backends:
         print(f"{row['backend']:<10} {'available' if row['available'] else 'not here':<10} {row['reason']}")
+        if row["lacks"]:
+            print(f"{'':<21} lacks {', '.join(row['lacks'])}")
     if registry.status("cpu")[0]:
         whose = "PyTorch's" if native.shares_torch_threads() else "this package's own"
         print(f"CPU kernels run on {get_num_threads()} threads, {whose}")
