@@ -7,7 +7,8 @@ from typing import Any
 from ..codec.codec import Codec
 from .arrays import Array, dtype_of, empty_like
 from .checks import check_codec, check_exact, check_index, check_queries, check_scale, check_table, describe, fail
-from .registry import launch, op
+from .decorator import op
+from .registry import launch
 from .table import ExactTokens, PageTable
 
 

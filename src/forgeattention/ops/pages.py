@@ -8,7 +8,8 @@ from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from .arrays import FLOATS, Array, DType, dtype_name, dtype_of, empty_like
 from .checks import check_codec, check_floats, check_index, check_table, check_vectors, describe, fail
-from .registry import launch, op
+from .decorator import op
+from .registry import launch
 from .table import PageTable
 
 

@@ -1,7 +1,7 @@
 """What an op is: a checked function, the launchers that backends have for it, and an operator for torch's tracers.
 
 An op's function checks its arguments and ends in `launch(name, array, backend)(...)`, which finds the launcher in the
-tables of `forgeattention.backends`. The decorator `op` lets torch.compile and torch.export see it (`ops.operators`).
+tables of `forgeattention.backends`. `ops.decorator` registers it, `ops.operators` makes the operators.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Any, TypedDict, TypeVar
+from functools import cache
+from typing import Any, TypedDict
 
-from .arrays import device_of, traced
+from .arrays import device_of
 
 BACKENDS = ("cpu", "cuda", "metal", "reference")
 # Devices whose memory a backend can read. MLX's lies where processor and GPU both reach it.
 READS = {"cpu": ("cpu", "mlx"), "cuda": ("cuda", "mlx"), "metal": ("mlx",), "reference": ("cpu", "cuda", "mlx")}
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 
 @dataclass(frozen=True)
 class Op:
-    """An op as `op` registered it.
+    """An op as its decorator registered it.
 
     Attributes:
         function: what was decorated.
@@ -39,30 +37,6 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-
-
-def op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Function], Function]:
-    """Registers a function as an op, by its name. Its annotations tell `ops.operators` the operator's schema.
-
-    Args:
-        fake, mutates: see `Op`.
-    """
-
-    def decorate(function: Function) -> Function:
-        name = function.__name__
-        OPS[name] = Op(function, fake, mutates)
-
-        @wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
-            if traced():
-                from . import operators
-
-                return operators.call(name, args, options)
-            return function(*args, **options)
-
-        return call  # type: ignore[return-value]
-
-    return decorate
 
 
 class BackendStatus(TypedDict):

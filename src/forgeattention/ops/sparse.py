@@ -13,7 +13,8 @@ from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from .arrays import Array, device_of, dtype_of, empty_like
 from .checks import check_codec, check_index, check_queries, check_scale, check_table, describe, fail
-from .registry import launch, op
+from .decorator import op
+from .registry import launch
 from .table import PageTable, Scores, Threshold
 
 
