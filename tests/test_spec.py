@@ -76,3 +76,27 @@ def test_fingerprints_tell_codecs_apart():
     assert one.fingerprint == Codec(CodecSpec(), 64, 2).fingerprint
     others = [Codec(CodecSpec(), 128, 2), Codec(CodecSpec(), 64, 3), Codec(CodecSpec(seed=2), 64, 2)]
     assert len({c.fingerprint for c in [one, *others]}) == 4
+
+
+def test_other_bits_have_one_rule():
+    """The command line, vLLM's settings and calibrations all ask `with_bits`."""
+    from argparse import Namespace
+
+    from forgeattention.codec.presets import PRESETS
+    from forgeattention.integrations.vllm.settings import Settings
+    from forgeattention.tools.evaluation.setup import spec_from
+
+    balanced, fidelity = PRESETS["balanced"], PRESETS["fidelity"]
+    assert balanced.with_bits() == balanced.with_bits(3, 3) == balanced
+    assert balanced.with_bits(2, 2) == PRESETS["small"]
+    assert balanced.with_bits(4, 3) == CodecSpec(k_bits=4)
+    assert fidelity.with_bits(3).k_code == "trellis8"
+    assert fidelity.with_bits(v_bits=4) == CodecSpec(k_bits=4, v_bits=4)
+    assert CodecSpec(k_code="scalar").with_bits(3, 2).k_code == "scalar"
+    with pytest.raises(ValueError, match=r"\[codec_spec\] expected k_bits in \(2, 3, 4\); got 5"):
+        balanced.with_bits(5)
+    for k_bits, v_bits in ((2, 2), (3, 2), (4, 3), (None, 4), (2, None)):
+        spec = spec_from(Namespace(preset="balanced", k_bits=k_bits, v_bits=v_bits))
+        settings = Settings("balanced", k_bits, v_bits)
+        assert spec == balanced.with_bits(k_bits, v_bits)
+        assert settings.spec == dataclasses.replace(spec, sinks=settings.sinks, window=settings.window)

@@ -161,6 +161,25 @@ class CodecSpec:
         """The record of one page for this head_dim. Raises ValueError for an unsupported one."""
         return PageFormat(head_dim, self.k_bits, self.v_bits, cast(Code, self.k_code), self.v_code, self.scales)
 
+    def with_bits(self, k_bits: int | None = None, v_bits: int | None = None) -> CodecSpec:
+        """This spec at other bits. A side whose bits stay the same, or are None, keeps its code.
+
+        At new bits, keys get the default code of those bits. Values get a trellis at 2 bits, where scalar levels lose
+        most, are scalar at 4 bits, which have no trellis, and keep their code at 3 bits.
+
+        Args:
+            k_bits, v_bits: stored bits per key and value element; None for those of this spec.
+
+        Raises:
+            ValueError: bits that do not exist.
+        """
+        changes: dict[str, Any] = {}
+        if k_bits is not None and k_bits != self.k_bits:
+            changes |= {"k_bits": k_bits, "k_code": "auto"}
+        if v_bits is not None and v_bits != self.v_bits:
+            changes |= {"v_bits": v_bits, "v_code": {2: "trellis8", 4: "scalar"}.get(v_bits, self.v_code)}
+        return dataclasses.replace(self, **changes)
+
     def to_json(self) -> str:
         """A canonical JSON text; equal specs give equal texts."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..codec import Codec, CodecSpec
-from ..codec.spec import FORMAT_VERSION, Code
+from ..codec.spec import FORMAT_VERSION
 from .fingerprint import fingerprint
 from .weights.hf import weight_codecs
 
@@ -23,12 +23,6 @@ GRAM_RIDGE = 0.3
 Table = dict[int, tuple[int, int]]
 """K and V bits of each layer."""
 Grams = dict[int, NDArray[np.float32]]
-
-
-def layer_spec(spec: CodecSpec, k_bits: int, v_bits: int) -> CodecSpec:
-    """`spec` at other bits: keys and 2-bit values have a trellis, 4 bits none, 3-bit values what `spec` has."""
-    v_code: Code = "scalar" if v_bits == 4 else "trellis8" if v_bits == 2 else spec.v_code
-    return replace(spec, k_bits=k_bits, v_bits=v_bits, k_code="auto", v_code=v_code)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +76,7 @@ class Calibration:
         for number, (k_bits, v_bits) in self.table.items():
             base = plain[number]
             out[number] = Codec(
-                layer_spec(self.spec, k_bits, v_bits),
+                self.spec.with_bits(k_bits, v_bits),
                 base.head_dim,
                 base.kv_heads,
                 k_diagonal=None if base.k_transform.diagonal is None else base.k_transform.diagonal[:, : base.head_dim],

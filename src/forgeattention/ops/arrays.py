@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 
-
-class Array(Protocol):
-    """A NumPy array, a torch tensor or an MLX array."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-
+Array = Annotated[Any, "array"]
+"""A NumPy array, a torch tensor or an MLX array."""
 DType = Annotated[Any, "dtype"]
 """A dtype's name, a NumPy type or another framework's dtype."""
 FLOATS = ("float32", "float16", "bfloat16")

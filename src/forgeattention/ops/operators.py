@@ -133,7 +133,7 @@ def _kind(hint: Any, optional: bool = False) -> Kind:
         return Fields(lambda *parts: parts, [str(i) for i in range(len(types))], types, optional)
     if dataclasses.is_dataclass(only):
         fields = [field for field in dataclasses.fields(only) if field.init]
-        hints = typing.get_type_hints(only)
+        hints = typing.get_type_hints(only, include_extras=True)
         return Fields(only, [f.name for f in fields], [hints[f.name] for f in fields], optional)
     return Plain(only, optional)
 

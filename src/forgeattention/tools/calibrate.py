@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from .. import ops
 from ..codec import PAGE, Codec, CodecSpec
 from ..integrations.hf.cache import ForgeCache
-from ..models.calibration import Calibration, Grams, Table, codecs_for, layer_spec
+from ..models.calibration import Calibration, Grams, Table, codecs_for
 from ..models.fingerprint import fingerprint
 from ..ops.table import PageTable
 from .evaluation.streaming import attention, spans, step
@@ -214,12 +214,12 @@ def calibrate(
     least = 2 * (spec.sinks + spec.window + PAGE)
     if ids.shape[1] < least:
         raise ValueError(f"[calibrate] expected at least {least} tokens; got {ids.shape[1]}")
-    codecs = codecs_for(model, layer_spec(spec, 3, 3), packed)
+    codecs = codecs_for(model, spec.with_bits(3, 3), packed)
     sensitivities, grams = measure(model, ids.to(model.device), codecs, on_pass)
     dim = codecs[packed[0]].head_dim
 
     def cost(k_bits: int, v_bits: int) -> float:
-        return layer_spec(spec, k_bits, v_bits).page_format(dim).effective_bits
+        return spec.with_bits(k_bits, v_bits).page_format(dim).effective_bits
 
     budget = spec.page_format(dim).effective_bits if bits is None else bits
     return Calibration(fingerprint(model), spec, allocate(sensitivities, budget, cost), grams)

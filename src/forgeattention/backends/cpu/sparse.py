@@ -91,8 +91,8 @@ def page_select(
     means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
 ) -> tuple[Any, Any, Any]:
     """Pages are few, so NumPy does it, on the arrays' own memory."""
-    given = means, table.offsets, table.lengths, exact_lse
-    m, offsets, lengths, lse = (x.numpy() if is_torch(x) else x for x in given)
+    given: list[Any] = [means, table.offsets, table.lengths, exact_lse]
+    m, offsets, lengths, lse = [x.numpy() if is_torch(x) else x for x in given]
     batch, _, _, pages = m.shape
     kv_heads = codec.kv_heads
     z = m.reshape(batch, kv_heads, -1, pages) + np.float32(math.log(PAGE))

@@ -52,7 +52,9 @@ _append_tokens_params = args.Packer(args.AppendTokensParams)
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     """See `forgeattention.ops.encode`."""
-    encode_rows(*(x.unflatten(1, (k.shape[1] // PAGE, PAGE)).transpose(0, 1) for x in (k, v)), codec, offsets, out)
+    pages = k.shape[1] // PAGE
+    k, v = (x.unflatten(1, (pages, PAGE)).transpose(0, 1) for x in (k, v))
+    encode_rows(k, v, codec, offsets, out)
 
 
 def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = None) -> None:

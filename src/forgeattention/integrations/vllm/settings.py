@@ -74,9 +74,5 @@ class Settings:
     @property
     def spec(self) -> CodecSpec:
         """The codec's spec. Raises ValueError for bits that do not exist."""
-        spec = PRESETS[self.preset]
-        if self.k_bits is not None:
-            spec = replace(spec, k_bits=self.k_bits, k_code="auto")
-        if self.v_bits is not None:
-            spec = replace(spec, v_bits=self.v_bits, v_code="scalar" if self.v_bits == 4 else spec.v_code)
+        spec = PRESETS[self.preset].with_bits(self.k_bits, self.v_bits)
         return replace(spec, sinks=self.sinks, window=self.window)

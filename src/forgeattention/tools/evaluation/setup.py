@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ... import models
@@ -22,18 +22,7 @@ def asks_for_spec(args: argparse.Namespace) -> bool:
 
 def spec_from(args: argparse.Namespace) -> CodecSpec:
     """The codec that the command line asks for: `--preset`, with `--k-bits` and `--v-bits` in place of its own."""
-    spec = PRESETS[args.preset or DEFAULT]
-    changes: dict[str, Any] = {}
-    for side in ("k", "v"):
-        bits = getattr(args, f"{side}_bits")
-        if bits is not None:
-            changes[f"{side}_bits"] = bits
-    if args.k_bits is not None:
-        changes["k_code"] = "auto"
-    if args.v_bits == 4:
-        # There is no trellis of 4 bits.
-        changes["v_code"] = "scalar"
-    return replace(spec, **changes)
+    return PRESETS[args.preset or DEFAULT].with_bits(args.k_bits, args.v_bits)
 
 
 def sparse_from(args: argparse.Namespace) -> SparseSpec | None:
