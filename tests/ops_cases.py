@@ -11,7 +11,9 @@ import torch
 from forgeattention import ops
 from forgeattention.codec import PAGE, Codec, CodecSpec
 from forgeattention.ops import ExactTokens, PageTable
+from forgeattention.ops.registry import status
 
+ENCODER = "auto" if status("cpu")[0] else "reference"  # a GPU machine may lack the CPU kernels
 DTYPES = ("float32", "float16", "bfloat16")
 CODES = [
     (bits, code) for bits in (2, 3, 4) for code in ("scalar", "trellis4", "trellis8") if bits < 4 or code == "scalar"
@@ -97,7 +99,9 @@ def make_case(
         at += count
         shape = (kv_heads, count * PAGE, head_dim)
         k = rng.standard_normal(shape) + 2 * rng.standard_normal((kv_heads, 1, head_dim))
-        ops.encode(k.astype(np.float32), rng.standard_normal(shape).astype(np.float32), codec, pool, own)
+        ops.encode(
+            k.astype(np.float32), rng.standard_normal(shape).astype(np.float32), codec, pool, own, backend=ENCODER
+        )
         offsets[b, :count] = own
         poison_scales(codec, pool, int(own[-1]), lengths[b] - (count - 1) * PAGE)
     capacity = max(exact) + 2
