@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-CLI = "from forgeattention.cli import main; raise SystemExit(main())"
+CLI = "from forgeattention.tools.cli import main; raise SystemExit(main())"
 """The console script `forgeattn`."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+from mlx_families import build  # noqa: E402
 from mlx_lm.models import base  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
 from mlx_lm.tokenizer_utils import TokenizerWrapper  # noqa: E402
@@ -204,8 +206,11 @@ def test_trim_of_recurrent_layers(seam: Any, kind: str) -> None:
     cache = forge.make_prompt_cache(made, SPEC, fitted=False, snapshots=2)
     want, logs = greedy(made, cache, prompt, 5, chunk=100)
     held = sum(layer.nbytes for layer in cache)
-    for back in (3, 4, 74, 76, 176):  # neither one of the last two tokens, nor the end of the prompt's two pieces
-        with pytest.raises(ValueError, match=f"can go back {back} tokens; got SnapshotCache in layer 0"):
+    # neither one of the last two tokens, nor the first one after a prompt, nor the end of the prompt's two pieces
+    ways = re.escape("[1, 4, 5, 75]")
+    for back in (3, 74, 76, 176):
+        want_text = f"can go back {back} tokens; got SnapshotCache in layer 0: its snapshots are of {ways} tokens ago"
+        with pytest.raises(ValueError, match=want_text):
             stock.trim_prompt_cache(cache, back)
     assert forge.trim_prompt_cache(cache, 0) == 0
     assert stock.trim_prompt_cache(cache, 1) == 1
@@ -250,7 +255,7 @@ def test_the_patch_is_undone(llama: Any) -> None:
     assert stock.make_prompt_cache is mlx_lm.generate.__globals__["make_prompt_cache"] is maker
     assert not hasattr(stock, "PackedKVCache")
     cache = forge.make_prompt_cache(llama, SPEC, fitted=False)
-    with pytest.raises(ValueError, match=r"expected mlx-lm under forgeattention\.mlx_lm\.patched"):
+    with pytest.raises(ValueError, match=r"expected mlx-lm under integrations\.mlx\.patched"):
         llama(mx.array([[1, 2]]), cache=cache)
     with pytest.raises(RuntimeError, match="inside"), forge.patched():
         raise RuntimeError("inside")
@@ -349,7 +354,47 @@ def test_a_saved_fork_leaves_out_the_other_ones_pages(llama: Any, seam: Any, tmp
     assert sizes[0] == sizes[1]
 
 
-def test_no_full_attention_layer_is_an_error() -> None:
-    made = model("qwen3_next", num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"\[mlx_lm\] expected full-attention layers"):
+def test_no_full_attention_layer_is_an_error(words: Any, caplog: Any) -> None:
+    made = build("mamba2")
+    with pytest.raises(ValueError, match=r"\[mlx_lm\] expected a full-attention layer; got \[\] of 4"):
         forge.make_prompt_cache(made, SPEC, fitted=False)
+    # where mlx-lm makes the cache, it makes its own, and the log says so
+    want = mlx_lm.generate(made, words, tokens(1, 20)[0], max_tokens=5)
+    with forge.patched(SPEC), caplog.at_level("WARNING", "forgeattention"):
+        assert mlx_lm.generate(made, words, tokens(1, 20)[0], max_tokens=5) == want
+    assert "mlx-lm's own caches serve this model: [mlx_lm] expected a full-attention layer" in caplog.text
+
+
+def test_another_cache_beside_the_packed_one_is_refused(llama: Any, words: Any, seam: Any) -> None:
+    prompt = tokens(1, 20)[0]
+    for option in ({"kv_bits": 4}, {"max_kv_size": 64}):
+        cache, (name, value) = forge.make_prompt_cache(llama, SPEC, fitted=False), *option.items()
+        with pytest.raises(ValueError, match=rf"\[mlx_lm\] expected no {name} with a packed cache; got {value}"):
+            mlx_lm.generate(llama, words, prompt, max_tokens=3, prompt_cache=cache, **option)
+        assert cache[0].empty()
+        with forge.patched(SPEC), pytest.raises(ValueError, match=rf"\[mlx_lm\] expected no {name}"):
+            mlx_lm.generate(llama, words, prompt, max_tokens=3, **option)
+        own = stock.make_prompt_cache(llama)
+        mlx_lm.generate(llama, words, prompt, max_tokens=3, prompt_cache=own, **option)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_reply_is_taken_back_whole_and_snapshots_are_saved(
+    seam: Any, words: Any, kind: str, own: bool, tmp_path: Any
+) -> None:
+    made, prompt, path = model(kind), tokens(1, 170)[0], str(tmp_path / "cache.safetensors")
+    cache = forge.make_prompt_cache(made, SPEC, fitted=False, snapshots=2)
+    first = [r.token for r in mlx_lm.stream_generate(made, words, prompt, max_tokens=9, prompt_cache=cache)]
+    held = packed_layers(cache)[0].offset
+    if own:
+        forge.save_prompt_cache(path, cache, made)
+        cache = forge.load_prompt_cache(path, made)
+    else:
+        stock.save_prompt_cache(path, cache)
+        cache = stock.load_prompt_cache(path)
+    assert stock.trim_prompt_cache(cache, held - len(prompt)) == held - len(prompt)
+    assert packed_layers(cache)[0].offset == len(prompt)
+    assert stock.trim_prompt_cache(cache, 1) == 1
+    again = [r.token for r in mlx_lm.stream_generate(made, words, prompt[-1:], max_tokens=9, prompt_cache=cache)]
+    assert again == first

@@ -14,6 +14,7 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 import mlx.nn as nn  # noqa: E402
+from mlx_families import build  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 from mlx_models import SPEC, greedy, model, tokens  # noqa: E402
@@ -26,13 +27,17 @@ from forgeattention.models.weights import mlx as mlx_weights  # noqa: E402
 from forgeattention.models.weights.fit import KeyWeights  # noqa: E402
 
 
+def read(made: Any) -> dict[int, KeyWeights | str]:
+    return mlx_weights.key_weights(made, forge.full_attention(made))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma", "cohere"])
 def test_the_same_as_in_transformers(kind: str, tmp_path: Path) -> None:
     size = {"hidden_size": 256} if "hidden_size" not in PAIRS[kind][0] else {}
     reference = torch_model(kind, **size)
     reference.save_pretrained(tmp_path)
     made, _ = load_model(tmp_path)
-    for layer, found in mlx_weights.key_weights(made).items():
+    for layer, found in read(made).items():
         want = known(reference, layer)
         assert isinstance(found, KeyWeights), found
         assert (found.diagonal == want.diagonal).all()
@@ -41,18 +46,18 @@ def test_the_same_as_in_transformers(kind: str, tmp_path: Path) -> None:
 
 def test_quantised_weights_are_read_as_they_decode() -> None:
     made = model()
-    exact = mlx_weights.key_weights(made)[0]
+    exact = read(made)[0]
     nn.quantize(made, group_size=64, bits=8)
-    found = mlx_weights.key_weights(made)[0]
+    found = read(made)[0]
     assert isinstance(found, KeyWeights)
     np.testing.assert_allclose(found.query_energy, exact.query_energy, rtol=0.02)
 
 
 def test_layers_that_cannot_be_read_say_so(caplog: Any) -> None:
-    made = model("qwen3_next")  # its queries are projected together with a gate
+    made = build("gpt_neox")  # its queries, keys and values lie side by side by head
     with caplog.at_level(logging.WARNING, "forgeattention"):
-        found = mlx_weights.key_weights(made)
-    assert "projects to 512 and 128 channels for 4/2 heads" in str(found[3])
+        found = read(made)
+    assert "Attention has no plain q_proj and k_proj, nor a plain qkv_proj" in str(found[3])
     assert "without the model's weights in some layers" in caplog.text
 
 

@@ -14,7 +14,7 @@ from .evaluation.setup import spec_from
 
 ENGINES = {
     "hf": ("forgeattention.serving.server", "serve"),
-    "mlx": ("forgeattention.integrations.mlx", "mlx"),
+    "mlx": ("forgeattention.integrations.mlx.server", "mlx"),
     "vllm": ("forgeattention.integrations.vllm.serve", "vllm"),
 }
 """Modules with a `serve`, and the extra that brings what each needs."""

@@ -30,6 +30,8 @@ class Seam:
     """Whether mlx-lm's attention knows packed layers now; see `mlx_lm.patched`."""
 
     depth = 0
+    making = 0
+    """How many of those let mlx-lm itself make packed caches."""
 
 
 class PackedStates:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -25,17 +26,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
-from ... import models
 from ...codec import Codec, CodecSpec
-from ...codec.spec import FORMAT_VERSION
+from ...codec.spec import FORMAT_VERSION, HEAD_DIMS
 from ...eviction import Centres, EvictingCache, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
-from ...models.weights.mlx import weight_codecs
+from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
 from .cache import Codecs, PackedKVCache, PackedStates, Seam, readable
+from .probe import ProbedStates, probe
 from .recurrent import SnapshotCache, trim_prompt_cache
 
 __all__ = [
@@ -45,11 +47,15 @@ __all__ = [
     "patched",
     "report",
     "save_prompt_cache",
-    "serve",
     "trim_prompt_cache",
 ]
 
 _lock = threading.RLock()
+log = logging.getLogger("forgeattention")
+
+
+class NothingToPack(ValueError):
+    """A model without a full-attention layer."""
 
 
 def make_prompt_cache(
@@ -67,7 +73,8 @@ def make_prompt_cache(
     """A prompt cache whose full-attention layers are packed.
 
     Rotating (sliding-window), recurrent and linear-attention layers keep what mlx-lm gives them, and so do layers with
-    two key caches. `trim_prompt_cache` works on it where those layers can go back, and else raises.
+    two key caches. `trim_prompt_cache` works on it where those layers can go back, and else raises. What each layer
+    needs is asked of the model by one pass that evaluates nothing: a model that cannot be served is refused here.
 
     Args:
         model: mlx-lm's model.
@@ -82,24 +89,24 @@ def make_prompt_cache(
         sparse: which packed tokens decode steps read; None for all. Not with budgets, nor on MLX's CUDA backend.
 
     Raises:
-        ValueError: a codec for a layer that is not packed, no layer that could be, or eviction from a model whose
-            rotation is not known.
+        ValueError: a model that computes with its keys itself, a codec for a layer that is not packed, no layer that
+            could be, or eviction from a model whose rotation is not known.
     """
     if sparse is not None and sparse.budgets is not None:
         raise ValueError("[mlx_lm] expected top_k or top_p; got budgets, which are measured on transformers' models")
-    made = _stock_prompt_cache(model)
+    made, layers = _stock_prompt_cache(model), full_attention(model)
     own, given = dict(codecs or {}), set(codecs or {})
-    if fitted and len(made) == len(model.layers):
-        known = weight_codecs(model, CodecSpec() if spec is None else spec, range(len(made)))
-        own = {i: codec for i, codec in known.items() if _packs(made[i])} | own
+    if not layers or not given <= layers.keys():
+        what = f"full-attention layers, {sorted(given)} among them" if given else "a full-attention layer"
+        raise NothingToPack(f"[mlx_lm] expected {what}; got {sorted(layers)} of {len(made)}")
+    if fitted:
+        own = weight_codecs(model, CodecSpec() if spec is None else spec, layers) | own
     shared: Codecs = {}
-    packed: set[int] = set()
     rope = rope_of(model.args) if eviction is not None and eviction.policy.scored else None
-    fraction = sum(map(_packs, made)) / max(1, len(made))
+    fraction = len(layers) / len(made)
 
     def swap(i: int, layer: Any) -> Any:
-        if type(layer) is stock.KVCache:
-            packed.add(i)
+        if type(layer) is stock.KVCache and i in layers:
             evicting = None if eviction is None else {"eviction": eviction, "rope": rope, "fraction": fraction,
                                                       "centres": _centres(eviction, i)}  # fmt: skip
             cache = PackedKVCache(
@@ -111,10 +118,22 @@ def make_prompt_cache(
             return SnapshotCache(len(layer.cache), snapshots=snapshots)
         return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
 
-    made = [swap(i, layer) for i, layer in enumerate(made)]
-    if not packed or not given <= packed:
-        raise ValueError(f"[mlx_lm] expected full-attention layers, {sorted(given)} among them; got {sorted(packed)}")
-    return made
+    return [swap(i, layer) for i, layer in enumerate(made)]
+
+
+def full_attention(model: Any) -> dict[int, LayerAttention]:
+    """The layers of a model that can be packed, by their number in its prompt cache.
+
+    Raises:
+        ValueError: the model computes with its keys itself, or its heads are too wide.
+    """
+    with patched():
+        found = {i: layer for (i, _), layer in probe(model, _stock_prompt_cache, _packs).items()}
+    for i, layer in found.items():
+        if max(layer.k_dim, layer.v_dim) > max(HEAD_DIMS):
+            got = f"{layer.k_dim} of keys and {layer.v_dim} of values in layer {i}"
+            raise ValueError(f"[mlx_lm] expected head_dims up to {max(HEAD_DIMS)}; got {got}")
+    return found
 
 
 def _centres(eviction: Eviction, layer: int) -> Centres | None:
@@ -152,6 +171,8 @@ def patched(spec: CodecSpec | None = None, **options: Any) -> Iterator[None]:
         names: list[tuple[str, Any, Any]] = []
         attention = base.scaled_dot_product_attention
         if not Seam.depth:
+            for step in (generate_step, speculative_generate_step):
+                names.append((step.__name__, step, _without_other_caches(step)))
             names.append(("scaled_dot_product_attention", attention, _with_packed(attention)))
             names.append(("trim_prompt_cache", stock.trim_prompt_cache, _loud(stock.trim_prompt_cache)))
         if spec is not None:
@@ -159,16 +180,18 @@ def patched(spec: CodecSpec | None = None, **options: Any) -> Iterator[None]:
         for name, old, new in names:
             _rename(name, old, new)
         Seam.depth += 1
-        stock.PackedKVCache = PackedKVCache
+        Seam.making += spec is not None
+        stock.PackedKVCache, stock.SnapshotCache = PackedKVCache, SnapshotCache
     try:
         yield
     finally:
         with _lock:
             Seam.depth -= 1
+            Seam.making -= spec is not None
             for name, old, new in reversed(names):
                 _rename(name, new, old)
             if not Seam.depth:
-                del stock.PackedKVCache
+                del stock.PackedKVCache, stock.SnapshotCache
 
 
 def _rename(name: str, old: Any, new: Any) -> None:
@@ -183,7 +206,7 @@ def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
     def scaled_dot_product_attention(
         queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any = None, sinks: Any = None
     ) -> Any:
-        if isinstance(keys, PackedStates):
+        if isinstance(keys, PackedStates | ProbedStates):
             return keys.attend(queries, mask, scale, sinks)
         return attention(queries, keys, values, cache, scale, mask, sinks)
 
@@ -193,11 +216,29 @@ def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
 def _loud(trim: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(trim)
     def trim_stock_or_packed(cache: Sequence[Any], num_tokens: int) -> int:
-        parts = (part for layer in cache for part in getattr(layer, "caches", [layer]))
-        ours = any(isinstance(part, PackedKVCache) for part in parts)
-        return trim_prompt_cache(cache, num_tokens) if ours else trim(cache, num_tokens)
+        return trim_prompt_cache(cache, num_tokens) if _any_packed(cache) else trim(cache, num_tokens)
 
     return trim_stock_or_packed
+
+
+def _any_packed(cache: Sequence[Any]) -> bool:
+    parts = (part for layer in cache for part in getattr(layer, "caches", [layer]))
+    return any(isinstance(part, PackedKVCache) for part in parts)
+
+
+def _without_other_caches(step: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's generation, which passes over packed layers when it is asked for a quantised or a bounded cache."""
+
+    @functools.wraps(step)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("prompt_cache")
+        if Seam.making if cache is None else _any_packed(cache):
+            for name in ("kv_bits", "max_kv_size"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"[mlx_lm] expected no {name} with a packed cache; got {kwargs[name]}")
+        return step(*args, **kwargs)
+
+    return checked
 
 
 def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[Any]]:
@@ -205,7 +246,11 @@ def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[A
     def make(model: Any, max_kv_size: int | None = None) -> list[Any]:
         if max_kv_size is not None:
             raise ValueError(f"[mlx_lm] expected no max_kv_size with a packed cache; got {max_kv_size}")
-        return make_prompt_cache(model, spec, **options)
+        try:
+            return make_prompt_cache(model, spec, **options)
+        except NothingToPack as error:
+            log.warning("mlx-lm's own caches serve this model: %s", error)
+            return _stock_prompt_cache(model)
 
     return make
 
@@ -276,9 +321,10 @@ def load_prompt_cache(path: str | os.PathLike[str], model: Any) -> list[Any]:
     ):
         if want != got:
             raise ValueError(f"[mlx_lm] expected {name} {want!r}; got {got!r} in {path}")
+    layers = full_attention(model)
     for i, layer in enumerate(cache):
         for part in layer.caches if isinstance(layer, stock.CacheList) else [layer]:
-            if isinstance(part, PackedKVCache) and i in (codecs := weight_codecs(model, part.spec, [i])):
+            if isinstance(part, PackedKVCache) and i in (codecs := weight_codecs(model, part.spec, layers)):
                 part.adopt(codecs[i])
     return cache
 
@@ -292,33 +338,3 @@ def _checksum(states: Sequence[Any]) -> str:
         else:
             digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()
-
-
-def serve(
-    model: str | os.PathLike[str],
-    spec: CodecSpec | None = None,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    arguments: Sequence[str] = (),
-    **options: Any,
-) -> None:
-    """Runs mlx_lm.server with packed caches until it is stopped.
-
-    Args:
-        model: as for `forgeattention.models.load`.
-        spec: how caches are coded.
-        host, port: where it listens.
-        arguments: more arguments of mlx_lm.server, such as ["--max-tokens", "512"].
-        options: as for `make_prompt_cache`.
-    """
-    from mlx_lm import server
-
-    location = models.folder(model)
-    before = sys.argv
-    sys.argv = ["mlx_lm.server", "--model", location, "--host", host, "--port", str(port), *arguments]
-    try:
-        with patched(CodecSpec() if spec is None else spec, **options):
-            server.main()
-    finally:
-        sys.argv = before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,8 +16,27 @@ from ...codec import Codec, CodecSpec
 from ...codec.spec import HEAD_DIMS
 from .fit import F64, KeyWeights, UnknownForm, fit, warn_of_unknown
 
-HEADS = (("n_heads", "n_kv_heads"), ("num_attention_heads", "num_key_value_heads"), ("num_heads", "num_kv_heads"))
-"""Attributes in which attention modules keep their numbers of heads."""
+NORMS = ("input_layernorm", "attention_norm", "operator_norm", "pre_mixer_norm", "pre_attn_norm", "ln_1", "norm")
+"""Attributes of a layer that hold the norm before its attention; a layer without one has attention before its norms."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """One full-attention layer, as a call of its attention showed it.
+
+    Attributes:
+        q_heads, kv_heads: numbers of heads.
+        k_dim, v_dim: channels of a key and of a value.
+        dtype: of queries, by MLX's name.
+        module: the module that wrote to the cache: the layer's attention.
+    """
+
+    q_heads: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: str
+    module: Any
 
 
 class _Known:
@@ -30,13 +50,19 @@ class _Known:
 _known: dict[int, _Known] = {}  # by identity, since MLX's modules are dicts
 
 
-def weight_codecs(model: Any, spec: CodecSpec, layers: Iterable[int]) -> dict[int, Codec]:
+def weight_codecs(model: Any, spec: CodecSpec, layers: Mapping[int, LayerAttention]) -> dict[int, Codec]:
     """Codecs fitted to a model's weights, for those of the layers where that is possible; made once per model and
-    spec. Quantised weights are taken as they decode."""
+    spec. Quantised weights are taken as they decode.
+
+    Args:
+        model: mlx-lm's model.
+        spec: how the cache is coded.
+        layers: its full-attention layers by their number in the prompt cache.
+    """
     if spec.rotation != "hadamard":
         return {}
     if id(model) not in _known:
-        _known[id(model)] = _Known(key_weights(model))
+        _known[id(model)] = _Known(key_weights(model, layers))
         weakref.finalize(model, _known.pop, id(model), None)
     known, out = _known[id(model)], {}
     for layer in layers:
@@ -48,41 +74,66 @@ def weight_codecs(model: Any, spec: CodecSpec, layers: Iterable[int]) -> dict[in
     return out
 
 
-def key_weights(model: Any) -> dict[int, KeyWeights | str]:
-    """By layer number what the weights say, or why nothing can be said."""
+def key_weights(model: Any, layers: Mapping[int, LayerAttention]) -> dict[int, KeyWeights | str]:
+    """By layer number what the weights say, or why nothing can be said; the reasons are logged."""
+    blocks = list(model.layers)
     found: dict[int, KeyWeights | str] = {}
-    for number, layer in enumerate(model.layers):
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            try:
-                found[number] = _read(attention, getattr(layer, "input_layernorm", None))
-            except UnknownForm as reason:
-                found[number] = str(reason)
-    warn_of_unknown(found)
+    for number, layer in layers.items():
+        try:
+            found[number] = _read(layer, _norm_before(blocks, layer.module))
+        except UnknownForm as reason:
+            found[number] = str(reason)
+    if layers:
+        warn_of_unknown(found)
     return found
 
 
-def _read(attention: Any, norm: Any) -> KeyWeights:
-    name = type(attention).__name__
-    q, k = (_linear(getattr(attention, f"{side}_proj", None), name) for side in "qk")
-    numbers = [(getattr(attention, a, None), getattr(attention, b, None)) for a, b in HEADS]
-    heads, kv_heads = next((n for n in numbers if all(isinstance(x, int) for x in n)), (0, 0))
-    if not heads or not kv_heads or heads % kv_heads:
-        raise UnknownForm(f"{name} names no numbers of heads")
-    head_dim = k[0].shape[0] // kv_heads
-    if q[0].shape[0] != heads * head_dim or k[0].shape[0] != kv_heads * head_dim or head_dim not in HEAD_DIMS:
-        raise UnknownForm(
-            f"{name} projects to {q[0].shape[0]} and {k[0].shape[0]} channels for {heads}/{kv_heads} heads"
-        )
+def _norm_before(blocks: list[Any], attention: Any) -> Any:
+    """The norm whose output the attention reads; None without one."""
+    for block in blocks:
+        if isinstance(block, nn.Module) and any(child is attention for child in block.children().values()):
+            norms = (getattr(block, name, None) for name in NORMS)
+            return next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+    raise UnknownForm(f"{type(attention).__name__} is not a part of a layer")
+
+
+def _read(layer: LayerAttention, norm: Any) -> KeyWeights:
+    attention, dim, name = layer.module, layer.k_dim, type(layer.module).__name__
+    if dim not in HEAD_DIMS or layer.v_dim != dim:
+        raise UnknownForm(f"{name} has head_dim {dim} of keys and {layer.v_dim} of values")
+    q, k = _projections(layer, name)
     gain = _gain(norm, q[0].shape[1])
-    c_q, c_k = (_energy(w, bias, gain, head_dim) for w, bias in (q, (k[0], None)))
-    own = (getattr(attention, f"{side}_norm", None) for side in "qk")
-    q_gain, k_gain = (None if n is None else _gain(n, head_dim) for n in own)
-    return fit(c_q, c_k, _rope_pairs(attention, head_dim), q_gain, k_gain)
+    c_q, c_k = (_energy(w, bias, gain, dim) for w, bias in (q, (k[0], None)))
+    q_gain, k_gain = (_own_norm(attention, side, c, dim) for side, c in (("q", c_q), ("k", c_k)))
+    return fit(c_q, c_k, _rope_pairs(attention, dim), q_gain, k_gain)
 
 
-def _linear(linear: Any, name: str) -> tuple[F64, F64 | None]:
-    """Weight [out, in] and bias of a projection."""
+Matrix = tuple[F64, F64 | None]
+"""Weight [out, in] and bias of a projection."""
+
+
+def _projections(layer: LayerAttention, name: str) -> tuple[Matrix, Matrix]:
+    """The query and the key projection: two matrices, or rows of one that holds queries, keys and values in turn."""
+    attention, dim = layer.module, layer.k_dim
+    heads, kv = layer.q_heads * dim, layer.kv_heads * dim
+    if (fused := getattr(attention, "qkv_proj", None)) is not None:
+        weight, bias = _linear(fused, name)
+        if weight.shape[0] != heads + 2 * kv:
+            raise UnknownForm(f"{name}.qkv_proj has {weight.shape[0]} rows, not {heads + 2 * kv}")
+        cut = (slice(0, heads), slice(heads, heads + kv))
+        q, k = ((weight[rows], None if bias is None else bias[rows]) for rows in cut)
+        return q, k
+    q, k = (_linear(getattr(attention, f"{side}_proj", None), name) for side in "qk")
+    if q[0].shape[0] == 2 * heads:
+        # Each head's queries, then what gates its output.
+        rows = (np.arange(layer.q_heads)[:, None] * 2 * dim + np.arange(dim)).reshape(-1)
+        q = (q[0][rows], None if q[1] is None else q[1][rows])
+    if q[0].shape[0] != heads or k[0].shape[0] != kv:
+        raise UnknownForm(f"{name} projects to {q[0].shape[0]} and {k[0].shape[0]} channels, not {heads} and {kv}")
+    return q, k
+
+
+def _linear(linear: Any, name: str) -> Matrix:
     if isinstance(linear, nn.QuantizedLinear):
         biases = linear.get("biases")
         weight = mx.dequantize(
@@ -90,8 +141,11 @@ def _linear(linear: Any, name: str) -> tuple[F64, F64 | None]:
         )
     elif type(linear) is nn.Linear:
         weight = linear.weight
+    elif type(linear).__name__ == "LoRALinear" and hasattr(linear, "lora_a"):
+        weight, bias = _linear(linear.linear, name)
+        return weight + linear.scale * (_float64(linear.lora_b).T @ _float64(linear.lora_a).T), bias
     else:
-        raise UnknownForm(f"{name} has no plain q_proj and k_proj")
+        raise UnknownForm(f"{name} has no plain q_proj and k_proj, nor a plain qkv_proj")
     return _float64(weight), _float64(linear.bias) if "bias" in linear else None
 
 
@@ -105,6 +159,20 @@ def _energy(weight: F64, bias: F64 | None, gain: F64, head_dim: int) -> F64:
     if bias is not None:
         energy = energy + bias**2
     return energy.reshape(-1, head_dim)
+
+
+def _own_norm(attention: Any, side: str, energy: F64, dim: int) -> F64 | None:
+    """The gain of a norm over the channels of a head, or None. A norm over the channels of all heads is applied to
+    `energy` [heads, dim] in place."""
+    names = {"q": ("q_norm", "query_layernorm", "q_layernorm"), "k": ("k_norm", "key_layernorm", "k_layernorm")}[side]
+    norm = next((found for name in names if (found := getattr(attention, name, None)) is not None), None)
+    if norm is None:
+        return None
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.shape == (energy.size,) != (dim,):
+        energy *= energy.size / energy.sum() * _gain(norm, energy.size).reshape(energy.shape) ** 2
+        return None
+    return _gain(norm, dim)
 
 
 def _gain(norm: Any, dim: int) -> F64:
