@@ -107,6 +107,22 @@ def test_an_exhausted_pool_preempts_and_recovers(llama: Callable[..., str], engi
     assert pool.get_num_free_blocks() == 109
 
 
+def test_drafts_by_ngrams_change_no_token(llama: Callable[..., str], engine: Callable[..., Any]) -> None:
+    """Rows with several new tokens, some of which are taken back."""
+    ids = [[(7 * i + 13 * (j % 12)) % 500 + 3 for j in range(150)] for i in range(4)]
+    ask = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True, detokenize=False)
+    model, said = llama(), []
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    for options in ({}, {"speculative_config": drafts}):
+        llm = engine(model, {}, skip_tokenizer_init=True, max_model_len=768, **options)
+        outs = llm.generate([{"prompt_token_ids": x} for x in ids], ask, use_tqdm=False)
+        said.append([o.outputs[0].token_ids for o in outs])
+    names = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"
+    accepted, drafted = (next(m.value for m in llm.get_metrics() if m.name == name) for name in names)
+    assert 0 < accepted < drafted
+    assert said[0] == said[1]
+
+
 def run(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,12 +19,14 @@ from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...models.weights.vllm import layer_codec
 from ...ops.page_tables import Geometry
-from . import check_version
+from . import check_version, own
 from .blocks import ExactSpec
 from .metadata import Builder, Metadata
 from .settings import Settings
 
 check_version()
+
+log = logging.getLogger("forgeattention")
 
 SUFFIX = ".exact"
 
@@ -62,6 +65,10 @@ class PackedBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_combination(cls, head_size: int, dtype: torch.dtype, *args: Any, **kwargs: Any) -> str | None:
         if not current_platform.is_cpu() and (dtype == torch.float32 or head_size > 256):
             return "prompts on CUDA need 16-bit dtypes and head sizes up to 256"
@@ -69,7 +76,7 @@ class PackedBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBNHC,)
+        return KVCacheLayout.LBNHC, KVCacheLayout.LBHNC, KVCacheLayout.BLNHC, KVCacheLayout.BLHNC
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -123,6 +130,13 @@ class PackedImpl(AttentionImpl[Metadata]):
     geometry: Geometry
     """Of the layer's memory, once vLLM has given it some."""
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """A layer with a sliding window gets vLLM's own implementation: what it keeps is short already."""
+        given = dict(zip(("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"), args))
+        if (given | options).get("sliding_window") is None:
+            return super().__new__(cls, *args, **options)
+        return own.implementation(*args, **options)
+
     def __init__(
         self,
         num_heads: int,
@@ -139,7 +153,6 @@ class PackedImpl(AttentionImpl[Metadata]):
     ) -> None:
         refused = {
             "ALiBi": alibi_slopes,
-            "a sliding window": sliding_window,
             "soft-capped logits": logits_soft_cap,
             "KV shared between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
@@ -179,6 +192,16 @@ class PackedImpl(AttentionImpl[Metadata]):
         )
         self.sink_logits = None if self.sinks is None else self.sinks.float()
         layers[name + SUFFIX] = ExactLayer(self)
+        cache = self.vllm_config.cache_config
+        block = cache.block_size if cache.user_specified_block_size else PAGE
+        page = block // PAGE * self.codec.page_bytes
+        least = own.name_backends(layers, PackedBackend)
+        if 0 < least <= page:
+            cache.skip_page_size_padded = page  # all blocks are of one size: theirs hold as many tokens as fit
+        elif least > page:
+            log.warning(
+                "packed blocks are padded from %d to at least %d bytes: choose a larger --block-size", page, least
+            )
         if not current_platform.is_cpu():
             from .device import reserve
 
@@ -216,12 +239,17 @@ class PackedImpl(AttentionImpl[Metadata]):
     def _bind(self, kv_cache: torch.Tensor, exact: torch.Tensor) -> None:
         """Takes the views that the layers were given and checks that the blocks are laid out as asked."""
         packed, tokens = kv_cache.permute(0, 2, 1, 3), exact.permute(0, 2, 1, 3)
-        want = [self.num_kv_heads, self.codec.format.record_bytes]
-        if kv_cache.dtype != torch.uint8 or list(packed.shape[2:]) != want or not packed.is_contiguous():
-            raise ValueError(f"[vllm] expected contiguous blocks uint8 [pages, {want}]; got {list(packed.shape)}")
-        if tokens.dtype != self.dtype or not tokens[0].is_contiguous():
-            raise ValueError(f"[vllm] expected contiguous blocks of {self.dtype}; got {tokens.dtype}")
-        self.blocks = Blocks(self.codec, packed.reshape(-1), tokens)
+        record = self.codec.format.record_bytes
+        want = [self.num_kv_heads, record]
+        if kv_cache.dtype != torch.uint8 or list(packed.shape[2:]) != want or not packed[0].is_contiguous():
+            raise ValueError(
+                f"[vllm] expected blocks uint8 [pages, {want}], heads side by side (block size {PAGE}, or a layout "
+                f"..NHC); got {list(packed.shape)} with strides {list(packed.stride())}"
+            )
+        if tokens.dtype != self.dtype or tokens.stride(3) != 1:
+            raise ValueError(f"[vllm] expected blocks of {self.dtype}; got {tokens.dtype}")
+        span = (packed.shape[0] - 1) * packed.stride(0) + packed[0].numel()
+        self.blocks = Blocks(self.codec, packed.as_strided((span,), (1,)), tokens)
         self.geometry = Geometry(
             self.settings.window,
             self.codec.page_bytes,

@@ -73,7 +73,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             m.num_reqs,
             m.num_actual_tokens,
             m.query_start_loc,
-            m.seq_lens,
+            m.seq_lens[: m.num_reqs],
             m.block_table_tensor,
             m.slot_mapping,
             starts,
