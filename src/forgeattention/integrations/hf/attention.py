@@ -85,7 +85,8 @@ def chunk(
         sinks: extra logits float32 [q_heads], or None.
 
     Returns:
-        [batch, q_heads, m, head_dim] in q's dtype, zero where a token is not real.
+        [batch, q_heads, m, head_dim] in q's dtype: for a padded query what it sees of the real tokens before it, zero
+        where there are none.
     """
     if keep is None and past.uniform:
         return _chunk(past, past.table, past.exact, q, k, v, scale, sinks)
@@ -94,13 +95,48 @@ def chunk(
         rows = slice(row, row + 1)
         if keep is None:
             out[rows] = _chunk(past, *past.row(row), q[rows], k[rows], v[rows], scale, sinks)
-        elif keep[row, -q.shape[2] :].any():
-            asked, real = (
-                torch.from_numpy(np.flatnonzero(x)).to(q.device) for x in (keep[row, -q.shape[2] :], keep[row])
-            )
-            rq, rk, rv = (x[rows].index_select(2, at) for x, at in ((q, asked), (k, real), (v, real)))
-            out[rows, :, asked] = _chunk(past, *past.row(row), rq, rk, rv, scale, sinks)
+            continue
+        real, first = np.flatnonzero(keep[row]), k.shape[2] - q.shape[2]
+        rk, rv = (x[rows].index_select(2, torch.from_numpy(real).to(q.device)) for x in (k, v))
+        asked = keep[row, first:]
+        if asked.any():
+            at = torch.from_numpy(np.flatnonzero(asked)).to(q.device)
+            out[rows, :, at] = _chunk(past, *past.row(row), q[rows].index_select(2, at), rk, rv, scale, sinks)
+        # transformers' prompts padded on the right go on from what the last padded query gives.
+        for start, stop in _runs_of(~asked):
+            before = int(np.searchsorted(real, first + start))
+            if before or past.lengths[row]:
+                part = [x[:, :, :before] for x in (rk, rv)]
+                out[rows, :, start:stop] = _seen_by_padding(past, row, q[rows, :, start:stop], *part, scale, sinks)
     return out
+
+
+def _runs_of(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Start and stop of every run of true flags."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _seen_by_padding(
+    past: LayerCache,
+    row: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of a run of padded queries of one row over its past and all of the given new tokens, perhaps none."""
+    table, exact = past.row(row)
+    k, v = (torch.cat([x[:, :, : exact.max_length], y], 2) for x, y in ((exact.k, k), (exact.v, v)))
+    packed = past.attend_packed(q, table, scale)
+    if not k.shape[2]:
+        o, lse = packed
+    else:
+        o, lse = attention(q, k, v, scale)
+        if packed is not None:
+            o, lse = ops.merge(o.float(), lse, *packed)
+    return with_sinks(o, lse, sinks).to(q.dtype)
 
 
 def _chunk(
@@ -220,7 +256,11 @@ def padding(mask: torch.Tensor, past: NDArray[np.bool_], n: int) -> NDArray[np.b
         real = shown[:, 0, -1].expand(batch, total)
         m = mask.shape[2]
         causal = torch.ones(m, total, dtype=torch.bool, device=mask.device).tril(total - m)
-        same = (shown == (causal & real[:, None, None])) | ~real[:, None, total - m :, None]
+        expected = causal & real[:, None, None]
+        # What a padded query before all real tokens sees is read by nobody: masks show it nothing, all, or itself.
+        alone = torch.eye(total, dtype=torch.bool, device=mask.device)[total - m :]
+        unread = ~expected.any(-1) & (~shown.any(-1) | shown.all(-1) | (shown == alone).all(-1))
+        same = (shown == expected).all(-1) | unread
         if not plain or not bool(same.all()):
             raise ValueError("[forge] expected a mask that is causal up to padding; got another pattern")
         given = real.cpu().numpy()

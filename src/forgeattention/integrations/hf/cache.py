@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ... import cache as storage
@@ -29,6 +28,7 @@ from ...cache import LayerCache, TorchArrays
 from ...codec import Codec, CodecSpec
 from ...eviction import EvictingCache, Eviction, attention_fraction, rope_of
 from ...models.fingerprint import fingerprint
+from ...models.support import load_classes, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
@@ -89,6 +89,12 @@ class ForgeCache(Cache):
         self.backend = backend
         config: Any = model.config if isinstance(model, torch.nn.Module) else model
         layers = list(DynamicCache(config=config).layers)
+        text = config.get_text_config(decoder=True)
+        load_classes(text)
+        attends = any(type(layer) is not LinearAttentionLayer for layer in layers)
+        reason = unserved(text, model if isinstance(model, torch.nn.Module) else None) if attends else None
+        if reason is not None:
+            raise ValueError(f"[forge_cache] expected a model whose attention can be exchanged; {reason}")
         own, exact = dict(codecs or {}), set(exact_layers)
         if not exact | set(own) <= set(range(len(layers))):
             raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
@@ -102,7 +108,7 @@ class ForgeCache(Cache):
             budgets = Budgets.load(sparse.budgets, fingerprint(model)).layers
             if not set(packed) <= set(budgets):
                 raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
-        stored = _layers_that_share(config.get_text_config(decoder=True), len(layers))
+        stored = _layers_that_share(text, len(layers))
         for i in packed:
             layers[i] = PackedLayer(self, own.get(i), i in stored)
             if sparse is not None:
@@ -124,6 +130,7 @@ class ForgeCache(Cache):
         self.packed = [i for i, layer in enumerate(layers) if isinstance(layer, PackedLayer)]
         # Only then is every user of the causal mask a packed layer.
         self.all_packed = not any(isinstance(x, DynamicLayer) and not x.is_sliding for x in layers)
+        self.mixed = any(not isinstance(x, PackedLayer) and type(x).__name__ != "DummyLayer" for x in layers)
         self._seen_mask: tuple[Any, int, Keep | None] | None = None
 
     def codec(self, head_dim: int, kv_heads: int) -> Codec:
@@ -295,6 +302,11 @@ class ForgeCache(Cache):
         """Which of a layer's n new positions hold real tokens, [batch, n]; None for all. All layers of a step share
         one mask."""
         if mask is None:
+            # All new tokens are real, and earlier padding stays hidden; stock layers have forgotten theirs.
+            if layer.padded and self.mixed:
+                raise ValueError(
+                    "[forge] expected the attention_mask of all positions, since earlier ones are padding; got none"
+                )
             return None
         past = layer.seen - n if appended else layer.seen
         if self._seen_mask is not None and self._seen_mask[0]() is mask and self._seen_mask[1] == past:
@@ -309,9 +321,18 @@ def forge_mask(
 ) -> torch.Tensor | None:
     """The mask for transformers' `AttentionMaskInterface`.
 
-    For packed layers None, or a `PaddingMask` where a new position is padding; for everything else, and for patterns
-    other than causal, the mask of "sdpa".
+    For packed layers None without a mask or where no position was ever padding, else a `PaddingMask`; for everything
+    else, and for patterns other than causal, the mask of "sdpa".
+
+    Raises:
+        ValueError: a model that does not read masks of this kind.
     """
+    config = kwargs.get("config")
+    if config is not None and (reason := unserved(config)) is not None:
+        raise ValueError(
+            f"[forge] expected a model whose attention can be exchanged; {reason}: load it without "
+            "attn_implementation='forge'"
+        )
     layer = getattr(kv_length, "layer", None)
     if layer is None or mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
         if q_length > 1 and "reuse" in (getattr(kwargs.get("config"), "kv_sharing_modes", None) or ()):
@@ -321,10 +342,7 @@ def forge_mask(
             batch_size=batch_size, q_length=q_length, kv_length=int(kv_length), mask_function=mask_function, **kwargs
         )
     mask = kwargs.get("attention_mask")
-    if mask is None:
-        return None
-    past = layer.cache.lengths if layer.cache is not None else np.zeros(batch_size, np.int64)
-    if mask[:, :kv_length].sum(1).tolist() == (past + q_length).tolist():
+    if mask is None or (not layer.padded and mask.shape[1] >= kv_length and bool(mask[:, :kv_length].all())):
         return None
     return mask[:, None, None].expand(-1, 1, q_length, -1).as_subclass(hf_attention.PaddingMask)
 

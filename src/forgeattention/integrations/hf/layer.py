@@ -164,6 +164,14 @@ class PackedLayer(CacheLayerMixin):
         else:
             self._runs.append(n)
 
+    @property
+    def padded(self) -> bool:
+        """Whether any position of any row is padding."""
+        return any(not isinstance(run, int) for run in self._runs)
+
+    def _set_runs(self, runs: list[int | Keep]) -> None:
+        self._runs = [len(r[0]) if not isinstance(r, int) and r.all() else r for r in runs]
+
     def real(self, start: int, stop: int) -> Keep:
         """Which of the positions start..stop hold real tokens, [batch, stop - start]."""
         batch = self.cache.batch if self.cache is not None else 0
@@ -198,6 +206,7 @@ class PackedLayer(CacheLayerMixin):
             if size > n:
                 self._runs.append(last - n if isinstance(last, int) else last[:, :-n])
             n -= min(size, n)
+        self._set_runs(self._runs)
 
     def check_join(self, other: PackedLayer) -> None:
         """Raises what `join` would raise."""
@@ -211,7 +220,8 @@ class PackedLayer(CacheLayerMixin):
         seen = max(self.seen, other.seen)
         runs = [np.pad(layer.real(0, layer.seen), ((0, 0), (seen - layer.seen, 0))) for layer in (self, other)]
         self.cache.join(other.cache)
-        self.seen, self._runs = seen, [np.concatenate(runs)]
+        self.seen = seen
+        self._set_runs([np.concatenate(runs)])
 
     def reset(self) -> None:
         self.cache = None
@@ -222,7 +232,7 @@ class PackedLayer(CacheLayerMixin):
     def select(self, rows: list[int]) -> None:
         if self.cache is not None:
             self.cache.select(rows)
-            self._runs = [r if isinstance(r, int) else r[rows] for r in self._runs]
+            self._set_runs([r if isinstance(r, int) else r[rows] for r in self._runs])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select(beam_idx.tolist())
@@ -245,7 +255,7 @@ class PackedLayer(CacheLayerMixin):
             other.cache = self.cache.fork(rows)
             other.is_initialized = True
         other.seen = self.seen
-        other._runs = [r if isinstance(r, int) or rows is None else r[rows] for r in self._runs]
+        other._set_runs([r if isinstance(r, int) or rows is None else r[rows] for r in self._runs])
         return other
 
     def state(self) -> dict[str, Any]:
@@ -260,5 +270,5 @@ class PackedLayer(CacheLayerMixin):
         if isinstance(cache, EvictingCache) and state["eviction"] is not None:
             cache.set_state(state["eviction"])
         self.is_initialized = True
-        self._runs = [r if isinstance(r, int) else np.array(r, np.bool_) for r in runs]
+        self._set_runs([r if isinstance(r, int) else np.array(r, np.bool_) for r in runs])
         self.seen = sum(r if isinstance(r, int) else r.shape[1] for r in self._runs)
