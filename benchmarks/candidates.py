@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import peer_caches
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from forgeattention import CodecSpec
 from forgeattention.codec import Codec
 from forgeattention.codec.presets import PRESETS
 from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.models.calibration import Calibration, codecs_for
+from forgeattention.models.shape import head_dim
 from forgeattention.tools.calibrate import coded_cache
 
 
@@ -27,6 +29,8 @@ class Candidate:
         make: makes an empty one for a model.
         implementation: transformers attention implementation that it needs; None is the model's own.
         kind: "exact", "preset", "calibrated", "variant" (ours otherwise; only its KL is measured) or "peer".
+        simulated: the simulation behind it, for a peer that is one.
+        spec: for a packed cache of ours.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Candidate:
     make: Callable[[Any], Any]
     implementation: str | None
     kind: str
+    simulated: peer_caches.Peer | None = None
+    spec: CodecSpec | None = None
 
 
 def ours(
@@ -45,7 +51,7 @@ def ours(
     def make(model: Any) -> Any:
         return ForgeCache(model if fitted else model.config, spec, backend=backend)
 
-    return Candidate(name, bits, make, "forge", kind)
+    return Candidate(name, bits, make, "forge", kind, spec=spec)
 
 
 def decoded(
@@ -55,12 +61,12 @@ def decoded(
 
     @lru_cache(2)
     def codecs(model: Any) -> dict[int, Codec]:
-        return codecs_for(model, spec, range(model.config.num_hidden_layers), fitted)
+        return codecs_for(model, spec, full_attention_layers(model.config), fitted)
 
     def make(model: Any) -> Any:
         return coded_cache(model, {i: (codec, "kv") for i, codec in codecs(model).items()}, backend="cpu")
 
-    return Candidate(name, spec.page_format(head_dim).effective_bits, make, None, kind)
+    return Candidate(name, spec.page_format(head_dim).effective_bits, make, None, kind, spec=spec)
 
 
 def calibrated(model: Any, file: Path, backend: str, decoded: bool) -> Candidate:
@@ -77,25 +83,47 @@ def calibrated(model: Any, file: Path, backend: str, decoded: bool) -> Candidate
     return Candidate(f"calibrated: {file.stem}", bits, make, None if decoded else "forge", "calibrated")
 
 
-def peer(cache: peer_caches.Peer) -> Candidate:
-    """A simulated cache of the field, with our exact first tokens and recent window."""
-    spec = CodecSpec()
+def peer(cache: peer_caches.Peer, layers: int, sinks: int, window: int) -> Candidate:
+    """A simulated cache of the field, with our exact first tokens and recent window, for a model with so many layers of
+    full attention."""
+    bits = cache.bits(layers)
     return Candidate(
-        cache.name,
-        cache.effective_bits,
-        lambda model: peer_caches.make_cache(model.config, cache, spec.sinks, spec.window),
-        None,
-        "peer",
+        cache.name, bits, lambda model: peer_caches.make_cache(model.config, cache, sinks, window), None, "peer", cache
     )
 
 
 EXACT = Candidate("exact", 16.0, lambda model: DynamicCache(config=model.config), None, "exact")
 
 
+SETS = ("quick", "full", "field")
+FEW = ("KIVI 3-bit, groups of 32", "affine 4-bit, groups of 64 (mlx-lm)")
+
+
 def candidates(
-    head_dim: int, quick: bool, backend: str = "auto", ours: Callable[..., Candidate] = ours
+    model: Any,
+    which: str,
+    backend: str = "auto",
+    ours: Callable[..., Candidate] = ours,
+    *,
+    sinks: int = 4,
+    window: int = 128,
 ) -> list[Candidate]:
-    """Every cache; `quick` leaves out most variants and peers."""
+    """The caches of a set.
+
+    Args:
+        model: a transformers causal language model.
+        which: "quick" (presets and a few others), "full" (also what each choice of the default is worth), or "field"
+            (presets and every peer).
+        backend: of our caches.
+        ours: makes our candidates; `decoded` for pages that stock attention reads.
+        sinks, window: exact first and newest tokens, of every cache.
+
+    Raises:
+        ValueError: an unknown set.
+    """
+    if which not in SETS:
+        raise ValueError(f"[candidates] expected a set in {SETS}; got {which!r}")
+    dim, layers = head_dim(model), len(full_attention_layers(model.config))
     norm: dict[str, Any] = {"k_scale_rule": "norm", "v_scale_rule": "norm"}
     base: dict[str, Any] = {
         "key_mean": False,
@@ -106,9 +134,12 @@ def candidates(
     }
 
     def one(name: str, spec: CodecSpec, kind: str = "variant", fitted: bool = True) -> Candidate:
-        return ours(name, spec, head_dim, backend, fitted=fitted, kind=kind)
+        spec = replace(spec, sinks=sinks, window=window)
+        return ours(name, spec, dim, backend, fitted=fitted, kind=kind)
 
     out = [EXACT, *(one(f"preset {name}", spec, "preset") for name, spec in PRESETS.items())]
+    if which == "field":
+        return out + [peer(cache, layers, sinks, window) for cache in peer_caches.peers(dim)]
     out += [
         one("balanced, V trellis8", CodecSpec(v_code="trellis8")),
         one("balanced, not fitted to the model", CodecSpec(), fitted=False),
@@ -116,7 +147,7 @@ def candidates(
         one("TurboQuant-style: Hadamard, 3 bits", CodecSpec(**norm, **base), "peer", False),
         one("origin: planar 45 degrees, 3 bits", CodecSpec(rotation="planar", **norm, **base), "peer", False),
     ]
-    if not quick:
+    if which == "full":
         four = {**norm, **base, "k_bits": 4, "v_bits": 4}
         out += [
             one("balanced, plain encoder", CodecSpec(refine=False)),
@@ -133,5 +164,10 @@ def candidates(
             one("TurboQuant-style: Hadamard, 4 bits", CodecSpec(**four), "peer", False),
             one("origin: planar 45 degrees, 4 bits", CodecSpec(rotation="planar", **four), "peer", False),
         ]
-    few = ("KIVI 3-bit, groups of 32", "affine 4-bit, groups of 64 (mlx-lm)")
-    return out + [peer(cache) for cache in peer_caches.PEERS if not quick or cache.name in few]
+    simulated = [cache for cache in peer_caches.peers(dim) if which == "full" or cache.name in FEW]
+    return out + [peer(cache, layers, sinks, window) for cache in simulated]
+
+
+def full_attention_layers(config: Any) -> list[int]:
+    """Numbers of the layers that a packed cache packs and a peer codes."""
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]

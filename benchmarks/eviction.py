@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from candidates import EXACT, Candidate
 from eviction_exact import EvictedCache, Exact
-from fidelity import compare, loss_of, predictions
+from fidelity_measure import compare, loss_of, predictions
 from transformers import DynamicCache
 
 from forgeattention import models
@@ -30,7 +30,7 @@ from forgeattention.eviction import POLICIES, Centres, Eviction, rope_of
 from forgeattention.eviction.triattention import join_heads
 from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.tools.evaluation import memory, niah, texts
-from forgeattention.tools.evaluation.streaming import attention, spans, step
+from forgeattention.tools.evaluation.streaming import attention, first_tokens, opened, spans, step, tokenise
 from forgeattention.util.environment import environment
 from forgeattention.util.files import write_json
 
@@ -105,8 +105,8 @@ class Bench:
         self.ids, self.reference, self.exact_loss = {}, {}, {}
         for name in TEXTS:
             text = texts.enough(name, 16 * TOKENS) if name in texts.GENERATED else texts.read(name)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            self.ids[name] = ids[:, : 1536 if quick else TOKENS]
+            ids = tokenise(tokenizer, text)[None, : 1536 if quick else TOKENS]
+            self.ids[name] = opened(ids, first_tokens(tokenizer))
         for name, block in itertools.product(TEXTS, self.blocks):
             ids, half = self.ids[name], self.ids[name].shape[1] // 2
             with torch.no_grad():
@@ -151,7 +151,7 @@ def correlation(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Spearman's rank correlation, by layer, of scores at half of a text with attention received afterwards; of tokens
     and of pages, joined over heads alike, and of recency for comparison."""
     rope = rope_of(model.config)
-    ids = tokenizer(texts.read("genesis"), add_special_tokens=False, return_tensors="pt")["input_ids"][:, :1536]
+    ids = opened(tokenise(tokenizer, texts.read("genesis"))[None, :1536], first_tokens(tokenizer))
     half, past = 1024, EvictedCache(model, Exact(POLICIES["v3"](1.0)))
     with torch.no_grad(), attention(model, "evicted"):
         for first, last in spans(half, 128):

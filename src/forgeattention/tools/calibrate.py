@@ -27,7 +27,7 @@ from ..integrations.hf.cache import ForgeCache
 from ..models.calibration import Calibration, Grams, Table, codecs_for
 from ..models.fingerprint import fingerprint
 from ..ops.table import PageTable
-from .evaluation.streaming import attention, spans, step
+from .evaluation.streaming import attention, first_tokens, opened, spans, step, tokenise
 
 BLOCK = 128
 BITS = (2, 3, 4)
@@ -240,8 +240,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = models.load(args.model, device=args.device)
     spec, ids = PRESETS[args.preset], None
     if args.text != "random":
-        ids = tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"]
-        ids = ids[:, : args.tokens]
+        ids = tokenise(tokenizer, texts.read(args.text))[None, : args.tokens]
+        ids = opened(ids, first_tokens(tokenizer))
     packed = len(ForgeCache(model, spec).packed)
     with progress("Measuring layers", 2 * packed + 1) as advance:
         made = calibrate(model, spec, bits=args.bits, ids=ids, tokens=args.tokens, seed=args.seed, on_pass=advance)

@@ -21,7 +21,7 @@ from ..util.files import write_json
 from ..util.progress import progress
 from .evaluation import kl, memory, niah, texts
 from .evaluation.setup import caches, spec_from
-from .evaluation.streaming import attention, step
+from .evaluation.streaming import attention, first_tokens, opened, step, tokenise
 
 KL_TOKENS = 2048
 SPEED_STEPS = 32
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         asked = {name: _ask(model, tokenizer, make, name, args.length, advance) for name, make in makers.items()}
         speed, held, tokens = _measure(model, tokenizer, makers, args.length)
         advance()
-        ids = tokenizer(texts.read("genesis"), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        pieces = kl.windows(ids, KL_TOKENS, 2)
+        ids = tokenise(tokenizer, texts.read("genesis"))
+        pieces = kl.windows(ids, KL_TOKENS, 2, first_tokens(tokenizer))
         fidelity = kl.compare(model, pieces, make_packed, implementation="forge", on_window=advance)
     result = {
         "model": args.model,
@@ -93,7 +93,7 @@ def _measure(
     model: Any, tokenizer: Any, makers: dict[str, Callable[[], Any]], length: int
 ) -> tuple[dict[str, float], dict[str, int], int]:
     """Decode speed (median step of alternating runs), measured bytes of both caches, and tokens in them."""
-    ids = tokenizer(niah.haystack(tokenizer, length), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = opened(tokenise(tokenizer, niah.haystack(tokenizer, length))[None], first_tokens(tokenizer))
     held: dict[str, int] = {}
     made: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in makers}

@@ -193,13 +193,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..util.environment import environment
     from ..util.progress import progress
     from .evaluation import kl, texts
+    from .evaluation.streaming import first_tokens, tokenise
 
     model, tokenizer = models.load(args.model)
     names = (args.text,) if args.text else ("genesis", "licences", "code")
     pieces = []
     for name in names:
-        ids = tokenizer(texts.read(name), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        pieces.append(kl.windows(ids, args.tokens, args.windows))
+        ids = tokenise(tokenizer, texts.read(name))
+        pieces.append(kl.windows(ids, args.tokens, args.windows, first_tokens(tokenizer)))
     ids = torch.cat(pieces)
     contexts = [args.tokens // 2**i for i in range(8) if args.tokens // 2**i >= 256][::-1]
     with progress("Reading", len(ids)) as advance:

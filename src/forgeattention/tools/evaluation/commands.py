@@ -14,6 +14,7 @@ from ...util.progress import progress
 from . import kl, memory, niah, texts
 from .needles import Fact, Hidden, Needle, Outcome
 from .setup import Setup, eviction_report, eviction_summary, setup
+from .streaming import first_tokens, tokenise
 
 RAMP_DEPTHS = (0.1, 0.5, 0.9)
 SPARSE_TAIL = 64
@@ -24,8 +25,8 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return KL, same-top-token share and perplexity of the packed cache, by position, and each layer's
     error, over a text."""
     made = setup(args)
-    ids = made.tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    pieces = kl.windows(ids, args.length, args.windows)
+    ids = tokenise(made.tokenizer, texts.read(args.text))
+    pieces = kl.windows(ids, args.length, args.windows, first_tokens(made.tokenizer))
     candidates: list[Any] = []
     evicted: list[dict[str, Any] | None] = []
 

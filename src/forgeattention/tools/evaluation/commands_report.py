@@ -17,7 +17,7 @@ from ...util.files import write_json
 from . import kl, memory, niah, page, texts
 from .commands import niah_result
 from .setup import Setup, asks_for_spec, caches, setup
-from .streaming import attention, step
+from .streaming import attention, first_tokens, opened, step, tokenise
 
 PARTS = ("niah", "kl", "memory", "speed")
 SPEED_STEPS = 12
@@ -76,8 +76,8 @@ def _needles(made: Setup, args: argparse.Namespace) -> dict[str, Any]:
 
 def _fidelity(made: Setup, args: argparse.Namespace) -> list[dict[str, Any]]:
     """KL of every preset, and of the spec asked for where it is none."""
-    ids = made.tokenizer(texts.read(args.text), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    pieces = kl.windows(ids, args.kl_length, 1)
+    ids = tokenise(made.tokenizer, texts.read(args.text))
+    pieces = kl.windows(ids, args.kl_length, 1, first_tokens(made.tokenizer))
     specs = (
         dict(PRESETS) if made.spec in PRESETS.values() or not asks_for_spec(args) else PRESETS | {"as asked": made.spec}
     )
@@ -96,8 +96,8 @@ def _fidelity(made: Setup, args: argparse.Namespace) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _contexts(made: Setup, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measured bytes, and tokens decoded per second (median step), of both caches at growing contexts."""
-    ids = made.tokenizer(texts.enough("mixed", 8 * max(args.contexts)), add_special_tokens=False, return_tensors="pt")
-    tokens = ids["input_ids"][:, : max(args.contexts)].to(made.model.device)
+    ids = tokenise(made.tokenizer, texts.enough("mixed", 8 * max(args.contexts)))
+    tokens = opened(ids[None, : max(args.contexts)], first_tokens(made.tokenizer)).to(made.model.device)
     held: dict[int, dict[str, int]] = {n: {} for n in sorted(args.contexts)}
     speed: dict[int, dict[str, float]] = {n: {} for n in sorted(args.contexts)}
     for name, make, implementation in (("exact", made.make_exact, None), ("packed", made.make_packed, "forge")):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .streaming import attention, spans, step
+from .streaming import attention, opened, spans, step
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Fidelity:
     parts: tuple[Part, ...] = ()
 
 
-def windows(ids: torch.Tensor, length: int, count: int) -> torch.Tensor:
+def windows(ids: torch.Tensor, length: int, count: int, first: Sequence[int] = ()) -> torch.Tensor:
     """The first `count` pieces of `length` tokens of a text.
 
     Args:
         ids: int64, [tokens].
         length, count: tokens of a piece, and how many.
+        first: tokens that the model wants in front of every text (`streaming.first_tokens`); they take the place of a
+            piece's last ones.
 
     Returns:
         int64, [count, length].
@@ -63,7 +65,7 @@ def windows(ids: torch.Tensor, length: int, count: int) -> torch.Tensor:
             f"[kl] expected length >= 2 and count >= 1 with length * count within the text's {ids.shape[0]} tokens; "
             f"got length {length}, count {count}"
         )
-    return ids[: length * count].reshape(count, length)
+    return opened(ids[: length * count].reshape(count, length), first)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,31 @@ def attention(model: Any, implementation: str | None) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that the model wants in front of every text, such as Gemma's `<bos>`; none for most.
+
+    A piece cut out of a long text needs them as much as a whole text: without `<bos>` Gemma-3-270M's perplexity of
+    plain prose is above a hundred.
+    """
+    ids: list[int] = tokenizer("")["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+
+def tokenise(tokenizer: Any, text: str) -> torch.Tensor:
+    """A text without first or last tokens added, so that pieces can be cut from it: int64 [tokens]."""
+    ids: torch.Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return ids[0]
+
+
+def opened(pieces: torch.Tensor, first: Sequence[int]) -> torch.Tensor:
+    """Pieces [pieces, tokens] with the `first_tokens` of the model in front, their last tokens left out instead."""
+    if not first:
+        return pieces
+    front = torch.tensor(list(first), dtype=pieces.dtype, device=pieces.device).expand(len(pieces), -1)
+    return torch.cat([front, pieces[:, : pieces.shape[1] - len(first)]], 1)
 
 
 def spans(tokens: int, block: int) -> list[tuple[int, int]]:
