@@ -186,3 +186,67 @@ def test_a_conversion_that_another_process_finished_first_is_taken(cache, faked,
     target = models.convert(path, torch.float32)
     assert [p.name for p in target.iterdir()] == ["theirs"]
     assert list(cache.iterdir()) == [target]
+
+
+class Named:
+    """A tokenizer of control tokens, as far as end tokens are looked for."""
+
+    def __init__(self, tokens, end, texts=()):
+        self.added_tokens_encoder, self.all_special_tokens = tokens, list(tokens)
+        self.eos_token_id, self.texts = end, dict(texts)
+
+    def convert_tokens_to_ids(self, text):
+        return self.added_tokens_encoder[text]
+
+    def __call__(self, text):
+        return {"input_ids": self.texts[text]}
+
+
+def test_the_end_of_a_turn_and_of_a_document_end_a_reply():
+    qwen = Named({"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}, 151645)
+    assert models.names.end_tokens(qwen) == [151645, 151643]
+    assert models.names.end_tokens(Named({"<bos>": 2, "<eos>": 1, "<end_of_turn>": 106}, 1)) == [1, 106]
+    assert models.names.end_tokens(Named({"<s>": 1}, None)) == []
+
+
+def test_smollm2_ends_at_both_of_its_end_tokens(smollm2):
+    model, tokenizer = smollm2
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [2, 0]
+    assert tokenizer.convert_ids_to_tokens([2, 0]) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_a_tokenizer_without_the_first_token_that_its_file_asks_for_is_refused():
+    class Field:
+        def __init__(self, value):
+            self.value = value
+
+        def contents(self):
+            return self.value
+
+    class Fields:
+        def get_field(self, name):
+            return Field({"add_bos_token": True, "bos_token_id": 2}[name.rpartition(".")[2]])
+
+    models.names._check_first_token(Named({}, 1, {"": [2]}), Fields())
+    with pytest.raises(ValueError, match=r"^\[models\] expected a tokenizer whose texts start with token 2; got \[\]"):
+        models.names._check_first_token(Named({}, 1, {"": []}), Fields())
+
+
+def test_real_models_read_prose_from_their_first_token_on():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import real_models
+
+    from forgeattention.tools.evaluation.streaming import first_tokens, opened, tokenise
+    from forgeattention.tools.evaluation.texts import read
+
+    path = real_models.find("gemma-3-270m")
+    if path is None:
+        pytest.skip("Gemma-3-270M is not here: `python benchmarks/real_models.py fetch gemma-3-270m` fetches it")
+    model, tokenizer = models.load(path)
+    ids = tokenise(tokenizer, read("genesis")[:3000])[None, :256]
+    assert first_tokens(tokenizer) == [2]
+    assert model.generation_config.eos_token_id == [1, 106]
+    with torch.no_grad():
+        whole, cut = (float(model(x, labels=x).loss.exp()) for x in (opened(ids, first_tokens(tokenizer)), ids))
+    assert whole < 20
+    assert cut > 3 * whole
