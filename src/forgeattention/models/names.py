@@ -185,7 +185,6 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
         return target
 
     import transformers
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Older versions always dequantise; newer ones may leave the weights in GGUF blocks, which cannot be saved.
@@ -198,12 +197,10 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
         made = Path(scratch) / "model"
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        fields = GGUFReader(str(path))
-        _set_pre_tokenizer(tokenizer, fields)
-        _check_first_token(tokenizer, fields)
+        _finish_tokenizer(tokenizer, path)
         tokenizer.save_pretrained(made)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
-        model.config.eos_token_id = model.generation_config.eos_token_id = end_tokens(tokenizer)
+        _set_end_tokens(model, tokenizer)
         model.save_pretrained(made)
         _state_rope_theta(made / "config.json")
         try:
@@ -242,6 +239,19 @@ def end_tokens(tokenizer: Any) -> list[int]:
     known = [tokenizer.convert_tokens_to_ids(text) for text in END_TOKENS if text in control]
     first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*first, *known]))
+
+
+def _set_end_tokens(model: Any, tokenizer: Any) -> None:
+    model.config.eos_token_id = model.generation_config.eos_token_id = end_tokens(tokenizer)
+
+
+def _finish_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Give a tokenizer what its GGUF file says and transformers leaves out."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(path))
+    _set_pre_tokenizer(tokenizer, fields)
+    _check_first_token(tokenizer, fields)
 
 
 def _check_first_token(tokenizer: Any, fields: Any) -> None:
