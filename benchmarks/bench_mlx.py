@@ -209,7 +209,7 @@ def main() -> None:
     info = mx.device_info()
     env = {**environment(), "device": info["device_name"], "mlx_device": str(mx.default_device())}
     env |= {"model": args.model, "tf32": os.environ.get("MLX_ENABLE_TF32", "1")}
-    env["commit"] = env["commit"] or os.environ.get("FORGEATTN_COMMIT")
+    env["commit"] = env["commit"] or os.environ.get("FORGEATTENTION_COMMIT")
     records: list[dict[str, Any]] = [{"op": "env", "env": env}]
     for part in args.parts:
         for record in PARTS[part](args):

@@ -57,8 +57,8 @@ def median_us(replay: Callable[[], None], launches: int, repeats: int = 50) -> f
     return sorted(times)[len(times) // 2]
 
 
-def in_graph(calls: list[Callable[[], Any]], rounds: int) -> tuple[float, float]:
-    """Median us per call in a CUDA graph of rounds x calls, and of single launches between events."""
+def in_graph(calls: list[Callable[[], Any]], rounds: int) -> float:
+    """Median us per call in a CUDA graph of rounds x calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -69,7 +69,7 @@ def in_graph(calls: list[Callable[[], Any]], rounds: int) -> tuple[float, float]
         for _ in range(rounds):
             for call in calls:
                 call()
-    return median_us(graph.replay, rounds * len(calls), 30), 0.0
+    return median_us(graph.replay, rounds * len(calls), 30)
 
 
 def copy_bandwidth() -> float:
@@ -153,7 +153,7 @@ def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copi
             try:
                 with sdpa_kernel(backend):
                     calls = [lambda k=k, v=v, x=queries, gqa=not fold: sdpa(x, k, v, enable_gqa=gqa) for k, v in kv]
-                    out[name + ("_folded" if fold else "")], _ = in_graph(calls, max(1, 8 // copies))
+                    out[name + ("_folded" if fold else "")] = in_graph(calls, max(1, 8 // copies))
             except RuntimeError as failure:
                 print(f"  {name} fold={fold}: {str(failure).splitlines()[0][:100]}", flush=True)
     return out
@@ -167,7 +167,7 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
     copies = max(1, min(8, math.ceil(L2_TIMES * l2 / nbytes)))
     calls, setup = packed_calls(codec, batch, q_heads, context, copies)
     error = relative_error(codec, setup, calls[0]()[0])
-    us, _ = in_graph(calls, max(1, 16 // copies))
+    us = in_graph(calls, max(1, 16 // copies))
     single = median_us(lambda: calls[0](), 1, 50)
     if peers is None:
         fp16_copies = max(1, min(4, math.ceil(L2_TIMES * l2 / (batch * context * kv_heads * d * 4))))
@@ -209,7 +209,7 @@ SPECS = {
 
 
 def environment(copy_gb_s: float) -> dict[str, Any]:
-    commit = os.environ.get("FORGEATTN_COMMIT", "")  # where the working tree is no repository
+    commit = os.environ.get("FORGEATTENTION_COMMIT", "")  # where the working tree is no repository
     commit = commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go: compile in parallel, test, measure. Results go to $OUT (default: build/gpu).
-# Usage: benchmarks/gpu_suite.sh [compile] [test] [bench] [sanitize] [sparse] [prefill] [model] [induction] [fidelity] [eviction] [mlx]
-# The first four without a name. The later ones need minutes each; fidelity, eviction, mlx and the real keys of sparse need SmolLM2.
+# Everything that needs an NVIDIA GPU, in one go: compile in parallel, test, measure. Results go to $OUT
+# (default: build/gpu).
+# Usage: benchmarks/gpu_suite.sh [STEP ...], where a STEP is one of
+#   compile test bench sanitize                                   (what runs without arguments)
+#   sparse prefill model induction fidelity eviction mlx          (minutes each; most need SmolLM2)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-build/gpu} PYTHONPATH=src:tests PYTHONUNBUFFERED=1
 export FORGEATTENTION_CACHE=${FORGEATTENTION_CACHE:-/tmp/forgeattention-cache}
 mkdir -p "$OUT"
-for step in "${@:-compile test bench sanitize}"; do
+[ $# -gt 0 ] || set -- compile test bench sanitize
+for step in "$@"; do
   case $step in
   compile)
     python3 - <<'PY'
@@ -64,6 +67,11 @@ PY
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 compute-sanitizer --report-api-errors no --tool $tool python3 -m pytest -q -p no:cacheprovider \
         tests/test_cuda_ops.py -k "${SANITIZE:-test_lengths and 511}" 2>&1 | tee "$OUT/$tool.log" | tail -6
     done
+    ;;
+  *)
+    echo "gpu_suite.sh: expected a step among compile test bench sanitize sparse prefill model induction fidelity" \
+      "eviction mlx; got $step" >&2
+    exit 2
     ;;
   esac
 done

@@ -1,4 +1,4 @@
-"""`forgeattn serve --engine hf` under load: a real server on loopback, asked by the openai package's client.
+"""`forgeattn serve hf` under load: a real server on loopback, asked by the openai package's client.
 
     python -m benchmarks.serving_hf --output benchmarks/results/serving-hf-cpu-DATE.json
     python -m benchmarks.serving_hf --requests 10000 --output benchmarks/results/serving-hf-memory-cpu-DATE.json

@@ -56,7 +56,7 @@ class Cuda:
     def us(self, phases: Calls) -> dict[str, float]:
         found = {}
         for name, calls in phases.items():
-            found[name] = cuda_decode.in_graph(calls, max(1, 12 // len(calls)))[0]
+            found[name] = cuda_decode.in_graph(calls, max(1, 12 // len(calls)))
         return found
 
     def peers(self, context: int) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Server:
         self.log = log
         at = ["--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
         if packed:
-            command = ["-c", code, "serve", "--engine", engine, *at, "--", *arguments]
+            command = ["-c", code, "serve", engine, *at, *arguments]
         else:
             command = ["-m", "vllm.entrypoints.openai.api_server", *at, "--served-model-name", "smollm2", *arguments]
         with log.open("ab") as output:

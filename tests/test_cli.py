@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,21 +101,61 @@ def test_fetch_writes_json(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
-def test_serve_says_which_engines_there_are_and_hands_over(capsys, monkeypatch):
+def test_serve_hands_over_to_each_engine(monkeypatch):
+    from forgeattention.serving.options import ServerOptions
     from forgeattention.tools import serve
 
-    absent = [name for name in ("hf", "mlx", "vllm") if name not in serve.ENGINES]
-    for name in absent:
-        code, _, err = run(capsys, "serve", "--engine", name)
-        assert (code, err.startswith("forgeattn: [serve] expected an engine of this version")) == (2, True)
     calls = []
     fake = argparse.Namespace(serve=lambda *args, **options: calls.append((*args, options)))
     monkeypatch.setattr(serve.importlib, "import_module", lambda name: fake)
-    for name in serve.ENGINES:
-        argv = f"serve --engine {name} --model m --preset small --port 7 -- --max-tokens 5".split()
-        assert serve.run(cli.build_parser().parse_args(argv))["engine"] == name
-    options = {"host": "127.0.0.1", "port": 7, "arguments": ["--max-tokens", "5"]}
-    assert calls == [("m", PRESETS["small"], options)] * len(serve.ENGINES)
+    monkeypatch.setattr(cli, "_target", lambda name: serve.run)
+    at = ["--model", "m", "--preset", "small", "--port", "7"]
+    assert cli.main(["serve", "hf", *at, "--cache-memory", "2GiB", "--drain", "5"]) == 0
+    assert cli.main(["serve", "mlx", *at, "--max-tokens", "5"]) == 0
+    assert cli.main(["serve", "vllm", *at, "-tp", "2", "--enforce-eager"]) == 0
+    where = {"host": "127.0.0.1", "port": 7}
+    assert calls == [
+        ("m", PRESETS["small"], {**where, "options": ServerOptions(cache_memory="2GiB", drain=5)}),
+        ("m", PRESETS["small"], {**where, "arguments": ["--max-tokens", "5"]}),
+        ("m", PRESETS["small"], {**where, "arguments": ["-tp", "2", "--enforce-eager"]}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "shown"),
+    [("hf", "--cache-memory SIZE"), ("mlx", "mlx_lm.server --help"), ("vllm", "vllm serve --help")],
+)
+def test_help_of_serve_shows_the_engine_s_options(capsys, engine, shown):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["serve", engine, "--help"])
+    assert stop.value.code == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["serve"], "the following arguments are required: ENGINE"),
+        (["serve", "tgi"], "invalid choice: 'tgi'"),
+        (["serve", "hf", "--max-tokens", "5"], "unrecognized arguments: --max-tokens 5"),
+        (["serve", "hf", "--drain", "0"], "expected a number of 1 or more; got 0"),
+        (["eval", "kl", "--cache", "packed"], "unrecognized arguments: --cache packed"),
+    ],
+)
+def test_options_that_an_engine_or_command_does_not_have(capsys, argv, said):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_preset_names_are_written_once():
+    for command, parser in LEAVES.items():
+        for action in parser._actions:
+            if "--preset" in action.option_strings:
+                assert tuple(action.choices) == tuple(PRESETS), command
+    source = Path(cli.__file__).read_text()
+    assert not any(f'"{name}"' in source for name in PRESETS)
 
 
 def test_doctor_reports_every_backend_and_why(capsys, tmp_path):

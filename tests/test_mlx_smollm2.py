@@ -65,7 +65,7 @@ def test_smollm2_answers_as_it_does_in_transformers() -> None:
 
 SERVER = """
 import sys
-from forgeattention import cli
+from forgeattention.tools import cli
 from forgeattention.integrations.mlx import PackedKVCache
 
 update = PackedKVCache.update_and_fetch
@@ -73,7 +73,7 @@ def counted(self, keys, values):
     print(f"batched {self.batched}", file=sys.stderr, flush=True)
     return update(self, keys, values)
 PackedKVCache.update_and_fetch = counted
-sys.exit(cli.main(["serve", "--engine", "mlx", "--model", sys.argv[1], "--port", sys.argv[2]]))
+sys.exit(cli.main(["serve", "mlx", "--model", sys.argv[1], "--port", sys.argv[2]]))
 """
 
 

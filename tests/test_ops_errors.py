@@ -159,7 +159,7 @@ def test_threads_follow_torch():
 @pytest.mark.parametrize("isa", native.isas())
 def test_the_environment_forces_an_instruction_set(isa):
     code = "from forgeattention import _native; print(_native.isa())"
-    env = {**os.environ, "FORGEATTN_CPU_ISA": isa}
+    env = {**os.environ, "FORGEATTENTION_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == isa
 

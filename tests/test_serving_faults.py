@@ -128,7 +128,7 @@ def served(tmp_path: Path) -> Any:
 
 def test_sigterm_lets_requests_finish(served, monkeypatch):
     """A request under way is answered whole, and its prefix is on disk afterwards."""
-    monkeypatch.setenv("FORGEATTN_API_KEY", "none")
+    monkeypatch.setenv("FORGEATTENTION_API_KEY", "none")
     start, prefixes, log = served
     server = start()
     with connect(server.port) as client:

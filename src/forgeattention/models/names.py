@@ -180,7 +180,7 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
     path = Path(gguf)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
+    target = cache_folder("models") / f"{path.stem}-{digest[:16]}-{str(dtype).removeprefix('torch.')}-v{CONVERSION}"
     if target.is_dir():
         return target
 

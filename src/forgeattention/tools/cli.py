@@ -11,13 +11,19 @@ from typing import Any
 
 from .. import __version__
 from ..codec.presets import DEFAULT, PRESETS
+from .serve import ENGINES
+from .serve import add_arguments as add_serve_arguments
 
 TESTS = ("single", "multi", "varied", "distractors", "qa", "kinds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code: 0, 1 for a failure, 2 for bad input."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not getattr(args, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.arguments = others
     try:
         if args.json is not None and not args.json.parent.is_dir():
             raise ValueError(f"[cli] expected --json in a folder that exists; got {args.json}")
@@ -60,13 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--seed", type=int, default=0)
 
-    serve = _leaf(commands, "serve", "serve:run", "an OpenAI-compatible server with packed caches")
-    _add_model(serve)
-    _add_bits(serve)
-    serve.add_argument("--engine", choices=("hf", "mlx", "vllm"), required=True, help="whose server it is")
-    serve.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
-    serve.add_argument("--port", type=int, default=8080, help="(default %(default)s)")
-    serve.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: more of that server's own arguments")
+    serve = _branch(commands, "serve", "an OpenAI-compatible server with packed caches", "ENGINE")
+    for engine, (_, _, whose) in ENGINES.items():
+        leaf = _leaf(serve, engine, "serve:run", whose)
+        leaf.set_defaults(engine=engine)
+        _add_model(leaf)
+        _add_bits(leaf)
+        leaf.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
+        leaf.add_argument("--port", type=int, default=8080, help="0 takes a free one (default %(default)s)")
+        add_serve_arguments(engine, leaf)
 
     bench = _branch(commands, "bench", "measure speed beside the fastest peers")
     decode = _leaf(bench, "decode", "bench.decode:run", "attention of one new token over a packed context")
@@ -112,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate = _leaf(commands, "calibrate", "calibrate:run", "move bits between a model's layers, once per model")
     _add_model(calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file")
-    calibrate.add_argument("--preset", default="balanced", choices=("balanced", "small", "fidelity"))
+    calibrate.add_argument("--preset", default=DEFAULT, choices=tuple(PRESETS))
     calibrate.add_argument("--bits", type=float, help="budget in effective bits per element (default: the preset's)")
     calibrate.add_argument(
         "--text", default="licences", help="licences, genesis, code, a text file, or random (default %(default)s)"
@@ -205,7 +213,6 @@ def _add_eval(evaluate: Any) -> None:
     niah.add_argument("--max-new-tokens", type=int, default=24, help="of an answer (default %(default)s)")
     induction.add_argument("--block", type=int, default=2048, help="tokens read at once (default %(default)s)")
     for leaf in (kl, ppl, niah):
-        leaf.add_argument("--cache", choices=("packed",), default="packed", help="what is held against the exact cache")
         leaf.add_argument(
             "--evict", metavar="POLICY:SHARE[:WHERE]",
             help="give up pages: v1, v2, v3, random or recency and the share kept, or window:TOKENS; and drop them or "
@@ -257,12 +264,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _branch(commands: Any, name: str, summary: str) -> Any:
-    return commands.add_parser(name, help=summary, description=summary).add_subparsers(metavar="WHAT", required=True)
+def _branch(commands: Any, name: str, summary: str, what: str = "WHAT") -> Any:
+    return commands.add_parser(name, help=summary, description=summary).add_subparsers(metavar=what, required=True)
 
 
 def _leaf(commands: Any, name: str, target: str, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary)
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(target=f"forgeattention.tools.{target}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
     return parser

@@ -46,10 +46,10 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit checked out here, "-dirty" after it if files differ; in a copy without git what
-    $FORGEATTN_COMMIT says, or None."""
+    $FORGEATTENTION_COMMIT says, or None."""
     if not Path("src/forgeattention/__init__.py").is_file():
         return None
-    if stated := os.environ.get("FORGEATTN_COMMIT"):
+    if stated := os.environ.get("FORGEATTENTION_COMMIT"):
         return stated
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     try:

@@ -1,4 +1,4 @@
-"""Folders of the user's that this package writes to."""
+"""The user's folders that this package writes to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 
-def cache_folder() -> Path:
-    """The user's folder for converted models: $FORGEATTENTION_CACHE, or forgeattention below $XDG_CACHE_HOME."""
-    if folder := os.environ.get("FORGEATTENTION_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgeattention"
+def cache_folder(kind: str) -> Path:
+    """Where files of one kind are kept that can be made again: "models" (converted), "cuda" (compiled kernels).
+
+    A folder of $FORGEATTENTION_CACHE if that is set, else of forgeattention under $XDG_CACHE_HOME or ~/.cache. The
+    folder need not exist yet.
+    """
+    root = os.environ.get("FORGEATTENTION_CACHE")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgeattention"
+    return Path(root) / kind

@@ -36,7 +36,7 @@ def isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Use one of `isas()` from now on; the environment variable FORGEATTN_CPU_ISA does it from the start."""
+    """Use one of `isas()` from now on; the environment variable FORGEATTENTION_CPU_ISA does it from the start."""
     native.use_isa(name)
 
 

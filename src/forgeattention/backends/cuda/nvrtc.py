@@ -10,6 +10,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...util.folders import cache_folder
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 Macros = tuple[tuple[str, str], ...]
 _Pointer = ctypes.c_void_p
@@ -108,19 +110,13 @@ def compile_kernel(stem: str, macros: Macros, arch: str) -> bytes:
         raise RuntimeError(f"[{stem}] NVRTC failed for {arch} with {dict(macros)}: {failure}") from failure
 
 
-def cache_folder() -> Path:
-    """Where cubins are kept: $FORGEATTENTION_CACHE, or the user's cache folder."""
-    root = os.environ.get("FORGEATTENTION_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "forgeattention" / "cuda"
-
-
 def cubin(stem: str, macros: Macros, arch: str) -> bytes:
     """As `compile_kernel`, from the disk if it was compiled before by this NVRTC from these sources."""
     from cuda.bindings import nvrtc
 
     _, *version = nvrtc.nvrtcVersion()
     key = hashlib.sha256(repr((sources(stem)[1], macros, arch, version)).encode()).hexdigest()[:40]
-    path = cache_folder() / f"{stem}-{arch}-{key}.cubin"
+    path = cache_folder("cuda") / f"{stem}-{arch}-{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:

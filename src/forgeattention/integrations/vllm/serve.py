@@ -1,4 +1,4 @@
-"""`forgeattn serve --engine vllm`: becomes vLLM's own OpenAI-compatible server, with the packed cache."""
+"""`forgeattn serve vllm`: becomes vLLM's own OpenAI-compatible server, with the packed cache."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ void use_kernels(const char* name) {
 
 const Kernels& kernels() {
   if (!chosen) {
-    const char* forced = std::getenv("FORGEATTN_CPU_ISA");
+    const char* forced = std::getenv("FORGEATTENTION_CPU_ISA");
     if (forced && *forced)
       use_kernels(forced);
     else
