@@ -100,6 +100,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
         ("paged_append", args.paged_append_macros()),
         ("compact", args.COMPACT_MACROS),
         ("encode", args.encode_macros(codec, case.dtype)),
+        ("encode_layers", args.encode_layers_macros(codec, case.dtype)),
         ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),
         (
             "decode_pages",

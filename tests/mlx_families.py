@@ -106,8 +106,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"scoring_func": "sigmoid", "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False},
         **{"head_dim": 96, "v_head_dim": 64, "swa_head_dim": 96, "swa_v_head_dim": 64},
     },
-    "minicpm3": {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16,
-                                  "original_max_position_embeddings": 4096}},
+    "minicpm3": {
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.0] * 16,
+            "original_max_position_embeddings": 4096,
+        }
+    },
     "ministral3": {"rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4096}},
     "mistral4": {"rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4096}},
     "nemotron": {"hidden_act": "relu2"},
@@ -127,8 +133,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "spark2_5": {"rope_parameters": ROPES, "layer_types": LAYERS},
     "stablelm": {"use_qkv_bias": False},
-    "step3p5": {"num_attention_groups": 2, "layer_types": LAYERS, "moe_num_experts": 4, "moe_top_k": 2,
-                "share_expert_dim": 64, "moe_layers_enum": "2,3"},
+    "step3p5": {
+        "num_attention_groups": 2,
+        "layer_types": LAYERS,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "share_expert_dim": 64,
+        "moe_layers_enum": "2,3",
+    },
 }
 """What an architecture needs otherwise."""
 NESTED = {

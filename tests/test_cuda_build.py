@@ -82,6 +82,7 @@ def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
         args.DecodePagesParams,
         args.ScoresParams,
         args.AppendTokensParams,
+        args.EncodeLayersParams,
         args.PageTablesParams,
         args.PagedAppendParams,
         args.MergeParams,

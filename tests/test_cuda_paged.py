@@ -211,9 +211,15 @@ def test_a_captured_step_follows_the_tables() -> None:
     key, value = run.random(4, KV, d), run.random(4, KV, d)
     q, out = run.random(4, heads, d), torch.zeros(4, heads, d, dtype=torch.bfloat16, device="cuda")
 
-    def step() -> None:
-        run.tables.make(starts, lengths, packed, exact, 4)
-        run.paged.append(run.blocks, run.tables, key, value, slots, fills(4, 4), run.staging)
+    other = torch.zeros_like(run.pages)  # as if of another layer with the same tokens
+    encoder = run.paged.LayerEncoder([run.blocks, run.paged.Blocks(run.codec, other, run.tokens)], run.tables)
+
+    def step(together: bool) -> None:
+        run.tables.make(starts, lengths, packed, exact, 4, fill_exact=together)
+        staging = None if together else run.staging
+        run.paged.append(run.blocks, run.tables, key, value, slots, fills(4, 4), staging)
+        if together:
+            encoder.encode()
         four = [x.unsqueeze(2) for x in (q, out)]
         run.paged.decode_attention(four[0], run.blocks, run.tables, d**-0.5, None, 8192, four[1], run.scratch)
 
@@ -224,11 +230,12 @@ def test_a_captured_step_follows_the_tables() -> None:
             to[:, : table.shape[1]] = on_gpu(table, torch.int32)
         slots.copy_(on_gpu(batch.slots, torch.int64))
 
-    step()  # with nothing in the tables: every row is empty
+    step(True)  # with nothing in the tables: every row is empty
+    other.copy_(run.pages)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(True)
     for _ in range(70):
         batch = engine.step(dict.fromkeys(alive, 1))
         load(batch)
@@ -236,7 +243,8 @@ def test_a_captured_step_follows_the_tables() -> None:
             x.copy_(run.random(*x.shape))
         graph.replay()
         replayed, pages = out.clone(), run.pages.clone()
-        step()
+        assert torch.equal(other, run.pages)
+        step(False)
         assert torch.equal(replayed, out)
         assert torch.equal(pages, run.pages)
     want = run.expected(q, 4)

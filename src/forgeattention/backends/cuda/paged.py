@@ -6,6 +6,7 @@ copies to the host or waits, so that a whole step can be captured in a CUDA grap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from .launch import constants_of, current_stream, limits, on_device
 
 _page_tables_params = args.Packer(args.PageTablesParams)
 _paged_append_params = args.Packer(args.PagedAppendParams)
+_encode_layers_params = args.Packer(args.EncodeLayersParams)
 
 
 class Tables:
@@ -46,9 +48,19 @@ class Tables:
         self.blocks = torch.zeros(rows, most_blocks, dtype=torch.int32, device=device)
         self.exact = torch.zeros(rows, dtype=torch.int32, device=device)
         self.fill_offsets = torch.zeros(fills(rows, tokens), dtype=torch.int64, device=device)
+        self.filled = torch.zeros(fills(rows, tokens), dtype=torch.int32, device=device)
+        self.fills = torch.zeros(1, dtype=torch.int32, device=device)
         self.fill_tokens = torch.zeros(fills(rows, tokens), PAGE, dtype=torch.int32, device=device)
 
-    def make(self, starts: Any, lengths: Any, packed_table: Any, exact_table: Any, decode_rows: int) -> None:
+    def make(
+        self,
+        starts: Any,
+        lengths: Any,
+        packed_table: Any,
+        exact_table: Any,
+        decode_rows: int,
+        fill_exact: bool = False,
+    ) -> None:
         """Fills the tables of a step.
 
         Args:
@@ -56,17 +68,22 @@ class Tables:
             lengths: int32 [rows], tokens of each row, the new ones included.
             packed_table, exact_table: int32 [rows, most blocks], block numbers; 0 where there is none.
             decode_rows: the first rows, whose exact tokens are to include the new ones.
+            fill_exact: all rows decode and their pages are encoded by `encode_layers`: name the tokens of filled pages
+                by their exact blocks alone.
         """
         g, device = self.geometry, lengths.device
         with on_device(device):
             kernel = nvrtc.kernel("page_tables", args.page_tables_macros(), device.index, 0)
             params = _page_tables_params(
                 *(x.data_ptr() for x in (starts, lengths, packed_table, exact_table, self.offsets, self.packed)),
-                *(x.data_ptr() for x in (self.blocks, self.exact, self.fill_offsets, self.fill_tokens)),
+                *(x.data_ptr() for x in (self.blocks, self.exact, self.fill_offsets, self.filled, self.fills)),
+                self.fill_tokens.data_ptr(),
                 *(g.block_bytes, g.page_bytes),
                 *(x.stride(0) for x in (packed_table, exact_table, self.offsets, self.blocks)),
                 *(decode_rows, g.window, g.pages_per_block, g.exact_block, g.sink_blocks),
+                fill_exact,
             )
+            self.fills.zero_()
             kernel.launch((lengths.shape[0], 1, 1), 128, current_stream(device), params)
 
 
@@ -85,7 +102,7 @@ class Blocks:
     tokens: torch.Tensor
 
 
-def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, count: int, staging: Any) -> None:
+def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, count: int, staging: Any | None) -> None:
     """Writes new keys and values to the exact blocks, and encodes the pages that they fill.
 
     Args:
@@ -94,7 +111,8 @@ def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, cou
         key, value: [tokens, kv_heads, head_dim], rows at multiples of 16 bytes.
         slots: int64 [tokens], place of each token in the exact blocks; in block 0 or below where it is not kept.
         count: `fills` of the step.
-        staging: [2, kv_heads, at least 64 * count, head_dim] of the tokens' dtype: keys and values of filled pages.
+        staging: [2, kv_heads, at least 64 * count, head_dim] of the tokens' dtype, for the filled pages' keys and
+            values; None to leave these pages to `encode_layers`.
     """
     tokens, heads, dim = key.shape
     size, cache = key.element_size(), blocks.tokens
@@ -103,16 +121,60 @@ def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, cou
         kernel = nvrtc.kernel("paged_append", args.paged_append_macros(), device.index, 0)
         params = _paged_append_params(
             *(x.data_ptr() for x in (key, value, cache, slots, tables.fill_offsets, tables.fill_tokens)),
-            *(staging[0].data_ptr(), staging[1].data_ptr()),
+            *((0, 0) if staging is None else (staging[0].data_ptr(), staging[1].data_ptr())),
             *(size * s for x in (key, value) for s in x.stride()[:2]),
             *(size * s for s in cache.stride()[:3]),
-            size * staging.stride(1),
+            0 if staging is None else size * staging.stride(1),
             *(tokens, heads, dim * size // 16, cache.shape[1]),
         )
-        kernel.launch((-(-tokens // 4) + count * heads, 1, 1), 256, current_stream(device), params)
-    pages.encode(
-        staging[0, :, : PAGE * count], staging[1, :, : PAGE * count], blocks.codec, blocks.pages, tables.fill_offsets
-    )
+        items = 0 if staging is None else count * heads
+        kernel.launch((-(-tokens // 4) + items, 1, 1), 256, current_stream(device), params)
+    if staging is not None:
+        k, v = staging[:, :, : PAGE * count]
+        pages.encode(k, v, blocks.codec, blocks.pages, tables.fill_offsets)
+
+
+class LayerEncoder:
+    """Encodes the pages that a step of decoding rows fills, in all layers at once (kernels/cuda/encode_layers.cu).
+
+    Args:
+        layers: blocks of every layer of a group, of one device, dtype and number of heads.
+        tables: of the group, made with fill_exact.
+    """
+
+    def __init__(self, layers: Sequence[Blocks], tables: Tables) -> None:
+        self.layers, self._tables = tuple(layers), tables
+        first = layers[0]
+        self._heads, self._device = first.codec.kv_heads, first.tokens.device
+        kinds: dict[args.Macros, list[bytes]] = {}
+        dtype = dtype_of(first.tokens)
+        for each in layers:
+            block, token, head = each.tokens.stride()[:3]
+            keys, values = each.tokens.chunk(2, -1)
+            arguments = pages.encode_arguments(
+                *(each.codec, keys, values, each.pages.data_ptr(), tables.fill_offsets),
+                (block, head, token) * 2,
+                tables.fill_tokens,
+                each.tokens.shape[1],
+            )
+            kinds.setdefault(args.encode_layers_macros(each.codec, dtype), []).append(bytes(arguments))
+        shared = plans.encode_shared_bytes(first.codec.format)
+        with on_device(self._device):
+            self._launches = [
+                (nvrtc.kernel("encode_layers", macros, self._device.index, shared), len(told), self._put(told))
+                for macros, told in kinds.items()
+            ]
+
+    def _put(self, told: list[bytes]) -> Any:
+        return torch.frombuffer(bytearray(b"".join(told)), dtype=torch.uint8).to(self._device)
+
+    def encode(self) -> None:
+        """Encodes the pages that the tables name."""
+        t, ctas = self._tables, 2 * limits(self._device.index).processors
+        with on_device(self._device):
+            for kernel, count, told in self._launches:
+                params = _encode_layers_params(*(x.data_ptr() for x in (told, t.filled, t.fills)), count, self._heads)
+                kernel.launch((ctas, 1, 1), 256, current_stream(self._device), params)
 
 
 @dataclass(frozen=True)

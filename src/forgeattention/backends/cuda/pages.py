@@ -67,8 +67,6 @@ def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = No
             row whose offset is negative is left out.
         out: uint8, or None.
     """
-    if codec.spec.refine or codec.shaping is not None:
-        _warn_of_plain_codes()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with on_device(k.device):
         constants = constants_of(codec, k.device)
@@ -76,15 +74,45 @@ def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = No
             ("encode", k.dtype),
             lambda: (args.encode_macros(codec, dtype_of(k)), plans.encode_shared_bytes(codec.format)),
         )
-        params = _encode_params(
-            *map(address, (k, v, out, offsets, _bad_of(k.device))),
-            *map(bytes, constants.encode),
-            *k.stride()[:3],
-            *v.stride()[:3],
-            codec.k_codebook.unit,
-            codec.v_codebook.unit,
-        )
+        strides = *k.stride()[:3], *v.stride()[:3]
+        params = encode_arguments(codec, k, v, address(out), offsets, strides)
         kernel.launch((k.shape[0], codec.kv_heads, 1), 256, current_stream(k.device), params)
+
+
+def encode_arguments(
+    codec: Codec,
+    k: Any,
+    v: Any,
+    base: int,
+    offsets: Any,
+    strides: tuple[int, ...],
+    slots: Any | None = None,
+    exact_block: int = 0,
+) -> Any:
+    """What a launch of `encode` is told, which holds until the same thread asks again.
+
+    Args:
+        codec: the layer's.
+        k, v: where the tokens lie.
+        base: address that is added to `offsets`.
+        offsets: int64 [pages].
+        strides: of k, then of v, in elements: from page to page (with slots from block to block), head to head, token
+            to token.
+        slots: int32 [pages, 64] as `paged.Tables` has them, or None.
+        exact_block: tokens of a block, with slots.
+    """
+    if codec.spec.refine or codec.shaping is not None:
+        _warn_of_plain_codes()
+    return _encode_params(
+        *map(address, (k, v)),
+        base,
+        *map(address, (offsets, slots, _bad_of(k.device))),
+        *map(bytes, constants_of(codec, k.device).encode),
+        *strides,
+        exact_block,
+        codec.k_codebook.unit,
+        codec.v_codebook.unit,
+    )
 
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:

@@ -78,14 +78,19 @@ class DecodeParams(ctypes.Structure):
 
 class EncodeParams(ctypes.Structure):
     _fields_ = [
-        *((name, P) for name in ("k", "v", "base", "offsets", "bad")),
+        *((name, P) for name in ("k", "v", "base", "offsets", "slots", "bad")),
         ("k_transform", TransformArgs),
         ("v_transform", TransformArgs),
         ("k_stride", I64 * 3),
         ("v_stride", I64 * 3),
+        ("exact_block", I64),
         ("k_unit", F32),
         ("v_unit", F32),
     ]
+
+
+class EncodeLayersParams(ctypes.Structure):
+    _fields_ = [*((name, P) for name in ("layers", "filled", "fills")), ("count", I32), ("kv_heads", I32)]
 
 
 class CompactParams(ctypes.Structure):
@@ -227,10 +232,11 @@ class AppendTokensParams(ctypes.Structure):
 class PageTablesParams(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("starts", "lengths", "packed_table", "exact_table", "offsets", "packed", "blocks")),
-        *((name, P) for name in ("exact", "fill_offsets", "fill_tokens")),
+        *((name, P) for name in ("exact", "fill_offsets", "filled", "fills", "fill_tokens")),
         *((name, I64) for name in ("block_bytes", "page_bytes")),
         *((name, I64) for name in ("packed_stride", "exact_stride", "max_pages", "max_blocks")),
         *((name, I32) for name in ("decode_rows", "window", "pages_per_block", "exact_block", "sink_blocks")),
+        ("fill_exact", I32),
     ]
 
 
@@ -319,6 +325,10 @@ def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) 
         "FORGE_PARAMS_BYTES": ctypes.sizeof(params),
     }
     return tuple((name, str(value)) for name, value in {**common, **extra}.items())
+
+
+def encode_layers_macros(codec: Codec, dtype: str) -> Macros:
+    return (*encode_macros(codec, dtype), ("FORGE_LAYERS_BYTES", str(ctypes.sizeof(EncodeLayersParams))))
 
 
 def encode_macros(codec: Codec, dtype: str) -> Macros:

@@ -78,6 +78,7 @@ class DeviceStep:
         builder = packed.builder
         if builder.tables is None or builder.tables.geometry != geometry:
             scheduler, model = builder.vllm_config.scheduler_config, builder.vllm_config.model_config
+            builder.encoder = None
             builder.tables = paged.Tables(
                 geometry,
                 scheduler.max_num_seqs,
@@ -87,15 +88,29 @@ class DeviceStep:
                 packed.starts.device,
             )
         self.tables = builder.tables
-        self.tables.make(packed.starts, packed.lengths, packed.table, exact.table, packed.decode_rows)
+        # Where all rows decode, a page's tokens are all in exact blocks, and the last layer encodes for all layers: a
+        # few pages of one layer would leave most of the device idle, in every layer.
+        self._together = packed.decode_rows == packed.rows
+        self._layers: list[Any] = []
+        self.tables.make(
+            packed.starts, packed.lengths, packed.table, exact.table, packed.decode_rows, fill_exact=self._together
+        )
         self._space = workspace_of(builder.vllm_config)
         self._past: Past | None = None
 
     def append(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes new tokens [tokens, kv_heads, head_dim] to the exact blocks, and encodes the pages that they fill."""
-        n, count = self.packed.tokens, fills(self.packed.rows, self.packed.tokens)
-        staging = self._space.get("staging", (2, key.shape[1], PAGE * count, key.shape[2]), key.dtype)
+        n, builder = self.packed.tokens, self.packed.builder
+        count, staging = fills(self.packed.rows, n), None
+        if not self._together:
+            staging = self._space.get("staging", (2, key.shape[1], PAGE * count, key.shape[2]), key.dtype)
         paged.append(layer.blocks, self.tables, key[:n], value[:n], self.exact.slots[:n], count, staging)
+        self._layers.append(layer.blocks)
+        if self._together and len(self._layers) == len(builder.layer_names):
+            known = builder.encoder
+            if known is None or any(a is not b for a, b in zip(known.layers, self._layers, strict=True)):
+                builder.encoder = known = paged.LayerEncoder(self._layers, self.tables)
+            known.encode()
 
     def attend(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor

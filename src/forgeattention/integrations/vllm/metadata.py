@@ -52,6 +52,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         super().__init__(*args)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.tables: Any = None
+        self.encoder: Any = None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

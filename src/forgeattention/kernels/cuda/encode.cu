@@ -12,9 +12,11 @@ struct Params {
   const void *k, *v;  // FORGE_TYPE [pages, kv_heads, 64, head_dim] by their strides
   u8* base;           // added to offsets; null if they are addresses
   const i64* offsets;  // [pages] bytes; a page whose offset is negative is left out
+  const int* slots;   // [pages, 64] tokens in blocks, as page_tables.cu writes them: -1 - (block * exact_block + place); or null
   int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
   TransformArgs k_transform, v_transform;
-  i64 k_stride[3], v_stride[3];  // elements: page, head, token
+  i64 k_stride[3], v_stride[3];  // elements: page (with slots: block), head, token
+  i64 exact_block;    // tokens of a block, with slots
   float k_unit, v_unit;
 };
 static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
@@ -50,15 +52,23 @@ __device__ __forceinline__ float block_max(float x, float* reduce) {
   return x;
 }
 
-// Rotated vectors to shared memory; true if a value is not finite.
-__device__ __forceinline__ bool rotate(const void* x, i64 at, i64 stride, const TransformArgs& t, int head, const Shared& sh, int warp, int lane) {
+// Where a token of a page begins.
+__device__ __forceinline__ i64 token_at(const Params& p, const i64 (&stride)[3], int page, int head, int token) {
+  if (p.slots == nullptr) return page * stride[0] + head * stride[1] + token * stride[2];
+  const int slot = -1 - __ldg(p.slots + page * forge::PAGE + token), block = (int)p.exact_block;
+  return slot / block * stride[0] + head * stride[1] + slot % block * stride[2];
+}
+// Rotated vectors of a page to shared memory; true if a value is not finite.
+__device__ __forceinline__ bool rotate(const Params& p, const void* x, const i64 (&stride)[3], const TransformArgs& t, int page, int head,
+                                       const Shared& sh, int warp, int lane) {
   bool bad = false;
   for (int token = warp; token < forge::PAGE; token += WARPS) {
+    const i64 at = token_at(p, stride, page, head, token);
     float v[E];
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       const int c = 32 * k + lane;
-      v[k] = c < HEAD_DIM ? load_element<FORGE_TYPE>(x, at + token * stride + c) : 0.f;
+      v[k] = c < HEAD_DIM ? load_element<FORGE_TYPE>(x, at + c) : 0.f;
       bad |= !(fabsf(v[k]) < __int_as_float(0x7f800000));
       if (t.mu) v[k] -= __ldg(t.mu + head * t.mu_stride + c);
     }
@@ -324,10 +334,10 @@ __device__ __forceinline__ float header_byte(float mean, u32 header, int channel
   return x > 127.f ? x - 2.f : x;
 }
 
-FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
-  extern __shared__ __align__(16) u8 shared[];
+// One page of one head, by a CTA.
+__device__ __forceinline__ void encode_page(const Params& p, int page, int head, u8* shared) {
   const Shared sh(shared);
-  const int page = blockIdx.x, head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const i64 offset = __ldg(p.offsets + page);
   if (offset < 0) return;
   u8* record = p.base + offset + (i64)head * RECORD;
@@ -343,7 +353,7 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
       if (!keys && i == 4 * e + c) edge = 0.5f * (V_LEVELS[i + 4] + V_LEVELS[i]);
     sh.edges[threadIdx.x] = edge;
   }
-  bool bad = rotate(p.v, page * p.v_stride[0] + head * p.v_stride[1], p.v_stride[2], p.v_transform, head, sh, warp, lane);
+  bool bad = rotate(p, p.v, p.v_stride, p.v_transform, page, head, sh, warp, lane);
   if (__syncthreads_or(bad)) {
     if (threadIdx.x == 0) *p.bad = 1;
     return;
@@ -354,7 +364,7 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
   bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
   __syncthreads();
 
-  bad |= rotate(p.k, page * p.k_stride[0] + head * p.k_stride[1], p.k_stride[2], p.k_transform, head, sh, warp, lane);
+  bad |= rotate(p, p.k, p.k_stride, p.k_transform, page, head, sh, warp, lane);
   __syncthreads();
   float top = 0.f;
   for (int c = threadIdx.x; c < DIM; c += THREADS) {
@@ -401,4 +411,9 @@ FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
   bad |= store_scales(record + SCALE_OFFSET_K, k_base, sh);
   for (int c = threadIdx.x; c < DIM; c += THREADS) record[MEAN_OFFSET + c] = (u8)(signed char)(int)sh.mean[c];
   if (bad) *p.bad = 1;
+}
+
+FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
+  extern __shared__ __align__(16) u8 shared[];
+  encode_page(p, blockIdx.x, blockIdx.y, shared);
 }

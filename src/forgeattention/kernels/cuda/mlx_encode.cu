@@ -11,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   p.v = v;
   p.base = base;
   p.offsets = offsets;
+  p.slots = nullptr;
   p.bad = bad;
   p.k_transform = FORGE_TRANSFORM(k);
   p.v_transform = FORGE_TRANSFORM(v);
@@ -20,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   p.v_stride[0] = forge::PAGE * HEAD_DIM;
   p.v_stride[1] = (i64)tokens * HEAD_DIM;
   p.v_stride[2] = HEAD_DIM;
+  p.exact_block = 0;
   p.k_unit = k_unit;
   p.v_unit = v_unit;
   encode(p);

@@ -20,10 +20,12 @@ struct Params {
   int* blocks;              // [rows, max_blocks] exact blocks
   int* exact;               // [rows] exact tokens: with the new ones in the first decode_rows rows, without in the others
   i64* fill_offsets;        // [fills] bytes of a page that fills in this step, or -1: row r's are those from r + starts[r] / 64 on
-  int* fill_tokens;         // [fills, 64] its tokens: number among the step's, or -1 - (block * exact_block + place) of an exact one
+  int *filled, *fills;      // numbers of the pages that fill, in any order; how many there are, 0 before
+  int* fill_tokens;         // [fills, 64] a page's tokens: number among the step's, or -1 - (block * exact_block + place) of an exact one
   i64 block_bytes, page_bytes;
   i64 packed_stride, exact_stride, max_pages, max_blocks;
   int decode_rows, window, pages_per_block, exact_block, sink_blocks;
+  int fill_exact;           // name new tokens of filled pages by their exact blocks too
 };
 static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
@@ -56,12 +58,15 @@ FORGE_KERNEL(THREADS) page_tables(FORGE_PARAMS p) {
   for (int i = threadIdx.x; i < (next - fill) * PAGE; i += THREADS) {
     const int page = past / PAGE + i / PAGE, at = i % PAGE;
     const bool any = i / PAGE < fills && packed_table[page / p.pages_per_block] != 0;
-    if (at == 0) p.fill_offsets[fill + i / PAGE] = any ? offset(page) : -1;
+    if (at == 0) {
+      p.fill_offsets[fill + i / PAGE] = any ? offset(page) : -1;
+      if (any) p.filled[atomicAdd(p.fills, 1)] = fill + i / PAGE;
+    }
     if (!any) continue;
     int token = at;  // page 0: the sinks' places, its last ones, hold copies of its last block
     if (page == 0 && sinks) token = at < PAGE - sinks ? at + sinks : PAGE - block + at % block;
     token += page * PAGE;
     p.fill_tokens[(i64)(fill + i / PAGE) * PAGE + at] =
-        token < past ? -1 - (exact_table[token / block] * block + token % block) : start + token - past;
+        token < past || p.fill_exact ? -1 - (exact_table[token / block] * block + token % block) : start + token - past;
   }
 }
