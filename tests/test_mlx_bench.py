@@ -69,13 +69,28 @@ def test_metal_is_refused_without_a_metal_device() -> None:
 
 def test_the_table(record: Any, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx.metal, "device_info", lambda: {"device_name": "Apple M4", "memory_size": 1 << 34})
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "Apple M4", "memory_size": 1 << 34})
     monkeypatch.setattr(bench_mlx, "copy_bandwidth", lambda: 100.0)
     monkeypatch.setattr(bench_mlx, "measure", lambda *shape: record)
     options = {"device": "metal", "contexts": [130], "batches": [2], "q_heads": 4, "kv_heads": 2, "head_dim": 64}
-    records = decode.run(argparse.Namespace(**options, preset=None, k_bits=None, v_bits=None))
+    records = decode.run(argparse.Namespace(**options, preset=None, k_bits=None, v_bits=None, tune=False))
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "Apple M4: copying memory at 100 GB/s"
     assert out[2].split()[:3] == ["2", "130", f"{record['us']:.0f}"]
     assert len(out[2].split()) == 11
     assert [r["op"] for r in records] == ["env", "decode_attention"]
+
+
+def test_the_fastest_plan_is_kept(monkeypatch: Any, tmp_path: Any, capsys: Any) -> None:
+    monkeypatch.setenv("FORGEATTENTION_CACHE", str(tmp_path))
+    def turns(calls: Any, x: Any) -> Any:
+        for call in calls.values():
+            assert call(x).shape == (2, 8, 1, 64)
+        return {name: [1e-3 if name == "2" else 2e-3] for name in calls}
+
+    monkeypatch.setattr(bench_mlx, "_take_turns", turns)
+    options = {"contexts": [130, 70], "batches": [2], "q_heads": 8, "kv_heads": 2, "head_dim": 64}
+    found = bench_mlx.tune(argparse.Namespace(**options), SPEC, "Apple M4")
+    assert found["us"] == {"1": 4000.0, "2": 2000.0, "4": 4000.0}
+    assert json.loads((tmp_path / "metal-plans.json").read_text()) == {"Apple M4": {"64": 2}}
+    assert "2 is kept in" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from ..codec.presets import DEFAULT, PRESETS
 from .serve import ENGINES
 from .serve import add_arguments as add_serve_arguments
 
+SELFTESTS = ("ops", "decode", "needles", "generation")
 TESTS = ("single", "multi", "varied", "distractors", "qa", "kinds")
 
 
@@ -61,10 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(generate)
     _add_bits(generate)
     generate.add_argument("prompt", help="what the user says; - reads it from standard input")
+    generate.add_argument("--engine", choices=("hf", "mlx"), default="hf", help="transformers or mlx-lm (default hf)")
     generate.add_argument("--cache", choices=("packed", "exact"), default="packed")
+    generate.add_argument(
+        "--prompt-cache", metavar="FILE", help="mlx: a conversation to go on from, if the file exists, and written back"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--seed", type=int, default=0)
+
+    chat = _leaf(commands, "chat", "chat:run", "chat in the terminal by mlx-lm, with a packed cache")
+    _add_model(chat)
+    _add_bits(chat)
+    chat.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: more of mlx_lm.chat's own arguments")
 
     serve = _branch(commands, "serve", "an OpenAI-compatible server with packed caches", "ENGINE")
     for engine, (_, _, whose) in ENGINES.items():
@@ -85,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     decode.add_argument("--kv-heads", type=int, default=8)
     decode.add_argument("--head-dim", type=int, default=128)
     decode.add_argument("--threads", type=int, help="default: all cores")
+    decode.add_argument(
+        "--tune", action="store_true", help="metal: try every plan on these shapes and keep the fastest for later runs"
+    )
     _add_bits(decode)
 
     page = _leaf(bench, "report", "bench.report:run", "the records of bench decode as a page")
@@ -141,6 +154,16 @@ def build_parser() -> argparse.ArgumentParser:
     models = _branch(commands, "models", "models by name")
     fetch = _leaf(models, "fetch", "cli:fetch", "install a model that is known by name")
     fetch.add_argument("name", help="smollm2")
+
+    check = _leaf(commands, "selftest", "selftest:run", "is it right and fast here: a report, in under 10 minutes")
+    _add_model(check)
+    check.add_argument(
+        "--device", choices=("auto", "metal", "cuda", "mlx", "cpu"), default="auto",
+        help="auto is MLX's GPU, else torch's, else the processor",
+    )  # fmt: skip
+    check.add_argument("--output", type=Path, default=Path("selftest"), help="the report's folder (default selftest)")
+    check.add_argument("--steps", nargs="+", choices=tuple(SELFTESTS), default=list(SELFTESTS), help="(default all)")
+    check.add_argument("--quick", action="store_true", help="one codec, small shapes: a minute on two cores")
 
     _leaf(commands, "doctor", "cli:doctor", "which backends work here, and why the others do not")
     return parser

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ... import ops
+from ...backends.metal import plan
 from ...codec import PAGE, Codec
 from ...codec.spec import CodecSpec
 from ...ops.table import PageTable
@@ -32,9 +35,11 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError("[bench] expected a Mac with a Metal device for --device metal; got none")
     spec = spec_from(args)
     copy_gb_s = copy_bandwidth()
-    device = mx.metal.device_info()
+    device = mx.device_info(mx.gpu)
     env = {**environment(), "device": device["device_name"], "memory_bytes": device["memory_size"]}
     env |= {"copy_gb_s": copy_gb_s, "spec": spec.to_json()}
+    if args.tune:
+        env["tuned"] = tune(args, spec, device["device_name"])
     records: list[dict[str, Any]] = [{"op": "env", "env": env}]
     shapes = [(batch, context) for batch in args.batches for context in args.contexts]
     print(f"{env['device']}: copying memory at {copy_gb_s:.0f} GB/s")
@@ -51,6 +56,41 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"{batch:>5} {context:>8}", *(f"{cell:>9}" for cell in cells), flush=True)
             advance()
     return records
+
+
+def tune(args: argparse.Namespace, spec: CodecSpec, gpu: str) -> dict[str, Any]:
+    """Tries every number of rows that a block can have (`backends.metal.plan`) on the shapes of the command line,
+    prints their times, and keeps what was fastest in all for this GPU and head_dim in the user's cache folder.
+
+    Returns:
+        Microseconds of a decode step by rows, summed over the shapes, what was kept and where.
+    """
+    import mlx.core as mx
+
+    codec, group = Codec(spec, args.head_dim, args.kv_heads), args.q_heads // args.kv_heads
+    total: dict[int, float] = {}
+    for batch in args.batches:
+        for context in args.contexts:
+            table = random_table(codec, batch, context)
+            q = mx.random.normal((batch, args.q_heads, 1, args.head_dim)).astype(mx.float16)
+
+            def step(q: Any, rows: int, table: PageTable = table) -> Any:
+                with plan.override(rows):
+                    return ops.decode_attention(q, codec, table, None, args.head_dim**-0.5, causal=False)[0]
+
+            # More rows than a KV head has query heads make the same blocks.
+            tried = [rows for rows in plan.CHOICES if rows < 2 * group]
+            times = _take_turns({str(rows): partial(step, rows=rows) for rows in tried}, q)
+            for rows in tried:
+                total[rows] = total.get(rows, 0.0) + statistics.median(times[str(rows)]) * 1e6
+    best = min(total, key=lambda rows: total[rows])
+    file = plan.keep(gpu, {codec.format.padded_dim: best})
+    print(
+        "rows a block: "
+        + ", ".join(f"{rows} {us:.0f} us" for rows, us in total.items())
+        + f"; {best} is kept in {file}"
+    )
+    return {"us": {str(rows): us for rows, us in total.items()}, "kept": best, "file": str(file)}
 
 
 def measure(
