@@ -92,5 +92,5 @@ def test_the_fastest_plan_is_kept(monkeypatch: Any, tmp_path: Any, capsys: Any) 
     options = {"contexts": [130, 70], "batches": [2], "q_heads": 8, "kv_heads": 2, "head_dim": 64}
     found = bench_mlx.tune(argparse.Namespace(**options), SPEC, "Apple M4")
     assert found["us"] == {"1": 4000.0, "2": 2000.0, "4": 4000.0}
-    assert json.loads((tmp_path / "metal-plans.json").read_text()) == {"Apple M4": {"64": 2}}
+    assert json.loads((tmp_path / "metal" / "plans.json").read_text()) == {"Apple M4": {"64": 2}}
     assert "2 is kept in" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     for argument in args.arguments:
         if argument.partition("=")[0] in REPLACED:
-            raise ValueError(f"[chat] expected no {argument.partition('=')[0]} after --; got it")
+            raise ValueError(f"[chat] expected no {argument.partition('=')[0]} with a packed cache; got it")
     spec, before = spec_from(args), sys.argv
     sys.argv = ["mlx_lm.chat", "--model", models.folder(args.model), *args.arguments]
     try:

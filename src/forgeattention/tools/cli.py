@@ -74,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat = _leaf(commands, "chat", "chat:run", "chat in the terminal by mlx-lm, with a packed cache")
     _add_model(chat)
     _add_bits(chat)
-    chat.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: more of mlx_lm.chat's own arguments")
+    chat.set_defaults(passes_on=True)
+    chat.epilog = "Every other option goes to mlx_lm.chat: see `mlx_lm.chat --help`."
 
     serve = _branch(commands, "serve", "an OpenAI-compatible server with packed caches", "ENGINE")
     for engine, (_, _, whose) in ENGINES.items():

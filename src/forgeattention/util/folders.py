@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def cache_folder(kind: str) -> Path:
-    """Where files of one kind are kept that can be made again: "models" (converted), "cuda" (compiled kernels).
+    """Where files of one kind are kept that can be made again: "models" (converted), "cuda" (compiled
+    kernels), "metal" (measured plans).
 
     A folder of $FORGEATTENTION_CACHE if that is set, else of forgeattention under $XDG_CACHE_HOME or ~/.cache. The
     folder need not exist yet.

@@ -23,7 +23,7 @@ _override: list[int] = []
 
 def plan_file() -> Path:
     """Where measured choices are kept, by the GPU's name and padded head_dim."""
-    return cache_folder() / "metal-plans.json"
+    return cache_folder("metal") / "plans.json"
 
 
 def most_rows(padded_dim: int) -> int:
