@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forgeattention.backends.cuda import params as args
 from forgeattention.backends.cuda import plans
+from forgeattention.backends.cuda.macros import TYPES, merge_macros, rotation_macros
+from forgeattention.backends.cuda.nvrtc import Macros
 from forgeattention.codec import Codec, CodecSpec
 
 
@@ -83,44 +84,39 @@ CASES = [
 ]
 
 
-def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, args.Macros]]:
+def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, Macros]]:
     """(stem, macros) of every kernel that a case runs."""
     matrix = [[float(i == j) for j in range(case.head_dim)] for i in range(case.head_dim)]
     extra = {"k_matrix": matrix, "v_matrix": matrix} if case.rotation == "custom" else {}
     codec = case.codec(kv_heads, **extra)
     plan = plans.decode_plan(codec.format, kv_heads, case.group * case.n, plans.Limits())
-    pages = {"FORGE_WIDTH": case.head_dim, "FORGE_TYPE": args.TYPES["float32"]}
-    scratch = {"FORGE_WIDTH": codec.format.padded_dim, "FORGE_TYPE": args.TYPES["float16"], "FORGE_ROTATION": 0}
     queries = case.group * case.n
     sparse = [plans.sparse_plan(codec.format, kv_heads, queries, plans.Limits(), keys) for keys in (True, False)]
     return [
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype)),
         ("decode_attention", plan.macros(codec, case.dtype, case.exact_dtype, 8)),
-        ("page_tables", args.page_tables_macros()),
-        ("paged_append", args.paged_append_macros()),
-        ("compact", args.COMPACT_MACROS),
-        ("encode", args.encode_macros(codec, case.dtype)),
-        ("encode_layers", args.encode_layers_macros(codec, case.dtype)),
-        ("decode_pages", args.macros(codec, args.DecodePagesParams, **pages)),
-        (
-            "decode_pages",
-            args.macros(codec, args.DecodePagesParams, **scratch),
-        ),
-        ("merge", args.merge_macros(case.head_dim, case.dtype)),
-        ("append_tokens", args.append_tokens_macros()),
-        ("turn_queries", args.rotation_macros(codec, args.TurnQueriesParams, FORGE_TYPE=args.TYPES[case.dtype])),
-        ("merge_parts", args.rotation_macros(codec, args.MergePartsParams)),
+        ("page_tables", ()),
+        ("paged_append", ()),
+        ("compact", ()),
+        ("encode", plans.encode_macros(codec, case.dtype)),
+        ("encode_layers", plans.encode_macros(codec, case.dtype)),
+        ("decode_pages", plans.decode_pages_macros(codec, "float32", False)),
+        ("decode_pages", plans.decode_pages_macros(codec, "float16", True)),
+        ("merge", merge_macros(case.head_dim, case.dtype)),
+        ("append_tokens", ()),
+        ("turn_queries", rotation_macros(codec, FORGE_TYPE=TYPES[case.dtype])),
+        ("merge_parts", rotation_macros(codec)),
         ("qk_scores", plans.scores_macros(codec, case.dtype)),
         ("value_sum", plans.scores_macros(codec, "float32")),
-        ("sparse_scores", sparse[0].macros(codec, args.SparseScoresParams, case.dtype)),
+        ("sparse_scores", sparse[0].macros(codec, case.dtype)),
         ("page_scores", plans.page_scores_macros(codec, case.dtype)),
-        ("page_select", plans.page_select_macros()),
+        ("page_select", ()),
         ("sparse_threshold", plans.threshold_macros()),
-        ("sparse_attention", sparse[1].macros(codec, args.SparseAttentionParams, case.dtype)),
+        ("sparse_attention", sparse[1].macros(codec, case.dtype)),
     ]
 
 
-def unique_kernels() -> list[tuple[str, args.Macros]]:
+def unique_kernels() -> list[tuple[str, Macros]]:
     return sorted({k for case in CASES for k in kernels(case)})
 
 

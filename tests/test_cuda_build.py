@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ import tolerances
 from cuda_cases import CASES, Case, kernels, unique_kernels
 
 from forgeattention.backends.cuda import nvrtc, plans
-from forgeattention.backends.cuda import params as args
+from forgeattention.backends.cuda.params import STRUCTS
+from forgeattention.backends.cuda.structs import Struct
 from forgeattention.codec import CodecSpec
 
 
@@ -43,7 +47,7 @@ def _sections(elf: bytes) -> tuple[list[bytes], list[str]]:
     return data, name_of
 
 
-def stack_bytes(kernel: tuple[str, args.Macros, str]) -> int:
+def stack_bytes(kernel: tuple[str, nvrtc.Macros, str]) -> int:
     return local_bytes(nvrtc.cubin(*kernel))
 
 
@@ -57,47 +61,71 @@ def test_every_kernel_compiles_with_a_small_stack() -> None:
     assert not [(size, kernel) for size, kernel in zip(sizes, wanted) if size > tolerances.CUDA_STACK_BYTES]
 
 
-def test_structures_have_no_gaps_that_differ() -> None:
-    assert ctypes.sizeof(args.DecodeParams) % 8 == 0
-    assert ctypes.sizeof(args.TransformArgs) == 48
+TYPES = "typedef unsigned char u8; typedef unsigned u32; typedef long long i64; struct float2 { float x, y; };"
 
 
-def flat(kind: type, numbers: Iterator[int]) -> tuple[Any, list[Any]]:
-    """A value of a ctypes type made of rising numbers, and what a packer is given for it."""
-    if issubclass(kind, ctypes.Structure):
-        value = kind(*(flat(field[1], numbers)[0] for field in kind._fields_))
-        return value, [bytes(value)]
-    if issubclass(kind, ctypes.Array):
-        parts = [next(numbers) for _ in range(kind._length_)]
-        return kind(*parts), parts
-    number = next(numbers)
-    return number, [number]
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_members_lie_where_c_puts_them(tmp_path: Path) -> None:
+    lines = ["#include <cstddef>", "#include <cstdio>", TYPES]
+    prints = []
+    for stem, params in STRUCTS.items():
+        lines += [f"namespace in_{stem} {{", params.text, "}"]
+        prints += [f'printf("%zu\\n", offsetof(in_{stem}::{params.name}, {leaf.path}));' for leaf in params.leaves]
+        prints.append(f'printf("%zu\\n", sizeof(in_{stem}::{params.name}));')
+    (tmp_path / "members.cpp").write_text("\n".join([*lines, "int main() {", *prints, "}"]))
+    program = str(tmp_path / "members")
+    subprocess.run(["g++", "-std=c++17", "-w", "-o", program, str(tmp_path / "members.cpp")], check=True)
+    found = map(int, subprocess.run([program], check=True, capture_output=True, text=True).stdout.split())
+    wanted = [x for params in STRUCTS.values() for x in (*(leaf.offset for leaf in params.leaves), params.size)]
+    assert list(found) == wanted
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        args.DecodeParams,
-        args.EncodeParams,
-        args.DecodePagesParams,
-        args.ScoresParams,
-        args.AppendTokensParams,
-        args.EncodeLayersParams,
-        args.PageTablesParams,
-        args.PagedAppendParams,
-        args.MergeParams,
-        args.TurnQueriesParams,
-        args.MergePartsParams,
-    ],
-    ids=lambda params: params.__name__,
-)
-def test_packed_parameters_are_those_of_ctypes(params: type[ctypes.Structure]) -> None:
-    pack = args.Packer(params)
-    for begin in (1, 1000):
-        numbers = itertools.count(begin)
-        parts = [flat(field[1], numbers) for field in params._fields_]
-        want = params(*(value for value, _ in parts))
-        assert bytes(pack(*(x for _, given in parts for x in given))) == bytes(want)
+def values_of(params: Struct, numbers: Iterator[int]) -> dict[str, Any]:
+    """A value for each member, made of rising numbers; structures as bytes."""
+    out: dict[str, Any] = {}
+    for field in params.fields:
+        if isinstance(field.type, Struct):
+            out[field.name] = field.type.pack(**values_of(field.type, numbers))
+        else:
+            parts = [next(numbers) for _ in field.leaves()]
+            out[field.name] = parts if field.counts else parts[0]
+    return out
+
+
+@pytest.mark.parametrize("stem", STRUCTS)
+def test_packers_fill_every_member(stem: str) -> None:
+    """With any members fixed, and called twice."""
+    params = STRUCTS[stem]
+    names = [field.name for field in params.fields]
+    for fixed in ([], names[::2], names[1::2], names[2:5], names):
+        old = values_of(params, itertools.count(5000))
+        pack = params.packer(**{name: old[name] for name in fixed})
+        for begin in (1, 1000):
+            given = values_of(params, itertools.count(begin))
+            address = pack(**{name: x for name, x in given.items() if name not in fixed})
+            packed = ctypes.string_at(ctypes.c_void_p.from_address(address).value, params.size)
+            assert packed == params.pack(**{**given, **{name: old[name] for name in fixed}})
+            leaves = [struct.unpack_from("=" + leaf.code, packed, leaf.offset)[0] for leaf in params.leaves]
+            if not fixed:
+                assert leaves == list(range(begin, begin + len(leaves)))
+
+
+def test_packers_of_threads_do_not_meet() -> None:
+    pack = STRUCTS["compact"].packer(words=7)
+    with ThreadPoolExecutor(2) as pool:
+        addresses = {pool.submit(pack, base=i, offsets=0, out=0).result() for i in range(2)} | {
+            pack(base=3, offsets=0, out=0)
+        }
+    assert len(addresses) > 1
+
+
+def test_tables_refuse_what_they_do_not_have() -> None:
+    with pytest.raises(TypeError, match="words"):
+        STRUCTS["compact"].packer()(base=0, offsets=0, out=0)
+    with pytest.raises(ValueError, match=r"expected \['words'\] too; got \['bytes'\]"):
+        STRUCTS["compact"].mlx_arguments({"base": 1, "offsets": 2, "bytes": 3}, ("out",))
+    with pytest.raises(ValueError, match=r"\[Params\] expected words of 32 bits; got 2147483648"):
+        STRUCTS["compact"].mlx_arguments({"base": 1, "offsets": 2, "words": 2**31}, ("out",))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

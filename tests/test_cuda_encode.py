@@ -14,8 +14,9 @@ import pytest
 import tolerances
 
 from forgeattention import reference
-from forgeattention.backends.cuda import params as args
+from forgeattention.backends.cuda import plans
 from forgeattention.backends.cuda.nvrtc import KERNELS
+from forgeattention.backends.cuda.params import STRUCTS
 from forgeattention.codec import Codec, CodecSpec, packing
 
 RUN = """
@@ -45,10 +46,11 @@ CASES: list[dict[str, Any]] = [
 def compiled(codec: Codec, folder: Path) -> Any:
     """The kernel as a function of the host."""
     text = (KERNELS / "cuda" / "encode.cu").read_text()
+    (folder / "params.inc").write_text(STRUCTS["encode"].text)
     text = re.sub(r'#include "[^"]*"|#pragma unroll.*|extern __shared__ .*', "", text)
     (folder / "encode.inc").write_text(text)
     (folder / "encode.cpp").write_text('#include "device.h"\n' + RUN)
-    macros = [f"-D{name}={value}" for name, value in args.encode_macros(codec, "float32")]
+    macros = [f"-D{name}={value}" for name, value in plans.encode_macros(codec, "float32")]
     includes = [f"-I{path}" for path in (folder, KERNELS, Path(__file__).parent / "cuda_host")]
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *includes, *macros]
     subprocess.run(["g++", *flags, "-o", folder / "encode.so", folder / "encode.cpp"], check=True)

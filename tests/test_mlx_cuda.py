@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,50 +21,20 @@ from cuda_cases import CASES, Case  # noqa: E402
 from forgeattention import ops  # noqa: E402
 from forgeattention.backends.cuda import mlx as mlx_cuda  # noqa: E402
 from forgeattention.backends.cuda import nvrtc, plans  # noqa: E402
-from forgeattention.backends.cuda import params as args  # noqa: E402
+from forgeattention.backends.cuda.params import STRUCTS  # noqa: E402
+from forgeattention.backends.cuda.structs import Struct  # noqa: E402
 from forgeattention.codec import Codec  # noqa: E402
 from forgeattention.ops import ExactTokens, PageTable  # noqa: E402
 
 KV = 2
-PARAMS = {
-    "decode_attention": args.DecodeParams,
-    "decode_pages": args.DecodePagesParams,
-    "compact": args.CompactParams,
-    "encode": args.EncodeParams,
-    "qk_scores": args.ScoresParams,
-    "value_sum": args.ScoresParams,
+NUMPY = {"u8": "uint8", "i64": "int64", "int": "int32", "u32": "int32", "float": "float32", "float2": "float32"}
+"""Dtypes of arrays by C types; void stands for the floats."""
+OPTIONAL = {"sink_logits", "exact_blocks", "slots"} | {
+    f"{side}transform.{name}" for side in ("", "k_", "v_") for name in ("signs", "in_matrix", "out_matrix", "mu")
 }
-TYPES = {
-    "u8": ("uint8",),
-    "i64": ("int64",),
-    "int": ("int32",),
-    "u32": ("int32",),
-    "float": ("float32",),
-    "float2": ("float32",),
-    "void": ("float32", "float16", "bfloat16"),
-}
+KERNELS = {"decode_attention", "decode_pages", "compact", "encode", "qk_scores", "value_sum"}
 available, reason = nvrtc.available_to_mlx()
 on_gpu = pytest.mark.skipif(not available, reason=reason)
-
-
-def entry(op: str) -> str:
-    """The text of an op's entry, its macros of mlx.cuh expanded."""
-    text = (nvrtc.KERNELS / "cuda" / f"mlx_{op}.cu").read_text()
-    macros = (nvrtc.KERNELS / "cuda" / "mlx.cuh").read_text().replace("\\\n", " ")
-    for name, body in re.findall(r"#define (FORGE_TRANSFORM_\w+)\(side\) (.+)", macros):
-        text = re.sub(rf"{name}\((\w+)\)", lambda m, body=body: body.replace("side##", m[1]), text)
-    return text
-
-
-def parameters(op: str) -> list[tuple[str, str, bool]]:
-    """(name, type, whether it is a pointer) of an entry's parameters."""
-    text = re.search(rf"mlx_{op}\((.+?)\) {{", entry(op), re.DOTALL)[1]
-    out, kind = [], ""
-    for part in " ".join(text.split()).split(", "):
-        words = part.replace("const ", "").replace("*", " * ").split()
-        kind = words[0] if len(words) > 1 and words[0] != "*" else kind
-        out.append((words[-1], kind, "*" in words))
-    return out
 
 
 def make_codec(case: Case, mu: bool = True) -> Codec:
@@ -141,34 +114,73 @@ def all_ops(made: Tokens) -> None:
 @pytest.mark.parametrize("case", [Case(head_dim=64, group=3, k_code="trellis8"), CASES[-1]], ids=str)
 def test_launches_fit_the_entries_which_compile(launches: list[Any], case: Case) -> None:
     all_ops(Tokens(case))
-    assert {launch.op for launch in launches} == set(PARAMS)
+    assert {launch.kernel for launch in launches} == KERNELS
     for launch in launches:
-        found = parameters(launch.op)
-        arrays = [name for name, _, pointer in found if pointer]
-        assert arrays == [*launch.inputs, *launch.outputs]
-        assert [name for name, _, pointer in found if not pointer] == list(launch.scalars)
-        kinds = {name: kind for name, kind, _ in found}
-        dtypes = {name: str(x.dtype).rsplit(".", 1)[-1] for name, x in launch.inputs.items()}
+        params, outputs = STRUCTS[launch.kernel], tuple(launch.outputs)
+        inputs, scalars = params.mlx_arguments(launch.members, outputs)
+        pointers = [leaf for leaf in params.leaves if "*" in leaf.type and leaf.path not in outputs]
+        numbers = [leaf for leaf in params.leaves if "*" not in leaf.type]
+        assert len(inputs) == len(pointers)
+        assert [type(x) for x in scalars] == [int, *(float if leaf.type == "float" else int for leaf in numbers)]
+        dtypes = {leaf.path: str(x.dtype).rsplit(".", 1)[-1] for leaf, x in zip(pointers, inputs, strict=True)}
         dtypes |= {name: dtype for name, (_, dtype) in launch.outputs.items()}
-        given = {name.replace("_mu", "_given"): x for name, x in launch.scalars.items()}
-        for name, dtype in dtypes.items():
-            absent = name == "sink_logits" and not given["sinks_given"]
-            assert absent or dtype in TYPES[kinds[name]], (launch.op, name)
-        for name, x in launch.scalars.items():
-            assert type(x) is {"int": int, "float": float}[kinds[name]], (launch.op, name)
+        present = [leaf.path for i, leaf in enumerate(pointers) if scalars[0] >> i & 1]
+        assert set(present) >= {leaf.path for leaf in pointers} - OPTIONAL
+        for leaf in params.leaves:
+            kind = leaf.type.replace("const ", "").rstrip("*")
+            if leaf.path in {*present, *outputs}:
+                wanted = ("float32", "float16", "bfloat16") if kind == "void" else (NUMPY[kind],)
+                assert dtypes[leaf.path] in wanted, leaf
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    for op, macros in {(launch.op, launch.macros) for launch in launches}:
-        assert nvrtc.cubin(f"mlx_{op}", macros, "sm_90a").startswith(b"\x7fELF")
+    for kernel, macros, outputs in {(launch.kernel, launch.macros, tuple(launch.outputs)) for launch in launches}:
+        assert nvrtc.cubin(kernel, macros, "sm_90a", outputs).startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("op", PARAMS)
-def test_entries_fill_the_whole_structure(op: str) -> None:
-    text = entry(op)
-    for name, kind, *_ in PARAMS[op]._fields_:
-        if issubclass(kind, ctypes.Array):
-            assert all(f"p.{name}[{i}] = " in text for i in range(kind._length_)), name
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize("kernel", sorted(set(STRUCTS) - {"encode_layers"}))
+def test_entries_fill_the_whole_structure(kernel: str, tmp_path: Path) -> None:
+    """A host's compiler makes the entry of a kernel that only tells what it was given."""
+    params = STRUCTS[kernel]
+    pointers = [leaf for leaf in params.leaves if "*" in leaf.type]
+    outputs = tuple(leaf.path for leaf in pointers[-2:])
+    defined = "#define __device__\n#define __global__\n#define __forceinline__\n#define __launch_bounds__(...)\n"
+    types = "typedef unsigned char u8; typedef unsigned u32; typedef long long i64; struct float2 { float x, y; };\n"
+    body = f'extern "C" unsigned char got[{params.size}];\nunsigned char got[{params.size}];\n'
+    body += f"FORGE_KERNEL(32) {kernel}(FORGE_PARAMS p) {{ __builtin_memcpy(got, &p, sizeof p); }}\n"
+    text = defined + types + params.mlx_entry(kernel, outputs) + params.text + body
+    (tmp_path / "entry.cpp").write_text(text)
+    flags = ["-std=c++17", "-w", "-shared", "-fPIC", "-o", tmp_path / "entry.so", tmp_path / "entry.cpp"]
+    subprocess.run(["g++", *flags], check=True)
+    library = ctypes.CDLL(str(tmp_path / "entry.so"))
+    given: dict[str, Any] = {}
+    for number, leaf in enumerate(params.leaves, 1):
+        value: Any = number / 4 if leaf.type == "float" else number
+        if "*" in leaf.type:
+            value = None if number % 3 == 0 and leaf.path not in outputs else 4096 * number
+        given[leaf.path] = value
+    members: dict[str, Any] = {}
+    for path, value in given.items():
+        if path in outputs:
+            continue
+        name, _, rest = path.partition(".")
+        if rest:
+            members.setdefault(name, {})[rest] = value
+        elif "[" in name:
+            members.setdefault(name.partition("[")[0], []).append(value)
         else:
-            assert f"p.{name} = " in text, name
+            members[name] = value
+    inputs, scalars = params.mlx_arguments(members, outputs)
+    arguments = [ctypes.c_void_p(x) for x in (*inputs, *(given[name] for name in outputs))]
+    arguments += [(ctypes.c_float if isinstance(x, float) else ctypes.c_int)(x) for x in scalars]
+    getattr(library, f"mlx_{kernel}")(*arguments)
+    packed = bytes((ctypes.c_ubyte * params.size).in_dll(library, "got"))
+    for leaf in params.leaves:
+        assert struct.unpack_from("=" + leaf.code, packed, leaf.offset)[0] == (given[leaf.path] or 0), leaf
+
+
+def test_entries_refuse_too_many_pointers() -> None:
+    with pytest.raises(ValueError, match=r"\[mlx_many\] expected at most 31 inputs; got 32"):
+        Struct("Params", ("k", "const float*[33]", "")).mlx_entry("many", ("k[0]",))
 
 
 def test_pages_are_stored_in_runs_at_their_places() -> None:

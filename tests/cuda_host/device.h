@@ -83,10 +83,7 @@ inline float load_element(const void* p, i64 i) {
   return ((const float*)p)[i];
 }
 
-struct TransformArgs {
-  const float *signs, *in_matrix, *out_matrix, *mu;
-  i64 matrix_stride, mu_stride;
-};
+#include "params.inc"  // the kernel's structures, of their table
 template <int DIM, int ROTATION>
 inline void transform_in(float*, const TransformArgs&, int, int) {
   static_assert(ROTATION == 0);

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 
 from ...codec.codec import Codec
-from ...ops.arrays import dtype_of
+from ...ops.arrays import dtype_name, dtype_of
 from ...ops.table import ExactTokens, PageTable
 from ..merge import merge_in
-from . import nvrtc, plans
-from . import params as args
+from . import nvrtc, params, plans
 from .launch import (
     Constants,
     address,
@@ -24,11 +24,15 @@ from .launch import (
     on_device,
     partials,
 )
+from .macros import merge_macros
 
 LOG2E = math.log2(math.e)
-_merge_params = args.Packer(args.MergeParams)
-decode_params = args.Packer(args.DecodeParams)
-_NONE = (0, 0, 0)
+_pack_merge = params.MERGE.packer()
+
+
+@cache
+def _merge_kernel(dim: int, dtype: Any, device: int) -> nvrtc.Kernel:
+    return nvrtc.kernel("merge", merge_macros(dim, dtype_name(dtype)), device, 0)
 
 
 def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
@@ -43,17 +47,36 @@ def merge(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
     if out.numel() == 0:
         return out, lse
     with on_device(o1.device):
-        kernel = nvrtc.kernel("merge", args.merge_macros(o1.shape[3], dtype_of(o1)), o1.device.index, 0)
         rows = lse1.numel()
-        params = _merge_params(
-            *map(address, (o1, lse1, o2, lse2, out, lse)), *o1.stride()[:3], rows, o1.shape[1], o1.shape[2]
+        packed = _pack_merge(
+            a=o1.data_ptr(),
+            a_lse=lse1.data_ptr(),
+            b=o2.data_ptr(),
+            b_lse=lse2.data_ptr(),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            a_stride=o1.stride()[:3],
+            rows=rows,
+            heads=o1.shape[1],
+            n=o1.shape[2],
         )
-        kernel.launch((-(-rows // 8), 1, 1), 256, current_stream(o1.device), params)
+        kernel = _merge_kernel(o1.shape[3], o1.dtype, o1.device.index)
+        kernel.launch((-(-rows // 8), 1, 1), 256, current_stream(o1.device), packed)
     return out, lse
 
 
 class DecodeLaunch:
-    """What the launches for one codec, number of queries and pair of dtypes have in common."""
+    """What the launches for one codec, number of queries and pair of dtypes have in common.
+
+    Args:
+        codec: the layer's codec.
+        constants: of the codec on the device.
+        group: query heads of a KV head.
+        n: queries of a head.
+        dtypes: of queries and of exact tokens.
+        device: number of the device.
+        exact_block: tokens of a block of exact tokens; 0 where a row's lie side by side.
+    """
 
     def __init__(
         self,
@@ -65,15 +88,26 @@ class DecodeLaunch:
         device: int,
         exact_block: int = 0,
     ) -> None:
-        self.plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits(device))
-        macros = self.plan.macros(codec, *dtypes, exact_block)
-        self.kernel = nvrtc.kernel("decode_attention", macros, device, self.plan.shared_bytes)
-        self.threads = 32 * self.plan.warps
+        self.plan = plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits(device))
+        macros = plan.macros(codec, *dtypes, exact_block)
+        self.kernel = nvrtc.kernel("decode_attention", macros, device, plan.shared_bytes)
+        self.threads = 32 * plan.warps
         self.width = codec.format.padded_dim
-        self.transforms = tuple(map(bytes, constants.attend))
-        self.queries = codec.kv_heads, group, n, group * n, self.plan.blocks
-        self.cut = self.plan.chunks, self.plan.min_pages
-        self.units = codec.k_codebook.unit, codec.v_codebook.unit
+        own = {} if exact_block else {"exact_blocks": 0, "exact_stride": 0}
+        self.pack = params.DECODE_ATTENTION.packer(
+            k_transform=constants.attend[0],
+            v_transform=constants.attend[1],
+            kv_heads=codec.kv_heads,
+            group=group,
+            n=n,
+            queries=group * n,
+            blocks=plan.blocks,
+            chunks=plan.chunks,
+            min_pages=plan.min_pages,
+            k_unit=constants.units[0],
+            v_unit=constants.units[1],
+            **own,
+        )
 
 
 def decode_attention(
@@ -95,43 +129,41 @@ def decode_attention(
     exact_k, exact_v = (q, q) if exact is None else (aligned_rows(exact.k), aligned_rows(exact.v))
     with on_device(device):
         constants = constants_of(codec, device)
-        key = ("decode_attention", q_heads, n, q.dtype, exact_k.dtype)
-        launch = constants.kernels.get(key)
-        if launch is None:
+
+        def make() -> DecodeLaunch:
             dtypes = dtype_of(q), dtype_of(exact_k)
-            launch = DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
-            constants.kernels[key] = launch
+            return DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
+
+        launch = constants.launch(("decode_attention", q_heads, n, q.dtype, exact_k.dtype), make)
         stream = current_stream(device)
         heads = batch * kv_heads * launch.plan.blocks
         max_length = 0 if table is None else table.max_length
         slots = launch.plan.slots(max_length, 0 if exact is None else exact.max_length)
         parts = heads * slots * launch.plan.queries  # a vector, its maximum and its sum each
         part = partials(device, stream, parts * (launch.width + 2))
-        params = decode_params(
-            q.data_ptr(),
-            *(_NONE if table is None else map(address, (table.base, table.offsets, table.lengths))),
-            *(_NONE if exact is None else (exact_k.data_ptr(), exact_v.data_ptr(), exact.lengths.data_ptr())),
-            0,
-            0 if sink_logits is None else sink_logits.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            part,
-            part + 4 * parts * launch.width,
-            counters(device, stream, heads),
-            *launch.transforms,
-            *q.stride()[:3],
-            *exact_k.stride()[:3],
-            *exact_v.stride()[:3],
-            *out.stride()[:3],
-            0 if table is None else table.offsets.stride(0),
-            0,
-            *launch.queries,
-            causal,
-            *launch.cut,
-            slots,
-            max_length,
-            scale * LOG2E,
-            *launch.units,
+        packed = launch.pack(
+            q=q.data_ptr(),
+            base=0 if table is None else address(table.base),
+            offsets=0 if table is None else table.offsets.data_ptr(),
+            lengths=0 if table is None else table.lengths.data_ptr(),
+            exact_k=0 if exact is None else exact_k.data_ptr(),
+            exact_v=0 if exact is None else exact_v.data_ptr(),
+            exact_lengths=0 if exact is None else exact.lengths.data_ptr(),
+            sink_logits=address(sink_logits),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            part=part,
+            part_ml=part + 4 * parts * launch.width,
+            counter=counters(device, stream, heads),
+            q_stride=q.stride()[:3],
+            k_stride=exact_k.stride()[:3],
+            v_stride=exact_v.stride()[:3],
+            out_stride=out.stride()[:3],
+            max_pages=0 if table is None else table.offsets.stride(0),
+            causal=causal,
+            slots=slots,
+            max_length=max_length,
+            scale_log2=scale * LOG2E,
         )
-        launch.kernel.launch(launch.plan.grid(batch, kv_heads, max_length), launch.threads, stream, params)
+        launch.kernel.launch(launch.plan.grid(batch, kv_heads, max_length), launch.threads, stream, packed)
     return out, lse

@@ -19,7 +19,8 @@ import torch
 
 from ...codec.codec import Codec
 from . import nvrtc
-from . import params as args
+from .macros import Side
+from .params import TRANSFORM
 from .plans import LIMITS, Limits
 
 
@@ -30,30 +31,41 @@ def limits(device: int) -> Limits:
 
 
 class Constants:
-    """A codec's transforms on a device."""
+    """A codec on a device.
+
+    Attributes:
+        encode, attend: its transforms of keys and of values, as bytes of `params.TRANSFORM`: for what encodes, and for
+            queries and outputs.
+        centred: those of `attend` without the centres.
+        units: of the codebooks of keys and of values.
+    """
 
     def __init__(self, codec: Codec, device: Any) -> None:
         self._device = device
         self._keep: list[Any] = []
-        self.kernels: dict[Any, Any] = {}  # looked up by what a call varies in, as macros take long to put together
+        self._launches: dict[Any, Any] = {}
         sides = codec.k_transform, codec.v_transform
-        self.encode, self.attend = ([self._args(args.Side.of(codec, t, e)) for t in sides] for e in (True, False))
+        encode, attend = ([self._members(Side.of(codec, t, e)) for t in sides] for e in (True, False))
+        self.encode, self.attend = ([TRANSFORM.pack(**members) for members in side] for side in (encode, attend))
+        self.centred = [TRANSFORM.pack(**{**members, "mu": 0, "mu_stride": 0}) for members in attend]
+        self.units = codec.k_codebook.unit, codec.v_codebook.unit
 
-    def kernel(self, key: tuple[Any, ...], options: Callable[[], tuple[args.Macros, int]]) -> nvrtc.Kernel:
-        """The kernel key[0], of which the key tells the variant; `options`: its macros and bytes of shared memory."""
-        if key not in self.kernels:
-            macros, shared = options()
-            self.kernels[key] = nvrtc.kernel(key[0], macros, self._device.index, shared)
-        return self.kernels[key]
+    def launch(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What launches of one kind have in common, made once; `key` is what the kinds differ in."""
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = make()
+        return found
 
     def _put(self, array: Any) -> int:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
         self._keep.append(tensor)
         return int(tensor.data_ptr())
 
-    def _args(self, side: args.Side) -> args.TransformArgs:
-        arrays = side.signs, side.in_matrix, side.out_matrix, side.mu
-        return args.TransformArgs(*(0 if x is None else self._put(x) for x in arrays), side.stride, side.mu_stride)
+    def _members(self, side: Side) -> dict[str, int]:
+        arrays = {name: getattr(side, name) for name in ("signs", "in_matrix", "out_matrix", "mu")}
+        addresses = {name: 0 if x is None else self._put(x) for name, x in arrays.items()}
+        return {**addresses, "stride": side.stride, "mu_stride": side.mu_stride}
 
 
 _HERE: AbstractContextManager[None] = nullcontext()

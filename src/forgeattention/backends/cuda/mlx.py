@@ -24,8 +24,8 @@ from ...ops.table import ExactTokens, PageTable
 from ..mlx.arrays import page_places, some_exact, some_table, store_pages
 from ..mlx.attention import attention, merge
 from ..mlx.codec import packed_queries, unpacked_values
-from . import nvrtc, plans
-from . import params as args
+from . import nvrtc, params, plans
+from .macros import Side
 
 log = logging.getLogger("forgeattention")
 
@@ -41,31 +41,29 @@ def limits() -> plans.Limits:
 
 
 @cache
-def _code(kernel: str, macros: nvrtc.Macros) -> bytes:
-    return nvrtc.cubin(kernel, macros, nvrtc.architecture(*nvrtc.capability(DEVICE)))
+def _code(kernel: str, macros: nvrtc.Macros, outputs: tuple[str, ...]) -> bytes:
+    return nvrtc.cubin(kernel, macros, nvrtc.architecture(*nvrtc.capability(DEVICE)), outputs)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; arrays and scalars by the names that kernels/cuda/mlx_<op>.cu gives them, in its order.
+    """One launch; members by the names that the kernel's table in params.py gives them.
 
     Attributes:
-        op: the op.
+        kernel: file in kernels/cuda.
         macros: what the kernel is compiled with.
-        inputs: arrays.
+        members: arrays that it reads, contiguous or made so (None for none), and numbers.
         outputs: (shape, dtype name).
-        scalars: ints and floats of 32 bits.
         groups: CTAs in x, y, z.
         threads: of a CTA.
         shared_bytes: dynamic shared memory.
         zeroed: outputs are zero before.
     """
 
-    op: str
+    kernel: str
     macros: nvrtc.Macros
-    inputs: Mapping[str, mx.array]
+    members: Mapping[str, Any]
     outputs: Mapping[str, tuple[tuple[int, ...], str]]
-    scalars: Mapping[str, int | float]
     groups: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
@@ -73,14 +71,15 @@ class Launch:
 
     def run(self) -> list[mx.array]:
         x, y, z = self.groups
+        outputs = tuple(self.outputs)
+        inputs, scalars = params.STRUCTS[self.kernel].mlx_arguments(self.members, outputs)
         return mx.fast.precompiled_cuda_kernel(
-            name=f"mlx_{self.op}",
-            compiled_source=_code(f"mlx_{self.op}", self.macros),
-            inputs=list(self.inputs.values()),
+            name=f"mlx_{self.kernel}",
+            compiled_source=_code(self.kernel, self.macros, outputs),
+            inputs=inputs,
             output_shapes=[shape for shape, _ in self.outputs.values()],
             output_dtypes=[getattr(mx, dtype) for _, dtype in self.outputs.values()],
-            # MLX takes only floats that 32 bits hold.
-            scalars=[float(np.float32(x)) if isinstance(x, float) else x for x in self.scalars.values()],
+            scalars=scalars,
             grid=(x * self.threads, y, z),
             threadgroup=(self.threads, 1, 1),
             shared_memory=self.shared_bytes,
@@ -90,37 +89,27 @@ class Launch:
         )
 
 
-class _Side:
-    """One side's transform on the device. What a transform lacks is `nothing`."""
-
-    def __init__(self, side: args.Side, nothing: mx.array) -> None:
-        arrays = {"signs": side.signs, "in": side.in_matrix, "out": side.out_matrix, "mu": side.mu}
-        self._arrays = {
-            name: nothing if x is None else mx.array(np.ascontiguousarray(x, np.float32)) for name, x in arrays.items()
-        }
-        self._given = int(side.mu is not None)
-        self._strides = {"stride": side.stride, "mu_stride": side.mu_stride}
-
-    def arrays(self, name: str) -> dict[str, mx.array]:
-        """By the side's name in a kernel."""
-        return {f"{name}_{key}": x for key, x in self._arrays.items()}
-
-    def scalars(self, name: str, mu: bool = True) -> dict[str, int]:
-        """Likewise; without mu, vectors stay centred."""
-        return {f"{name}_{key}": x for key, x in {"given": int(self._given and mu), **self._strides}.items()}
-
-
 class _Constants:
-    """A codec on the device, and what its launches have in common, by what calls vary in."""
+    """A codec on the device, and what its launches have in common, by what calls vary in.
+
+    Attributes:
+        encode, attend: the transforms of keys and of values, members of `params.TRANSFORM`: for what encodes, and for
+            queries and outputs.
+        known: plans and macros of decode launches.
+        nothing: no packed and no exact tokens, by batch.
+    """
 
     def __init__(self, codec: Codec) -> None:
-        nothing = mx.zeros((4,), dtype=mx.float32)
         sides = codec.k_transform, codec.v_transform
-        self.encode, self.attend = (
-            [_Side(args.Side.of(codec, t, encodes), nothing) for t in sides] for encodes in (True, False)
-        )
-        self.known: dict[Any, Any] = {}
-        self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}  # by batch
+        self.encode, self.attend = ([_members(Side.of(codec, t, encodes)) for t in sides] for encodes in (True, False))
+        self.known: dict[Any, tuple[plans.DecodePlan, nvrtc.Macros]] = {}
+        self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}
+
+
+def _members(side: Side) -> dict[str, Any]:
+    arrays = {name: getattr(side, name) for name in ("signs", "in_matrix", "out_matrix", "mu")}
+    made = {name: None if x is None else mx.array(np.ascontiguousarray(x, np.float32)) for name, x in arrays.items()}
+    return {**made, "stride": side.stride, "mu_stride": side.mu_stride}
 
 
 _constants: WeakKeyDictionary[Codec, _Constants] = WeakKeyDictionary()
@@ -133,11 +122,17 @@ def _constants_of(codec: Codec) -> _Constants:
 
 
 def _units(codec: Codec) -> dict[str, float]:
-    return {"k_unit": float(codec.k_codebook.unit), "v_unit": float(codec.v_codebook.unit)}
+    return {"k_unit": codec.k_codebook.unit, "v_unit": codec.v_codebook.unit}
 
 
 def _pages(table: PageTable) -> dict[str, Any]:
-    return {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
+    pages = {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
+    return {**pages, "max_pages": table.offsets.shape[1]}
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a contiguous array, but for its last axis."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape) - 1))
 
 
 def decode_attention(
@@ -160,26 +155,46 @@ def decode_attention(
             empty = constants.nothing[batch] = some_table(None, batch, mx), some_exact(None, batch, codec, mx)
         table, exact = table or empty[0], exact or empty[1]
     table = some_table(table, batch, mx)
+    group = q_heads // codec.kv_heads
     key = q_heads, n, q.dtype, exact.k.dtype
-    known = constants.known.get(key)
-    if known is None:
-        known = constants.known[key] = _Decode(codec, constants, q_heads, n, (dtype_of(q), dtype_of(exact.k)))
-    plan = known.plan
+    if key not in constants.known:
+        plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits())
+        constants.known[key] = plan, plan.macros(codec, dtype_of(q), dtype_of(exact.k))
+    plan, macros = constants.known[key]
     heads = batch * codec.kv_heads * plan.blocks
     slots = plan.slots(table.max_length, exact.max_length)
     parts = heads * slots * plan.queries
     out, lse, *_ = Launch(
         "decode_attention",
-        known.macros,
+        macros,
         {
             "q": q,
             **_pages(table),
             "exact_k": exact.k,
             "exact_v": exact.v,
             "exact_lengths": exact.lengths,
-            "sink_logits": exact.lengths if sink_logits is None else sink_logits,
+            "exact_blocks": None,
+            "sink_logits": sink_logits,
             "counter": mx.zeros((heads,), dtype=mx.int32),
-            **known.arrays,
+            "k_transform": constants.attend[0],
+            "v_transform": constants.attend[1],
+            "q_stride": _strides(q.shape),
+            "k_stride": _strides(exact.k.shape),
+            "v_stride": _strides(exact.v.shape),
+            "out_stride": _strides(q.shape),
+            "exact_stride": 0,
+            "kv_heads": codec.kv_heads,
+            "group": group,
+            "n": n,
+            "queries": group * n,
+            "blocks": plan.blocks,
+            "causal": causal,
+            "chunks": plan.chunks,
+            "min_pages": plan.min_pages,
+            "slots": slots,
+            "max_length": table.max_length,
+            "scale_log2": scale * LOG2E,
+            **_units(codec),
         },
         {
             "out": (q.shape, dtype_of(q)),
@@ -187,51 +202,11 @@ def decode_attention(
             "part": ((parts * codec.format.padded_dim,), "float32"),
             "part_ml": ((parts * 2,), "float32"),
         },
-        {
-            **known.scalars,
-            "sinks_given": int(sink_logits is not None),
-            "capacity": exact.k.shape[2],
-            "max_pages": table.offsets.shape[1],
-            "causal": int(causal),
-            "slots": slots,
-            "max_length": table.max_length,
-            "scale_log2": scale * LOG2E,
-        },
         plan.grid(batch, codec.kv_heads, table.max_length),
         32 * plan.warps,
         plan.shared_bytes,
     ).run()
     return out, lse
-
-
-class _Decode:
-    """What decode launches for one codec, number of queries and pair of dtypes have in common."""
-
-    def __init__(self, codec: Codec, constants: _Constants, q_heads: int, n: int, dtypes: tuple[str, str]) -> None:
-        group = q_heads // codec.kv_heads
-        self.plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits())
-        self.macros = self.plan.macros(codec, *dtypes)
-        k, v = constants.attend
-        self.arrays = {**k.arrays("k"), **v.arrays("v")}
-        # In the order of the entry; what is 0 here differs from call to call.
-        self.scalars: dict[str, int | float] = {
-            "sinks_given": 0,
-            **k.scalars("k"),
-            **v.scalars("v"),
-            **dict.fromkeys(("capacity", "max_pages"), 0),
-            "kv_heads": codec.kv_heads,
-            "group": group,
-            "n": n,
-            "queries": group * n,
-            "blocks": self.plan.blocks,
-            "causal": 0,
-            "chunks": self.plan.chunks,
-            "min_pages": self.plan.min_pages,
-            "slots": 0,
-            "max_length": 0,
-            "scale_log2": 0.0,
-            **_units(codec),
-        }
 
 
 def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
@@ -243,10 +218,9 @@ def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
         return mx.zeros((0, page_bytes), dtype=mx.uint8)
     (out,) = Launch(
         "compact",
-        args.COMPACT_MACROS,
-        {"base": base, "offsets": offsets},
+        (),
+        {"base": base, "offsets": offsets, "words": page_bytes // 16},
         {"out": ((pages, page_bytes), "uint8")},
-        {"words": page_bytes // 16},
         (-(-page_bytes // (16 * 4 * 256)), pages, 1),
         256,
     ).run()
@@ -261,27 +235,25 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     if 0 in shape:
         return (mx.zeros(shape, dtype=getattr(mx, dtype)),) * 2
     k_side, v_side = _constants_of(codec).attend
-    extra = {"FORGE_WIDTH": width, "FORGE_TYPE": args.TYPES[dtype]}
     if rotated:
-        extra["FORGE_ROTATION"] = 0
-    found = Launch(
+        k_side, v_side = ({**side, "mu": None, "mu_stride": 0} for side in (k_side, v_side))
+    k, v = Launch(
         "decode_pages",
-        args.macros(codec, args.DecodePagesParams, **extra),
-        {**_pages(table), **k_side.arrays("k"), **v_side.arrays("v")},
-        {"k": (shape, dtype), "v": (shape, dtype)},
+        plans.decode_pages_macros(codec, dtype, rotated),
         {
-            **k_side.scalars("k", not rotated),
-            **v_side.scalars("v", not rotated),
-            "max_pages": table.offsets.shape[1],
+            **_pages(table),
+            "k_transform": k_side,
+            "v_transform": v_side,
             "kv_heads": codec.kv_heads,
             "max_length": table.max_length,
             **_units(codec),
         },
+        {"k": (shape, dtype), "v": (shape, dtype)},
         (-(-table.max_length // PAGE), codec.kv_heads, shape[0]),
         256,
-        plans.decode_pages_shared_bytes(codec.format),
+        plans.decode_pages_layout(codec.format).bytes,
     ).run()
-    return found[0], found[1]
+    return k, v
 
 
 @lru_cache
@@ -294,23 +266,28 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     if codec.spec.refine or codec.shaping is not None:
         _warn_of_plain_codes()
     where = page_places(out, offsets, codec)
-    pages = len(where)
+    pages, dim = len(where), codec.head_dim
     k_side, v_side = _constants_of(codec).encode
+    strides = PAGE * dim, k.shape[1] * dim, dim
     records, bad = Launch(
         "encode",
-        args.encode_macros(codec, dtype_of(k)),
+        plans.encode_macros(codec, dtype_of(k)),
         {
             "k": k,
             "v": v,
             "offsets": mx.arange(pages).astype(mx.int64) * codec.page_bytes,
-            **k_side.arrays("k"),
-            **v_side.arrays("v"),
+            "k_transform": k_side,
+            "v_transform": v_side,
+            "k_stride": strides,
+            "v_stride": strides,
+            "slots": None,
+            "exact_block": 0,
+            **_units(codec),
         },
         {"base": ((pages, codec.page_bytes), "uint8"), "bad": ((1,), "int32")},
-        {**k_side.scalars("k"), **v_side.scalars("v"), "tokens": k.shape[1], **_units(codec)},
         (pages, codec.kv_heads, 1),
         256,
-        plans.encode_shared_bytes(codec.format),
+        plans.encode_layout(codec.format).bytes,
         zeroed=True,
     ).run()
     if bad.item():
@@ -318,17 +295,20 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     store_pages(out, records, where)
 
 
-def _scores_scalars(codec: Codec, table: PageTable, x: Any, side: _Side) -> dict[str, int]:
+def _scores_members(codec: Codec, table: PageTable, x: Any, side: int) -> dict[str, Any]:
     group, n = x.shape[1] // codec.kv_heads, x.shape[2]
     return {
-        **side.scalars("side"),
-        "max_pages": table.offsets.shape[1],
+        "q": x,
+        **_pages(table),
+        "transform": _constants_of(codec).attend[side],
+        "q_stride": _strides(x.shape),
         "kv_heads": codec.kv_heads,
         "group": group,
         "n": n,
         "queries": group * n,
         "blocks": -(-group * n // 8),
         "max_length": table.max_length,
+        "unit": (codec.k_codebook, codec.v_codebook)[side].unit,
     }
 
 
@@ -338,17 +318,15 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     if 0 in shape:
         return mx.zeros(shape)
     table = some_table(table, q.shape[0], mx)
-    side = _constants_of(codec).attend[0]
-    scalars = _scores_scalars(codec, table, q, side)
+    members = _scores_members(codec, table, q, 0)
     warps, pages = plans.scores_warps(codec.format), -(-table.max_length // PAGE)
-    across = codec.kv_heads * scalars["blocks"]
+    across = codec.kv_heads * members["blocks"]
     groups = min(-(-pages // warps), max(1, 8 * limits().processors // (across * q.shape[0])))
     return Launch(
         "qk_scores",
         plans.scores_macros(codec, dtype_of(q)),
-        {"q": q, **_pages(table), **side.arrays("side")},
+        {**members, "scale": scale},
         {"out": (shape, "float32")},
-        {**scalars, "scale": scale, "unit": float(codec.k_codebook.unit)},
         (groups, across, q.shape[0]),
         32 * warps,
     ).run()[0]
@@ -360,17 +338,15 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     if 0 in p.shape:
         return mx.zeros((batch, q_heads, n, codec.head_dim))
     table = some_table(table, batch, mx)
-    side = _constants_of(codec).attend[1]
-    scalars = _scores_scalars(codec, table, p, side)
+    members = _scores_members(codec, table, p, 1)
     warps, pages = plans.scores_warps(codec.format), -(-table.max_length // PAGE)
     splits = max(1, min(64, pages // (2 * warps)))  # by max_length alone, so that a row's result ignores the batch
     (sums,) = Launch(
         "value_sum",
         plans.scores_macros(codec, "float32"),
-        {"q": p, **_pages(table), **side.arrays("side")},
+        {**members, "scale": 1.0},
         {"out": ((splits, batch, q_heads, n, codec.head_dim), "float32")},
-        {**scalars, "scale": 1.0, "unit": float(codec.v_codebook.unit)},
-        (splits, codec.kv_heads * scalars["blocks"], batch),
+        (splits, codec.kv_heads * members["blocks"], batch),
         32 * warps,
         plans.value_sum_shared_bytes(codec.format),
     ).run()

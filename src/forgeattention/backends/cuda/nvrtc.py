@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import tempfile
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...util.folders import cache_folder
+from .params import STRUCTS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 Macros = tuple[tuple[str, str], ...]
-_Pointer = ctypes.c_void_p
 
 
 @lru_cache
@@ -82,17 +81,31 @@ def architecture(major: int, minor: int) -> str:
 
 
 @lru_cache
-def sources(stem: str) -> tuple[str, str]:
-    """The text of a kernel and the SHA-256 of all that it may include."""
-    text = (KERNELS / "cuda" / f"{stem}.cu").read_text()
-    digest = hashlib.sha256(text.encode())
-    for path in sorted([*(KERNELS / "cuda").glob("*.cu*"), *(KERNELS / "shared").glob("*.h")]):
+def source(stem: str, mlx_outputs: tuple[str, ...] = ()) -> str:
+    """The text of a kernel: `struct Params` by its table (params.py), then kernels/cuda/<stem>.cu.
+
+    Args:
+        stem: of the file.
+        mlx_outputs: members of Params that MLX allocates; with them the kernel is called mlx_<stem> and has MLX's
+            parameters (`structs.Struct.mlx_entry`).
+    """
+    params = STRUCTS[stem]
+    entry = params.mlx_entry(stem, mlx_outputs) if mlx_outputs else ""
+    body = (KERNELS / "cuda" / f"{stem}.cu").read_text()
+    return f'{entry}#include "common.cuh"\n{params.text}#line 1 "{stem}.cu"\n{body}'
+
+
+@lru_cache
+def _includes() -> str:
+    """SHA-256 of all that kernels may include."""
+    digest = hashlib.sha256()
+    for path in sorted([*(KERNELS / "cuda").glob("*.cuh"), *(KERNELS / "shared").glob("*.h")]):
         digest.update(path.read_bytes())
-    return text, digest.hexdigest()
+    return digest.hexdigest()
 
 
-def compile_kernel(stem: str, macros: Macros, arch: str) -> bytes:
-    """The cubin of kernels/cuda/<stem>.cu under these macros. Needs NVRTC but no device.
+def compile_kernel(stem: str, macros: Macros, arch: str, mlx_outputs: tuple[str, ...] = ()) -> bytes:
+    """The cubin of `source` under these macros. Needs NVRTC but no device.
 
     Raises:
         RuntimeError: the compiler's log.
@@ -102,26 +115,27 @@ def compile_kernel(stem: str, macros: Macros, arch: str) -> bytes:
         std="c++17",
         arch=arch,
         include_path=[str(KERNELS), str(KERNELS / "cuda")],
-        define_macro=[(name, value) for name, value in macros],
+        define_macro=[(name, value) for name, value in macros] or None,
     )
     try:
-        return bytes(program_type(sources(stem)[0], "c++", options).compile("cubin").code)
+        return bytes(program_type(source(stem, mlx_outputs), "c++", options).compile("cubin").code)
     except Exception as failure:
         raise RuntimeError(f"[{stem}] NVRTC failed for {arch} with {dict(macros)}: {failure}") from failure
 
 
-def cubin(stem: str, macros: Macros, arch: str) -> bytes:
+def cubin(stem: str, macros: Macros, arch: str, mlx_outputs: tuple[str, ...] = ()) -> bytes:
     """As `compile_kernel`, from the disk if it was compiled before by this NVRTC from these sources."""
     from cuda.bindings import nvrtc
 
     _, *version = nvrtc.nvrtcVersion()
-    key = hashlib.sha256(repr((sources(stem)[1], macros, arch, version)).encode()).hexdigest()[:40]
+    text = source(stem, mlx_outputs), _includes(), macros, arch, version
+    key = hashlib.sha256(repr(text).encode()).hexdigest()[:40]
     path = cache_folder("cuda") / f"{stem}-{arch}-{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         pass
-    code = compile_kernel(stem, macros, arch)
+    code = compile_kernel(stem, macros, arch, mlx_outputs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -193,11 +207,16 @@ class Kernel:
             )
         )
 
-    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, params: ctypes.Structure) -> None:
-        argument = _Pointer(ctypes.addressof(params))
-        (error,) = self._launch(
-            self._function, *grid, threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(argument), 0
-        )
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, params: int) -> None:
+        """Launches on a stream.
+
+        Args:
+            grid: CTAs in x, y, z.
+            threads: of a CTA.
+            stream: the driver's.
+            params: what a function of `structs.Struct.packer` gave.
+        """
+        (error,) = self._launch(self._function, *grid, threads, 1, 1, self.shared_bytes, stream, params, 0)
         if error:
             raise RuntimeError(f"[{self.stem}] launch failed: {error.name}")
 

@@ -16,14 +16,13 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.page_tables import Geometry, fills
-from . import nvrtc, pages, plans
-from . import params as args
-from .attention import LOG2E, DecodeLaunch, decode_params
-from .launch import constants_of, current_stream, limits, on_device
+from . import nvrtc, pages, params, plans
+from .attention import LOG2E, DecodeLaunch
+from .launch import address, constants_of, current_stream, limits, on_device
 
-_page_tables_params = args.Packer(args.PageTablesParams)
-_paged_append_params = args.Packer(args.PagedAppendParams)
-_encode_layers_params = args.Packer(args.EncodeLayersParams)
+_pack_page_tables = params.PAGE_TABLES.packer()
+_pack_append = params.PAGED_APPEND.packer()
+_pack_encode_layers = params.ENCODE_LAYERS.packer()
 
 
 class Tables:
@@ -73,18 +72,35 @@ class Tables:
         """
         g, device = self.geometry, lengths.device
         with on_device(device):
-            kernel = nvrtc.kernel("page_tables", args.page_tables_macros(), device.index, 0)
-            params = _page_tables_params(
-                *(x.data_ptr() for x in (starts, lengths, packed_table, exact_table, self.offsets, self.packed)),
-                *(x.data_ptr() for x in (self.blocks, self.exact, self.fill_offsets, self.filled, self.fills)),
-                self.fill_tokens.data_ptr(),
-                *(g.block_bytes, g.page_bytes),
-                *(x.stride(0) for x in (packed_table, exact_table, self.offsets, self.blocks)),
-                *(decode_rows, g.window, g.pages_per_block, g.exact_block, g.sink_blocks),
-                fill_exact,
+            packed = _pack_page_tables(
+                starts=starts.data_ptr(),
+                lengths=lengths.data_ptr(),
+                packed_table=packed_table.data_ptr(),
+                exact_table=exact_table.data_ptr(),
+                offsets=self.offsets.data_ptr(),
+                packed=self.packed.data_ptr(),
+                blocks=self.blocks.data_ptr(),
+                exact=self.exact.data_ptr(),
+                fill_offsets=self.fill_offsets.data_ptr(),
+                filled=self.filled.data_ptr(),
+                fills=self.fills.data_ptr(),
+                fill_tokens=self.fill_tokens.data_ptr(),
+                block_bytes=g.block_bytes,
+                page_bytes=g.page_bytes,
+                packed_stride=packed_table.stride(0),
+                exact_stride=exact_table.stride(0),
+                max_pages=self.offsets.stride(0),
+                max_blocks=self.blocks.stride(0),
+                decode_rows=decode_rows,
+                window=g.window,
+                pages_per_block=g.pages_per_block,
+                exact_block=g.exact_block,
+                sink_blocks=g.sink_blocks,
+                fill_exact=fill_exact,
             )
             self.fills.zero_()
-            kernel.launch((lengths.shape[0], 1, 1), 128, current_stream(device), params)
+            kernel = nvrtc.kernel("page_tables", (), device.index, 0)
+            kernel.launch((lengths.shape[0], 1, 1), 128, current_stream(device), packed)
 
 
 @dataclass(frozen=True)
@@ -118,17 +134,27 @@ def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, cou
     size, cache = key.element_size(), blocks.tokens
     device = key.device
     with on_device(device):
-        kernel = nvrtc.kernel("paged_append", args.paged_append_macros(), device.index, 0)
-        params = _paged_append_params(
-            *(x.data_ptr() for x in (key, value, cache, slots, tables.fill_offsets, tables.fill_tokens)),
-            *((0, 0) if staging is None else (staging[0].data_ptr(), staging[1].data_ptr())),
-            *(size * s for x in (key, value) for s in x.stride()[:2]),
-            *(size * s for s in cache.stride()[:3]),
-            0 if staging is None else size * staging.stride(1),
-            *(tokens, heads, dim * size // 16, cache.shape[1]),
+        packed = _pack_append(
+            k=key.data_ptr(),
+            v=value.data_ptr(),
+            cache=cache.data_ptr(),
+            slots=slots.data_ptr(),
+            fill_offsets=tables.fill_offsets.data_ptr(),
+            fill_tokens=tables.fill_tokens.data_ptr(),
+            fill_k=0 if staging is None else staging[0].data_ptr(),
+            fill_v=0 if staging is None else staging[1].data_ptr(),
+            k_stride=[size * s for s in key.stride()[:2]],
+            v_stride=[size * s for s in value.stride()[:2]],
+            cache_stride=[size * s for s in cache.stride()[:3]],
+            fill_stride=0 if staging is None else size * staging.stride(1),
+            tokens=tokens,
+            heads=heads,
+            words=dim * size // 16,
+            exact_block=cache.shape[1],
         )
+        kernel = nvrtc.kernel("paged_append", (), device.index, 0)
         items = 0 if staging is None else count * heads
-        kernel.launch((-(-tokens // 4) + items, 1, 1), 256, current_stream(device), params)
+        kernel.launch((-(-tokens // 4) + items, 1, 1), 256, current_stream(device), packed)
     if staging is not None:
         k, v = staging[:, :, : PAGE * count]
         pages.encode(k, v, blocks.codec, blocks.pages, tables.fill_offsets)
@@ -146,19 +172,30 @@ class LayerEncoder:
         self.layers, self._tables = tuple(layers), tables
         first = layers[0]
         self._heads, self._device = first.codec.kv_heads, first.tokens.device
-        kinds: dict[args.Macros, list[bytes]] = {}
+        kinds: dict[nvrtc.Macros, list[bytes]] = {}
         dtype = dtype_of(first.tokens)
         for each in layers:
             block, token, head = each.tokens.stride()[:3]
             keys, values = each.tokens.chunk(2, -1)
-            arguments = pages.encode_arguments(
-                *(each.codec, keys, values, each.pages.data_ptr(), tables.fill_offsets),
-                (block, head, token) * 2,
-                tables.fill_tokens,
-                each.tokens.shape[1],
+            pages.warn_of_plain_codes(each.codec)
+            constants = constants_of(each.codec, self._device)
+            told = params.ENCODE.pack(
+                k=keys.data_ptr(),
+                v=values.data_ptr(),
+                base=each.pages.data_ptr(),
+                offsets=tables.fill_offsets.data_ptr(),
+                slots=tables.fill_tokens.data_ptr(),
+                bad=pages.fault_flag(self._device).data_ptr(),
+                k_transform=constants.encode[0],
+                v_transform=constants.encode[1],
+                k_stride=(block, head, token),
+                v_stride=(block, head, token),
+                exact_block=each.tokens.shape[1],
+                k_unit=constants.units[0],
+                v_unit=constants.units[1],
             )
-            kinds.setdefault(args.encode_layers_macros(each.codec, dtype), []).append(bytes(arguments))
-        shared = plans.encode_shared_bytes(first.codec.format)
+            kinds.setdefault(plans.encode_macros(each.codec, dtype), []).append(told)
+        shared = plans.encode_layout(first.codec.format).bytes
         with on_device(self._device):
             self._launches = [
                 (nvrtc.kernel("encode_layers", macros, self._device.index, shared), len(told), self._put(told))
@@ -173,8 +210,14 @@ class LayerEncoder:
         t, ctas = self._tables, 2 * limits(self._device.index).processors
         with on_device(self._device):
             for kernel, count, told in self._launches:
-                params = _encode_layers_params(*(x.data_ptr() for x in (told, t.filled, t.fills)), count, self._heads)
-                kernel.launch((ctas, 1, 1), 256, current_stream(self._device), params)
+                packed = _pack_encode_layers(
+                    layers=told.data_ptr(),
+                    filled=t.filled.data_ptr(),
+                    fills=t.fills.data_ptr(),
+                    count=count,
+                    kv_heads=self._heads,
+                )
+                kernel.launch((ctas, 1, 1), 256, current_stream(self._device), packed)
 
 
 @dataclass(frozen=True)
@@ -230,42 +273,42 @@ def decode_attention(
     exact_block = keys.shape[1]
     with on_device(device):
         constants = constants_of(codec, device)
-        key = ("decode_attention", q_heads, n, q.dtype, keys.dtype, exact_block)
-        launch = constants.kernels.get(key)
-        if launch is None:
+
+        def make() -> DecodeLaunch:
             dtypes = dtype_of(q), dtype_of(keys)
-            launch = DecodeLaunch(codec, constants, q_heads // codec.kv_heads, n, dtypes, device.index, exact_block)
-            constants.kernels[key] = launch
+            return DecodeLaunch(codec, constants, q_heads // codec.kv_heads, n, dtypes, device.index, exact_block)
+
+        launch = constants.launch(("decode_attention", q_heads, n, q.dtype, keys.dtype, exact_block), make)
         slots = launch.plan.slots(max_length, tables.geometry.most_exact(n))
         parts = rows * codec.kv_heads * launch.plan.blocks * slots * launch.plan.queries
         part = scratch.parts.data_ptr()
         block, token, head = keys.stride()[:3]
-        params = decode_params(
-            *(x.data_ptr() for x in (q, blocks.pages, tables.offsets, tables.packed, keys, values, tables.exact)),
-            tables.blocks.data_ptr(),
-            0 if sink_logits is None else sink_logits.data_ptr(),
-            *(
-                out.data_ptr(),
-                scratch.lse.data_ptr(),
-                part,
-                part + 4 * parts * launch.width,
-                scratch.counters.data_ptr(),
-            ),
-            *launch.transforms,
-            *q.stride()[:3],
-            *(block, head, token),
-            *(block, head, token),
-            *out.stride()[:3],
-            tables.offsets.stride(0),
-            tables.blocks.stride(0),
-            *launch.queries,
-            True,
-            *launch.cut,
-            slots,
-            max_length,
-            scale * LOG2E,
-            *launch.units,
+        packed = launch.pack(
+            q=q.data_ptr(),
+            base=blocks.pages.data_ptr(),
+            offsets=tables.offsets.data_ptr(),
+            lengths=tables.packed.data_ptr(),
+            exact_k=keys.data_ptr(),
+            exact_v=values.data_ptr(),
+            exact_lengths=tables.exact.data_ptr(),
+            exact_blocks=tables.blocks.data_ptr(),
+            sink_logits=address(sink_logits),
+            out=out.data_ptr(),
+            lse=scratch.lse.data_ptr(),
+            part=part,
+            part_ml=part + 4 * parts * launch.width,
+            counter=scratch.counters.data_ptr(),
+            q_stride=q.stride()[:3],
+            k_stride=(block, head, token),
+            v_stride=(block, head, token),
+            out_stride=out.stride()[:3],
+            max_pages=tables.offsets.stride(0),
+            exact_stride=tables.blocks.stride(0),
+            causal=True,
+            slots=slots,
+            max_length=max_length,
+            scale_log2=scale * LOG2E,
         )
         launch.kernel.launch(
-            launch.plan.grid(rows, codec.kv_heads, max_length), launch.threads, current_stream(device), params
+            launch.plan.grid(rows, codec.kv_heads, max_length), launch.threads, current_stream(device), packed
         )

@@ -16,8 +16,7 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable
-from . import nvrtc, plans
-from . import params as args
+from . import nvrtc, params, plans
 from .launch import address, constants_of, current_stream, on_device
 
 log = logging.getLogger("forgeattention")
@@ -25,7 +24,8 @@ log = logging.getLogger("forgeattention")
 _bad: dict[int, Any] = {}
 
 
-def _bad_of(device: Any) -> Any:
+def fault_flag(device: Any) -> Any:
+    """int32 [1] on a device, which encoding kernels set where they meet values that they cannot code."""
     if device.index not in _bad:
         _bad[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
     return _bad[device.index]
@@ -33,21 +33,26 @@ def _bad_of(device: Any) -> Any:
 
 def encode_failed(device: Any) -> bool:
     """Whether an `encode` since the last call met NaN, infinity or a scale that does not fit. Waits for the device."""
-    flag = _bad_of(torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device))
+    flag = fault_flag(torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device))
     failed = bool(flag.item())
     if failed:
         flag.zero_()
     return failed
 
 
+def warn_of_plain_codes(codec: Codec) -> None:
+    """Says once that pages are coded less faithfully than the codec asks for."""
+    if codec.spec.refine or codec.shaping is not None:
+        _warn_once()
+
+
 @lru_cache
-def _warn_of_plain_codes() -> None:
+def _warn_once() -> None:
     log.warning("CUDA pages are coded without refinement and noise shaping: as readable, less faithful than the CPU's")
 
 
-_encode_params = args.Packer(args.EncodeParams)
-_decode_pages_params = args.Packer(args.DecodePagesParams)
-_append_tokens_params = args.Packer(args.AppendTokensParams)
+_pack_append_tokens = params.APPEND_TOKENS.packer()
+_pack_compact = params.COMPACT.packer()
 
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
@@ -67,52 +72,35 @@ def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = No
             row whose offset is negative is left out.
         out: uint8, or None.
     """
+    warn_of_plain_codes(codec)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with on_device(k.device):
-        constants = constants_of(codec, k.device)
-        kernel = constants.kernel(
-            ("encode", k.dtype),
-            lambda: (args.encode_macros(codec, dtype_of(k)), plans.encode_shared_bytes(codec.format)),
+        launch = constants_of(codec, k.device).launch(
+            ("encode", k.dtype), lambda: _EncodeLaunch(codec, dtype_of(k), k.device)
         )
-        strides = *k.stride()[:3], *v.stride()[:3]
-        params = encode_arguments(codec, k, v, address(out), offsets, strides)
-        kernel.launch((k.shape[0], codec.kv_heads, 1), 256, current_stream(k.device), params)
+        packed = launch.pack(
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            base=address(out),
+            offsets=offsets.data_ptr(),
+            bad=fault_flag(k.device).data_ptr(),
+            k_stride=k.stride()[:3],
+            v_stride=v.stride()[:3],
+        )
+        launch.kernel.launch((k.shape[0], codec.kv_heads, 1), 256, current_stream(k.device), packed)
 
 
-def encode_arguments(
-    codec: Codec,
-    k: Any,
-    v: Any,
-    base: int,
-    offsets: Any,
-    strides: tuple[int, ...],
-    slots: Any | None = None,
-    exact_block: int = 0,
-) -> Any:
-    """What a launch of `encode` is told, which holds until the same thread asks again.
+class _EncodeLaunch:
+    """What encoding launches for one codec and dtype have in common."""
 
-    Args:
-        codec: the layer's.
-        k, v: where the tokens lie.
-        base: address that is added to `offsets`.
-        offsets: int64 [pages].
-        strides: of k, then of v, in elements: from page to page (with slots from block to block), head to head, token
-            to token.
-        slots: int32 [pages, 64] as `paged.Tables` has them, or None.
-        exact_block: tokens of a block, with slots.
-    """
-    if codec.spec.refine or codec.shaping is not None:
-        _warn_of_plain_codes()
-    return _encode_params(
-        *map(address, (k, v)),
-        base,
-        *map(address, (offsets, slots, _bad_of(k.device))),
-        *map(bytes, constants_of(codec, k.device).encode),
-        *strides,
-        exact_block,
-        codec.k_codebook.unit,
-        codec.v_codebook.unit,
-    )
+    def __init__(self, codec: Codec, dtype: str, device: Any) -> None:
+        constants = constants_of(codec, device)
+        shared = plans.encode_layout(codec.format).bytes
+        self.kernel = nvrtc.kernel("encode", plans.encode_macros(codec, dtype), device.index, shared)
+        (k, v), (k_unit, v_unit) = constants.encode, constants.units
+        self.pack = params.ENCODE.packer(
+            k_transform=k, v_transform=v, k_unit=k_unit, v_unit=v_unit, slots=0, exact_block=0
+        )
 
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
@@ -121,13 +109,23 @@ def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     device, size = k.device, k.element_size()
     with on_device(device):
-        kernel = nvrtc.kernel("append_tokens", args.append_tokens_macros(), device.index, 0)
-        params = _append_tokens_params(
-            *map(address, (k, v, to_k, to_v, lengths)),
-            *(size * s for x in (k, v, to_k, to_v) for s in x.stride()[:3]),
-            *(k.shape[1], k.shape[2], k.shape[3] * size // 4, to_k.shape[2]),
+        packed = _pack_append_tokens(
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            to_k=to_k.data_ptr(),
+            to_v=to_v.data_ptr(),
+            lengths=lengths.data_ptr(),
+            k_stride=[size * s for s in k.stride()[:3]],
+            v_stride=[size * s for s in v.stride()[:3]],
+            to_k_stride=[size * s for s in to_k.stride()[:3]],
+            to_v_stride=[size * s for s in to_v.stride()[:3]],
+            heads=k.shape[1],
+            n=k.shape[2],
+            words=k.shape[3] * size // 4,
+            capacity=to_k.shape[2],
         )
-        kernel.launch((k.shape[0], 1, 1), 256, current_stream(device), params)
+        kernel = nvrtc.kernel("append_tokens", (), device.index, 0)
+        kernel.launch((k.shape[0], 1, 1), 256, current_stream(device), packed)
 
 
 def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
@@ -137,10 +135,12 @@ def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
         return out
     offsets = offsets.contiguous()
     with on_device(offsets.device):
-        kernel = nvrtc.kernel("compact", args.COMPACT_MACROS, offsets.device.index, 0)
-        params = args.CompactParams(*map(address, (base, offsets, out)), page_bytes // 16)
+        kernel = nvrtc.kernel("compact", (), offsets.device.index, 0)
+        packed = _pack_compact(
+            base=address(base), offsets=offsets.data_ptr(), out=out.data_ptr(), words=page_bytes // 16
+        )
         grid = (-(-page_bytes // (16 * 4 * 256)), offsets.shape[0], 1)
-        kernel.launch(grid, 256, current_stream(offsets.device), params)
+        kernel.launch(grid, 256, current_stream(offsets.device), packed)
     return out
 
 
@@ -155,29 +155,36 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
 
 def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: bool = False) -> None:
     """`decode_pages` into contiguous k, v [batch, kv_heads, max_length, width], width: padded_dim if rotated."""
-    fmt, device, dtype = codec.format, table.lengths.device, dtype_of(k)
-
-    def options() -> tuple[args.Macros, int]:
-        extra = {"FORGE_WIDTH": k.shape[3], "FORGE_TYPE": args.TYPES[dtype]}
-        if rotated:
-            extra["FORGE_ROTATION"] = args.ROTATIONS["none"]
-        return args.macros(codec, args.DecodePagesParams, **extra), plans.decode_pages_shared_bytes(fmt)
-
+    device, dtype = table.lengths.device, dtype_of(k)
     with on_device(device):
-        constants = constants_of(codec, device)
-        kernel = constants.kernel(("decode_pages", dtype, rotated), options)
-        transforms = constants.attend if not rotated else [_without_mu(t) for t in constants.attend]
-        params = _decode_pages_params(
-            *map(address, (table.base, table.offsets, table.lengths, k, v)),
-            *map(bytes, transforms),
-            table.offsets.stride(0),
-            codec.kv_heads,
-            table.max_length,
-            codec.k_codebook.unit,
-            codec.v_codebook.unit,
+        launch = constants_of(codec, device).launch(
+            ("decode_pages", dtype, rotated), lambda: _DecodePagesLaunch(codec, dtype, rotated, device)
         )
-        kernel.launch((-(-table.max_length // PAGE), codec.kv_heads, k.shape[0]), 256, current_stream(device), params)
+        packed = launch.pack(
+            base=address(table.base),
+            offsets=table.offsets.data_ptr(),
+            lengths=table.lengths.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            max_pages=table.offsets.stride(0),
+            max_length=table.max_length,
+        )
+        grid = -(-table.max_length // PAGE), codec.kv_heads, k.shape[0]
+        launch.kernel.launch(grid, 256, current_stream(device), packed)
 
 
-def _without_mu(t: args.TransformArgs) -> args.TransformArgs:
-    return args.TransformArgs(t.signs, t.in_matrix, t.out_matrix, None, t.stride, 0)
+class _DecodePagesLaunch:
+    """What launches of decode_pages for one codec and dtype have in common."""
+
+    def __init__(self, codec: Codec, dtype: str, rotated: bool, device: Any) -> None:
+        constants = constants_of(codec, device)
+        macros = plans.decode_pages_macros(codec, dtype, rotated)
+        self.kernel = nvrtc.kernel("decode_pages", macros, device.index, plans.decode_pages_layout(codec.format).bytes)
+        k, v = constants.centred if rotated else constants.attend
+        self.pack = params.DECODE_PAGES.packer(
+            k_transform=k,
+            v_transform=v,
+            kv_heads=codec.kv_heads,
+            k_unit=constants.units[0],
+            v_unit=constants.units[1],
+        )

@@ -1,343 +1,299 @@
-"""What the CUDA kernels are told: macros and parameter structures. Nothing here needs a GPU."""
+"""The parameters of every CUDA kernel: the one place that says what a kernel is told.
+
+Each row is (names, C type, what it is). `structs.Struct` makes of a table the text of `struct Params`, which is put
+before the kernel's source when it is compiled, what fills it, and the entry point for MLX. Shapes are in elements.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import struct
-import threading
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from ...codec.codec import Codec
-from ...codec.spec import CODES, SCALE_FORMATS, SCALE_RULES
-from ...codec.transform import Transform, random_signs
-from .nvrtc import Macros
-
-TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-ROTATIONS = {"none": 0, "hadamard": 1, "planar": 2, "custom": 2}
-P, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-class TransformArgs(ctypes.Structure):
-    _fields_ = [
-        ("signs", P),
-        ("in_matrix", P),
-        ("out_matrix", P),
-        ("mu", P),
-        ("stride", I64),
-        ("mu_stride", I64),
-    ]
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """What `TransformArgs` holds of one side of a codec, as arrays on the host; None for what the rotation lacks."""
-
-    signs: NDArray[np.float32] | None
-    in_matrix: NDArray[np.float32] | None
-    out_matrix: NDArray[np.float32] | None
-    mu: NDArray[np.float32] | None
-    stride: int
-    mu_stride: int
-
-    @classmethod
-    def of(cls, codec: Codec, t: Transform, encodes: bool) -> Side:
-        """For what encodes, or for queries and outputs. A diagonal d turns the rotation's signs s to s d or s / d."""
-        dim, rotation = codec.format.padded_dim, ROTATIONS[codec.rotation]
-        signs = matrix = out = None
-        if rotation == 1:
-            s = random_signs(dim, codec.spec.seed)[None]
-            d = 1.0 if t.diagonal is None else t.diagonal.astype(np.float64)
-            signs = (s * d if encodes else s / d).astype(np.float32)
-        if rotation == 2:
-            matrix = t.forward.transpose(0, 2, 1) if encodes else t.inverse
-            out = None if encodes else t.inverse.transpose(0, 2, 1)
-        stride = (dim * dim if rotation == 2 else dim) if len(t.forward) > 1 else 0
-        return cls(signs, matrix, out, t.mu, stride, dim if t.mu is not None and len(t.mu) > 1 else 0)
-
-
-class DecodeParams(ctypes.Structure):
-    """Params of kernels/cuda/decode_args.cuh."""
-
-    _fields_ = [
-        *((name, P) for name in ("q", "base", "offsets", "lengths", "exact_k", "exact_v", "exact_lengths")),
-        ("exact_blocks", P),
-        *((name, P) for name in ("sink_logits", "out", "lse", "part", "part_ml", "counter")),
-        ("k_transform", TransformArgs),
-        ("v_transform", TransformArgs),
-        *((name, I64 * 3) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
-        *((name, I64) for name in ("max_pages", "exact_stride")),
-        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "causal")),
-        *((name, I32) for name in ("chunks", "min_pages", "slots", "max_length")),
-        *((name, F32) for name in ("scale_log2", "k_unit", "v_unit")),
-    ]
-
-
-class EncodeParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("k", "v", "base", "offsets", "slots", "bad")),
-        ("k_transform", TransformArgs),
-        ("v_transform", TransformArgs),
-        ("k_stride", I64 * 3),
-        ("v_stride", I64 * 3),
-        ("exact_block", I64),
-        ("k_unit", F32),
-        ("v_unit", F32),
-    ]
-
-
-class EncodeLayersParams(ctypes.Structure):
-    _fields_ = [*((name, P) for name in ("layers", "filled", "fills")), ("count", I32), ("kv_heads", I32)]
-
-
-class CompactParams(ctypes.Structure):
-    _fields_ = [*((name, P) for name in ("base", "offsets", "out")), ("words", I64)]
-
-
-COMPACT_MACROS: Macros = (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(CompactParams))),)
-
-
-class DecodePagesParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("base", "offsets", "lengths", "k", "v")),
-        ("k_transform", TransformArgs),
-        ("v_transform", TransformArgs),
-        ("max_pages", I64),
-        ("kv_heads", I32),
-        ("max_length", I32),
-        ("k_unit", F32),
-        ("v_unit", F32),
-    ]
-
-
-class ScoresParams(ctypes.Structure):
-    """Params of kernels/cuda/scores_args.cuh."""
-
-    _fields_ = [
-        *((name, P) for name in ("q", "base", "offsets", "lengths", "out")),
-        ("transform", TransformArgs),
-        ("q_stride", I64 * 3),
-        ("max_pages", I64),
-        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "max_length")),
-        ("scale", F32),
-        ("unit", F32),
-    ]
-
+from .structs import Struct
 
 PARTS = 8
 """Most parts that one launch of merge_parts joins."""
 
+TRANSFORM = Struct(
+    "TransformArgs",
+    ("signs", "const float*", "[heads, DIM] for HADAMARD, A = H diag(s d): s d (encode) or s / d (queries, outputs)"),
+    ("in_matrix", "const float*", "[heads, DIM, DIM] for MATRIX: A^T (encode) or A^-1 (queries)"),
+    ("out_matrix", "const float*", "[heads, DIM, DIM] for MATRIX: (A^-1)^T"),
+    ("mu", "const float*", "[heads, DIM], or null"),
+    ("stride", "i64", "elements between heads of signs or matrices, 0 if all share one"),
+    ("mu_stride", "i64", ""),
+)
 
-class SparseScoresParams(ctypes.Structure):
-    """Params of kernels/cuda/sparse_scores.cu."""
+DECODE_ATTENTION = Struct(
+    "Params",
+    ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] packed tokens, or null"),
+    ("exact_k exact_v", "const void*", "FORGE_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows"),
+    ("exact_lengths", "const int*", "[batch], or null"),
+    (
+        "exact_blocks",
+        "const int*",
+        "[batch, exact_stride] if FORGE_EXACT_BLOCK; k_stride, v_stride: of blocks, heads, tokens",
+    ),
+    ("sink_logits", "const float*", "[q_heads], or null"),
+    ("out", "void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("lse", "float*", "[batch, q_heads, n]"),
+    (
+        "part",
+        "float*",
+        "[batch, kv_heads, blocks, slots, QUERIES, DIM]: a slot per chunk, then per task of exact tokens",
+    ),
+    ("part_ml", "float2*", "the same without DIM: (maximum in log2 units, sum)"),
+    ("counter", "u32*", "[batch, kv_heads, blocks], zero before and after"),
+    ("k_transform v_transform", TRANSFORM, ""),
+    ("q_stride k_stride v_stride out_stride", "i64[3]", "elements: row, head, token"),
+    ("max_pages exact_stride", "i64", ""),
+    ("kv_heads group n queries blocks causal", "int", "queries = group * n"),
+    ("chunks min_pages slots", "int", "a row's head has at most `chunks`, of at least `min_pages` pages each"),
+    ("max_length", "int", "tokens that no row exceeds, and most rows have"),
+    ("scale_log2 k_unit v_unit", "float", ""),
+)
 
-    _fields_ = [
-        *((name, P) for name in ("q", "base", "offsets", "lengths", "scores", "stats")),
-        ("transform", TransformArgs),
-        ("q_stride", I64 * 3),
-        ("max_pages", I64),
-        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
-        ("scale", F32),
-        ("unit", F32),
-    ]
+MERGE = Struct(
+    "Params",
+    ("a", "const void*", "FORGE_TYPE [batch, heads, n, DIM]"),
+    ("a_lse", "const float*", "[rows]"),
+    ("b", "const float*", "[rows, DIM]"),
+    ("b_lse", "const float*", "[rows]"),
+    ("out", "void*", "FORGE_TYPE [rows, DIM]"),
+    ("lse", "float*", "[rows]"),
+    ("a_stride", "i64[3]", "elements: row of the batch, head, token"),
+    ("rows heads n", "int", "rows = batch * heads * n"),
+)
 
+TURN_QUERIES = Struct(
+    "Params",
+    ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("out", "void*", "f16 [batch, q_heads, n, DIM], contiguous"),
+    ("shift", "float*", "[batch, q_heads, n] q . mu"),
+    ("transform", TRANSFORM, ""),
+    ("q_stride", "i64[3]", "elements: row, head, token"),
+    ("rows q_heads group n", "int", "rows = batch * q_heads * n"),
+)
 
-class PageScoresParams(ctypes.Structure):
-    """Params of kernels/cuda/page_scores.cu."""
+MERGE_PARTS = Struct(
+    "Params",
+    ("part", f"const void*[{PARTS}]", "f16 [batch, kv_heads, group n, DIM]"),
+    ("part_lse", f"const float*[{PARTS}]", "[batch, kv_heads, group n], contiguous"),
+    ("shift", "const float*", "[rows], times scale added to lse"),
+    ("sum", "float*", "[rows, DIM] parts joined earlier and now, rotated; null if there are no others"),
+    ("out", "float*", "[rows, HEAD_DIM], written with the last parts"),
+    ("lse", "float*", "[rows], of parts joined so far"),
+    ("transform", TRANSFORM, ""),
+    ("stride", f"i64[{PARTS}][3]", "elements: row of the batch, KV head, query"),
+    ("rows kv_heads queries", "int", "rows = batch * kv_heads * queries, queries = group * n"),
+    ("parts first last", "int", "first, last: whether these parts are"),
+    ("scale", "float", ""),
+)
 
-    _fields_ = [
-        *((name, P) for name in ("q", "base", "offsets", "lengths", "out")),
-        ("transform", TransformArgs),
-        ("q_stride", I64 * 3),
-        ("max_pages", I64),
-        *((name, I32) for name in ("kv_heads", "group", "n", "queries", "blocks", "pages")),
-        ("scale", F32),
-    ]
+ENCODE = Struct(
+    "Params",
+    ("k v", "const void*", "FORGE_TYPE [pages, kv_heads, 64, head_dim] by their strides"),
+    ("base", "u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[pages] bytes; a page whose offset is negative is left out"),
+    (
+        "slots",
+        "const int*",
+        "[pages, 64] tokens in blocks, -1 - (block * exact_block + place) (page_tables.cu); or null",
+    ),
+    ("bad", "int*", "set to 1 where a value is not finite or a scale overflows; such a page is then undefined"),
+    ("k_transform v_transform", TRANSFORM, ""),
+    ("k_stride v_stride", "i64[3]", "elements: page (with slots: block), head, token"),
+    ("exact_block", "i64", "tokens of a block, with slots"),
+    ("k_unit v_unit", "float", ""),
+)
 
+ENCODE_LAYERS = Struct(
+    "LayersParams",
+    ("layers", "const Params*", "[count] of encode"),
+    ("filled", "const int*", "numbers of the pages that fill"),
+    ("fills", "const int*", "how many there are"),
+    ("count kv_heads", "int", ""),
+    needs=(ENCODE,),
+)
 
-class PageSelectParams(ctypes.Structure):
-    """Params of kernels/cuda/page_select.cu."""
+DECODE_PAGES = Struct(
+    "Params",
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("k v", "void*", "FORGE_TYPE [batch, kv_heads, max_length, FORGE_WIDTH]"),
+    ("k_transform v_transform", TRANSFORM, ""),
+    ("max_pages", "i64", ""),
+    ("kv_heads max_length", "int", ""),
+    ("k_unit v_unit", "float", ""),
+)
 
-    _fields_ = [
-        *((name, P) for name in ("means", "offsets", "lengths", "chosen", "tokens", "read")),
-        ("max_pages", I64),
-        *((name, I32) for name in ("kv_heads", "queries", "pages", "budget", "record")),
-    ]
+COMPACT = Struct(
+    "Params",
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[pages] bytes, multiples of 16"),
+    ("out", "u8*", "[pages, 16 words]"),
+    ("words", "i64", "of 16 bytes in a page"),
+)
 
+APPEND_TOKENS = Struct(
+    "Params",
+    ("k v", "const u8*", "[batch, heads, n, 4 words] bytes"),
+    ("to_k to_v", "u8*", "[batch, heads, capacity, 4 words]"),
+    ("lengths", "int*", "[batch] tokens, n more afterwards"),
+    ("k_stride v_stride to_k_stride to_v_stride", "i64[3]", "bytes: row, head, token"),
+    ("heads n words capacity", "int", ""),
+)
 
-class SparseThresholdParams(ctypes.Structure):
-    """Params of kernels/cuda/sparse_threshold.cu."""
+SCORES = Struct(
+    "Params",
+    (
+        "q",
+        "const void*",
+        "FORGE_TYPE [batch, q_heads, n, head_dim]; of value_sum float weights [.., max_length], contiguous",
+    ),
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("out", "float*", "qk_scores: [batch, q_heads, n, max_length]; value_sum: [splits, batch, q_heads, n, head_dim]"),
+    ("transform", TRANSFORM, "of keys; of values"),
+    ("q_stride", "i64[3]", "elements: row, head, token"),
+    ("max_pages", "i64", ""),
+    ("kv_heads group n queries blocks max_length", "int", "queries = group * n, in blocks of 8"),
+    ("scale unit", "float", ""),
+)
 
-    _fields_ = [
-        *((name, P) for name in ("scores", "stats", "lengths", "budgets", "exact_lse")),
-        *((name, P) for name in ("threshold", "last", "kept", "dropped", "top")),
-        *((name, I32) for name in ("q_heads", "n", "pages", "budget")),
-        ("top_p", F32),
-    ]
+SPARSE_SCORES = Struct(
+    "Params",
+    ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("scores", "float*", "[batch, q_heads, n, 64 pages], -inf from the row's length on"),
+    ("stats", "float2*", "[batch, q_heads, n, pages]"),
+    ("transform", TRANSFORM, ""),
+    ("q_stride", "i64[3]", "elements: row, head, token"),
+    ("max_pages", "i64", ""),
+    ("kv_heads group n queries blocks pages", "int", "queries = group * n"),
+    ("scale unit", "float", ""),
+)
 
+SPARSE_THRESHOLD = Struct(
+    "Params",
+    ("scores", "const float*", "[rows, 64 pages]"),
+    ("stats", "const float2*", "[rows, pages]"),
+    ("lengths", "const int*", "[batch]"),
+    ("budgets", "const int*", "[q_heads], or null for `budget`"),
+    ("exact_lse", "const float*", "[rows], or null"),
+    ("threshold", "float*", "[rows]"),
+    ("last kept", "int*", "[rows]"),
+    ("dropped top", "float*", "[rows]; top is the largest score"),
+    ("q_heads n pages budget", "int", ""),
+    ("top_p", "float", "0 for a number of tokens"),
+)
 
-class SparseAttentionParams(ctypes.Structure):
-    """Params of kernels/cuda/sparse_attention.cu."""
+SPARSE_ATTENTION = Struct(
+    "Params",
+    ("scores", "const float*", "[batch, q_heads, n, 64 pages]"),
+    ("stats", "const float2*", "[batch, q_heads, n, pages]"),
+    ("threshold top", "const float*", "[batch, q_heads, n]"),
+    ("last", "const int*", "[batch, q_heads, n]"),
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("other", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim], or null"),
+    ("other_lse", "const float*", "[batch, q_heads, n]"),
+    ("out", "void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("lse", "float*", "[batch, q_heads, n]"),
+    ("part", "float*", "[batch, kv_heads, blocks, splits, QUERIES, LINE]"),
+    ("counter", "u32*", "[batch, kv_heads, blocks], zero before and after"),
+    ("transform", TRANSFORM, ""),
+    ("max_pages", "i64", ""),
+    ("kv_heads queries blocks pages", "int", ""),
+    ("unit", "float", ""),
+)
 
-    _fields_ = [
-        *((name, P) for name in ("scores", "stats", "threshold", "top", "last", "base", "offsets", "lengths")),
-        *((name, P) for name in ("other", "other_lse", "out", "lse", "part", "counter")),
-        ("transform", TransformArgs),
-        ("max_pages", I64),
-        *((name, I32) for name in ("kv_heads", "queries", "blocks", "pages")),
-        ("unit", F32),
-    ]
+PAGE_SCORES = Struct(
+    "Params",
+    ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
+    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("out", "float*", "[batch, q_heads, n, pages]"),
+    ("transform", TRANSFORM, ""),
+    ("q_stride", "i64[3]", "elements: row, head, token"),
+    ("max_pages", "i64", ""),
+    ("kv_heads group n queries blocks pages", "int", "queries = group * n"),
+    ("scale", "float", ""),
+)
 
+PAGE_SELECT = Struct(
+    "Params",
+    ("means", "const float*", "[batch, kv_heads, queries, pages], -inf past a row's last page"),
+    ("offsets", "const i64*", "[batch, max_pages] bytes"),
+    ("lengths", "const int*", "[batch] tokens"),
+    ("chosen", "i64*", "[batch, kv_heads, budget] bytes, of the head's own records"),
+    ("tokens", "int*", "[batch, kv_heads] tokens of the chosen pages"),
+    ("read", "u8*", "[batch, kv_heads, pages], 1 where chosen"),
+    ("max_pages", "i64", ""),
+    ("kv_heads queries pages budget record", "int", ""),
+)
 
-class TurnQueriesParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("q", "out", "shift")),
-        ("transform", TransformArgs),
-        ("q_stride", I64 * 3),
-        *((name, I32) for name in ("rows", "q_heads", "group", "n")),
-    ]
+PAGE_TABLES = Struct(
+    "Params",
+    ("starts", "const int*", "[rows + 1] first new token of a row among the step's"),
+    ("lengths", "const int*", "[rows] tokens with the new ones"),
+    ("packed_table", "const int*", "[rows, packed_stride] blocks of pages_per_block pages; 0: none"),
+    ("exact_table", "const int*", "[rows, exact_stride] blocks of exact_block tokens; 0: none"),
+    ("offsets", "i64*", "[rows, max_pages] bytes of the packed pages"),
+    ("packed", "int*", "[rows] packed tokens"),
+    ("blocks", "int*", "[rows, max_blocks] exact blocks"),
+    ("exact", "int*", "[rows] exact tokens: with the new ones in the first decode_rows rows, without in the others"),
+    (
+        "fill_offsets",
+        "i64*",
+        "[fills] bytes of a page that fills in this step, or -1: row r's from r + starts[r] / 64 on",
+    ),
+    ("filled fills", "int*", "numbers of the pages that fill, in any order; how many there are, 0 before"),
+    ("fill_tokens", "int*", "[fills, 64] a page's tokens: number of a new one, or -1 - (block * exact_block + place)"),
+    ("block_bytes page_bytes", "i64", ""),
+    ("packed_stride exact_stride max_pages max_blocks", "i64", ""),
+    ("decode_rows window pages_per_block exact_block sink_blocks", "int", ""),
+    ("fill_exact", "int", "name new tokens of filled pages by their exact blocks too"),
+)
 
+PAGED_APPEND = Struct(
+    "Params",
+    ("k v", "const u8*", "[tokens, heads, 16 words] bytes, rows at multiples of 16"),
+    ("cache", "u8*", "[blocks, exact_block, heads, 2 x 16 words]: a token's key and value of a head side by side"),
+    ("slots", "const i64*", "[tokens] block * exact_block + place; below exact_block (block 0, or -1): not kept"),
+    ("fill_offsets", "const i64*", "[fills]"),
+    ("fill_tokens", "const int*", "[fills, 64]"),
+    ("fill_k fill_v", "u8*", "[heads, 64 fills, 16 words]"),
+    ("k_stride v_stride", "i64[2]", "bytes: token, head"),
+    ("cache_stride", "i64[3]", "bytes: block, token, head"),
+    ("fill_stride", "i64", "bytes of a head's pages"),
+    ("tokens heads words exact_block", "int", "words of 16 bytes"),
+)
 
-class MergePartsParams(ctypes.Structure):
-    _fields_ = [
-        ("part", P * PARTS),
-        ("part_lse", P * PARTS),
-        *((name, P) for name in ("shift", "sum", "out", "lse")),
-        ("transform", TransformArgs),
-        ("stride", I64 * (3 * PARTS)),
-        *((name, I32) for name in ("rows", "kv_heads", "queries", "parts", "first", "last")),
-        ("scale", F32),
-    ]
-
-
-class MergeParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("a", "a_lse", "b", "b_lse", "out", "lse")),
-        ("a_stride", I64 * 3),
-        *((name, I32) for name in ("rows", "heads", "n")),
-    ]
-
-
-class AppendTokensParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("k", "v", "to_k", "to_v", "lengths")),
-        *((name, I64 * 3) for name in ("k_stride", "v_stride", "to_k_stride", "to_v_stride")),
-        *((name, I32) for name in ("heads", "n", "words", "capacity")),
-    ]
-
-
-class PageTablesParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("starts", "lengths", "packed_table", "exact_table", "offsets", "packed", "blocks")),
-        *((name, P) for name in ("exact", "fill_offsets", "filled", "fills", "fill_tokens")),
-        *((name, I64) for name in ("block_bytes", "page_bytes")),
-        *((name, I64) for name in ("packed_stride", "exact_stride", "max_pages", "max_blocks")),
-        *((name, I32) for name in ("decode_rows", "window", "pages_per_block", "exact_block", "sink_blocks")),
-        ("fill_exact", I32),
-    ]
-
-
-class PagedAppendParams(ctypes.Structure):
-    _fields_ = [
-        *((name, P) for name in ("k", "v", "cache", "slots", "fill_offsets", "fill_tokens", "fill_k", "fill_v")),
-        *((name, I64 * 2) for name in ("k_stride", "v_stride")),
-        ("cache_stride", I64 * 3),
-        ("fill_stride", I64),
-        *((name, I32) for name in ("tokens", "heads", "words", "exact_block")),
-    ]
-
-
-class Packer:
-    """Fills a parameter structure several times faster than its ctypes constructor.
-
-    Called with the values of the fields in order (arrays flat, structures as bytes), it gives the structure, which
-    holds until the same thread calls again.
-    """
-
-    def __init__(self, params: type[ctypes.Structure]) -> None:
-        self._params = params
-        self._layout = struct.Struct("@" + "".join(_code(field[1]) for field in params._fields_))
-        self._local = threading.local()
-
-    def __call__(self, *values: Any) -> ctypes.Structure:
-        try:
-            out = self._local.out
-        except AttributeError:
-            out = self._local.out = self._params()
-        self._layout.pack_into(out, 0, *values)
-        return out
-
-
-def _code(kind: Any) -> str:
-    """The letters of module `struct` for a ctypes type. Nested structures are bytes: what precedes must align them."""
-    if issubclass(kind, ctypes.Structure):
-        return f"{ctypes.sizeof(kind)}s"
-    if issubclass(kind, ctypes.Array):
-        return str(kind._length_) + _code(kind._type_)
-    return {P: "P", I64: "q", I32: "i", F32: "f"}[kind]
-
-
-def macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
-    """The macros of page.cuh, and the kernel's own."""
-    fmt = codec.format
-    common = {
-        "FORGE_DIM": fmt.padded_dim,
-        "FORGE_HEAD_DIM": fmt.head_dim,
-        "FORGE_K_BITS": fmt.k_bits,
-        "FORGE_V_BITS": fmt.v_bits,
-        "FORGE_K_CODE": CODES.index(fmt.k_code),
-        "FORGE_V_CODE": CODES.index(fmt.v_code),
-        "FORGE_SCALES": SCALE_FORMATS.index(fmt.scales),
-        "FORGE_K_LEVELS": ",".join(map(str, codec.k_codebook.levels)),
-        "FORGE_V_LEVELS": ",".join(map(str, codec.v_codebook.levels)),
-        "FORGE_ROTATION": ROTATIONS[codec.rotation],
-        "FORGE_PARAMS_BYTES": ctypes.sizeof(params),
-    }
-    return tuple((name, str(value)) for name, value in {**common, **extra}.items())
-
-
-def merge_macros(dim: int, dtype: str) -> Macros:
-    named = {"FORGE_DIM": dim, "FORGE_TYPE": TYPES[dtype], "FORGE_PARAMS_BYTES": ctypes.sizeof(MergeParams)}
-    return tuple((name, str(value)) for name, value in named.items())
-
-
-def append_tokens_macros() -> Macros:
-    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(AppendTokensParams))),)
-
-
-def page_tables_macros() -> Macros:
-    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PageTablesParams))),)
-
-
-def paged_append_macros() -> Macros:
-    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PagedAppendParams))),)
-
-
-def rotation_macros(codec: Codec, params: type[ctypes.Structure], **extra: int) -> Macros:
-    """The macros of kernels that rotate vectors and read no pages."""
-    common = {
-        "FORGE_DIM": codec.format.padded_dim,
-        "FORGE_HEAD_DIM": codec.head_dim,
-        "FORGE_ROTATION": ROTATIONS[codec.rotation],
-        "FORGE_PARAMS_BYTES": ctypes.sizeof(params),
-    }
-    return tuple((name, str(value)) for name, value in {**common, **extra}.items())
-
-
-def encode_layers_macros(codec: Codec, dtype: str) -> Macros:
-    return (*encode_macros(codec, dtype), ("FORGE_LAYERS_BYTES", str(ctypes.sizeof(EncodeLayersParams))))
-
-
-def encode_macros(codec: Codec, dtype: str) -> Macros:
-    spec = codec.spec
-    return macros(
-        codec,
-        EncodeParams,
-        FORGE_TYPE=TYPES[dtype],
-        FORGE_KEY_MEAN=int(spec.key_mean),
-        FORGE_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
-        FORGE_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
-    )
+STRUCTS = {
+    "decode_attention": DECODE_ATTENTION,
+    "merge": MERGE,
+    "turn_queries": TURN_QUERIES,
+    "merge_parts": MERGE_PARTS,
+    "encode": ENCODE,
+    "encode_layers": ENCODE_LAYERS,
+    "decode_pages": DECODE_PAGES,
+    "compact": COMPACT,
+    "append_tokens": APPEND_TOKENS,
+    "qk_scores": SCORES,
+    "value_sum": SCORES,
+    "sparse_scores": SPARSE_SCORES,
+    "sparse_threshold": SPARSE_THRESHOLD,
+    "sparse_attention": SPARSE_ATTENTION,
+    "page_scores": PAGE_SCORES,
+    "page_select": PAGE_SELECT,
+    "page_tables": PAGE_TABLES,
+    "paged_append": PAGED_APPEND,
+}
+"""By the kernel's file in kernels/cuda."""

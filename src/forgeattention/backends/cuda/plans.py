@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from ...codec.codec import Codec
-from ...codec.spec import PAGE, PageFormat
+from ...codec.spec import PAGE, SCALE_RULES, PageFormat
+from .macros import ROTATIONS, TYPES, macros, page_macros
 from .nvrtc import Macros
-from .params import (
-    TYPES,
-    DecodeParams,
-    PageScoresParams,
-    PageSelectParams,
-    ScoresParams,
-    SparseThresholdParams,
-    macros,
-)
+from .structs import SharedLayout
 
-THRESHOLD_BYTES = 8 * (8192 + 2048) + 4 * 8192 + 12 * 1024 + 8 * 33 + 16
-"""Shared memory of sparse_threshold: its three lists, its bins."""
+THRESHOLD = {"FORGE_CAPACITY": 8192, "FORGE_SHORT": 2048, "FORGE_LISTED_PAGES": 8192}
+"""Lengths of sparse_threshold's lists: tokens above the bound, tokens of the last bin, pages."""
+THRESHOLD_BYTES = (
+    8 * (THRESHOLD["FORGE_CAPACITY"] + THRESHOLD["FORGE_SHORT"])
+    + 4 * THRESHOLD["FORGE_LISTED_PAGES"]
+    + (12 * 1024 + 8 * 33 + 16)
+)
+"""Shared memory of sparse_threshold: its three lists, its bins, what its warps exchange."""
 FEW_PAGES, MOST_PAGES = 16384, 49152
 """Pages whose ranks page_select has room for in shared memory: on any device, and on those with more than 192 KB."""
 
@@ -29,16 +27,46 @@ def scores_warps(fmt: PageFormat) -> int:
 
 
 def value_sum_shared_bytes(fmt: PageFormat) -> int:
+    """A record for each warp; after the last page, the sums of eight queries in its place."""
     return scores_warps(fmt) * max(fmt.record_bytes, 8 * (fmt.padded_dim + 1) * 4)
 
 
-def encode_shared_bytes(fmt: PageFormat) -> int:
+def encode_layout(fmt: PageFormat) -> SharedLayout:
+    """Shared memory of encode; what lies there is said at `Shared` in encode.cu."""
     d = fmt.padded_dim
-    return 4 * (PAGE * (d + 1) + d + 3 * PAGE + 32 + 8) + PAGE * d
+    each = 4 * PAGE
+    return SharedLayout(
+        y=each * (d + 1), mean=4 * d, norm=each, inverse=each, scale=each, edges=4 * 32, reduce=4 * 8, levels=PAGE * d
+    )
 
 
-def decode_pages_shared_bytes(fmt: PageFormat) -> int:
-    return 4 * (PAGE * (fmt.padded_dim + 4) + PAGE)
+def encode_macros(codec: Codec, dtype: str) -> Macros:
+    spec = codec.spec
+    return page_macros(
+        codec,
+        FORGE_TYPE=TYPES[dtype],
+        FORGE_KEY_MEAN=int(spec.key_mean),
+        FORGE_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
+        FORGE_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
+        **encode_layout(codec.format).macros,
+    )
+
+
+def decode_pages_layout(fmt: PageFormat) -> SharedLayout:
+    """Shared memory of decode_pages: the vectors of one side of a page, its scales."""
+    return SharedLayout(y=4 * PAGE * (fmt.padded_dim + 4), scales=4 * PAGE)
+
+
+def decode_pages_macros(codec: Codec, dtype: str, rotated: bool) -> Macros:
+    """With `rotated`, vectors stay as they are stored."""
+    extra = {"FORGE_ROTATION": ROTATIONS["none"]} if rotated else {}
+    return page_macros(
+        codec,
+        FORGE_WIDTH=codec.format.padded_dim if rotated else codec.head_dim,
+        FORGE_TYPE=TYPES[dtype],
+        **extra,
+        **decode_pages_layout(codec.format).macros,
+    )
 
 
 LIMITS = (
@@ -71,12 +99,15 @@ class DecodePlan:
     ctas: int  # per multiprocessor
     chunks: int  # of one row and KV head, at most
     min_pages: int  # of a chunk
-    shared_bytes: int
+    layout: SharedLayout
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.layout.bytes
 
     def macros(self, codec: Codec, dtype: str, exact_dtype: str, exact_block: int = 0) -> Macros:
-        return macros(
+        return page_macros(
             codec,
-            DecodeParams,
             FORGE_QUERIES=self.queries,
             FORGE_WARPS=self.warps,
             FORGE_PAGES=self.pages,
@@ -85,6 +116,7 @@ class DecodePlan:
             FORGE_TYPE=TYPES[dtype],
             FORGE_EXACT_TYPE=TYPES[exact_dtype],
             FORGE_EXACT_BLOCK=exact_block,
+            **self.layout.macros,
         )
 
     def row_chunks(self, length: int) -> int:
@@ -97,6 +129,24 @@ class DecodePlan:
 
     def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
         return self.row_chunks(max_length), kv_heads * self.blocks, batch
+
+
+def decode_layout(fmt: PageFormat, queries: int, warps: int, pages: int, groups: int) -> SharedLayout:
+    """Shared memory of decode_attention; what lies there is said at `Shared` in decode_args.cuh."""
+    d = fmt.padded_dim
+    return SharedLayout(
+        ring=warps * groups * pages * fmt.record_bytes,
+        terms=queries * 2 * (d + 16),
+        plain=queries * 4 * d,
+        scales=warps * pages * PAGE * 4,
+        barriers=warps * groups * 16,
+        constants=48,
+        step=4 * queries,
+        shift=4 * queries,
+        size=4 * queries,
+        totals=8 * queries,
+        last=4,
+    )
 
 
 def decode_plan(
@@ -114,7 +164,11 @@ def decode_plan(
 
     To head_dim 128 two CTAs of eight warps share a multiprocessor with four queries or fewer (128 registers, two pages
     at a time), and one of twelve has it with eight (168 registers): half as many chunks to join make up for the warps.
-    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp.
+    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp. Where shared memory is
+    short, fewer CTAs share a multiprocessor, then fewer warps a CTA, then a warp reads one page at a time.
+
+    Raises:
+        ValueError: no shape fits.
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
@@ -124,32 +178,31 @@ def decode_plan(
     warps = warps or (12 if eight else 8)
     ctas = ctas or (2 if light and not eight else 1)
     pages = pages or (2 if light and held == 4 else 1)
-    fixed = held * (2 * (d + 16) + 4 * d + 20) + warps * pages * PAGE * 4 + 64
-    per_group = warps * (pages * fmt.record_bytes + 16)
-    room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024) - fixed
-    # A warp's part of the ring holds its state at the end.
-    needed = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
-    if room < needed * per_group:
-        if ctas > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, warps, ctas - 1, pages, groups, rounds)
-        if warps > 2:
-            return decode_plan(fmt, kv_heads, queries, limits, warps // 2, ctas, pages, groups, rounds)
-        if pages > 1:
-            return decode_plan(fmt, kv_heads, queries, limits, pages=1)
-        expected, got = fixed + needed * per_group, room + fixed
-        raise ValueError(f"[decode_attention] expected {expected} bytes of shared memory; got {got}")
-    groups = max(needed, min(groups, room // per_group))
-    return DecodePlan(
-        queries=held,
-        blocks=blocks,
-        warps=warps,
-        pages=pages,
-        groups=groups,
-        ctas=ctas,
-        chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
-        min_pages=rounds * warps * pages,
-        shared_bytes=fixed + groups * per_group,
-    )
+    shapes: list[tuple[int, int, int]] = []
+    for p in range(pages, 0, -1):
+        shapes += [(warps, c, p) for c in range(ctas, 0, -1)]
+        fewer = warps
+        while (fewer := fewer // 2) > 1:
+            shapes.append((fewer, 1, p))
+    for warps, ctas, pages in shapes:
+        # A warp's part of the ring holds its state at the end.
+        least = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
+        room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024)
+        for count in range(max(least, groups), least - 1, -1):
+            layout = decode_layout(fmt, held, warps, pages, count)
+            if layout.bytes <= room:
+                return DecodePlan(
+                    queries=held,
+                    blocks=blocks,
+                    warps=warps,
+                    pages=pages,
+                    groups=count,
+                    ctas=ctas,
+                    chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
+                    min_pages=rounds * warps * pages,
+                    layout=layout,
+                )
+    raise ValueError(f"[decode_attention] expected {layout.bytes} bytes of shared memory; got {room}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +216,8 @@ class SparsePlan:
         warps, stages: of a CTA; pages that each warp has in flight.
         ctas: per multiprocessor.
         splits: CTAs over which the pages of one head are dealt out.
-        shared_bytes: dynamic shared memory of a CTA.
+        layout: of the ring, a slot for each stage of each warp, and of its barriers.
+        shared_bytes: dynamic shared memory of a CTA: the layout, or the sums that take its place at the end.
     """
 
     queries: int
@@ -172,21 +226,22 @@ class SparsePlan:
     stages: int
     ctas: int
     splits: int
+    layout: SharedLayout
     shared_bytes: int
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
-    def macros(self, codec: Codec, params: type[ctypes.Structure], dtype: str) -> Macros:
-        return macros(
+    def macros(self, codec: Codec, dtype: str) -> Macros:
+        return page_macros(
             codec,
-            params,
             FORGE_QUERIES=self.queries,
             FORGE_WARPS=self.warps,
             FORGE_STAGES=self.stages,
             FORGE_CTAS=self.ctas,
             FORGE_TYPE=TYPES[dtype],
+            **self.layout.macros,
         )
 
 
@@ -203,24 +258,20 @@ def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, ke
     stages = min(4, room // (warps * (part + 16)))
     sums = 0 if keys else warps * 8 * (d + 1) * 4
     splits = max(1, limits.processors * ctas // (kv_heads * blocks))
-    return SparsePlan(held, blocks, warps, stages, ctas, splits, max(warps * stages * (part + 16), sums))
+    layout = SharedLayout(ring=warps * stages * part, barriers=warps * stages * 16)
+    return SparsePlan(held, blocks, warps, stages, ctas, splits, layout, max(layout.bytes, sums))
 
 
 PAGE_SCORES_WARPS = 4
 
 
 def scores_macros(codec: Codec, dtype: str) -> Macros:
-    return macros(codec, ScoresParams, FORGE_TYPE=TYPES[dtype], FORGE_WARPS=scores_warps(codec.format))
+    return page_macros(codec, FORGE_TYPE=TYPES[dtype], FORGE_WARPS=scores_warps(codec.format))
 
 
 def page_scores_macros(codec: Codec, dtype: str) -> Macros:
-    return macros(codec, PageScoresParams, FORGE_WARPS=PAGE_SCORES_WARPS, FORGE_TYPE=TYPES[dtype])
+    return page_macros(codec, FORGE_WARPS=PAGE_SCORES_WARPS, FORGE_TYPE=TYPES[dtype])
 
 
 def threshold_macros() -> Macros:
-    sizes = {"FORGE_PARAMS_BYTES": ctypes.sizeof(SparseThresholdParams), "FORGE_SHARED_BYTES": THRESHOLD_BYTES}
-    return tuple((name, str(size)) for name, size in sizes.items())
-
-
-def page_select_macros() -> Macros:
-    return (("FORGE_PARAMS_BYTES", str(ctypes.sizeof(PageSelectParams))),)
+    return macros(**THRESHOLD, FORGE_SHARED_BYTES=THRESHOLD_BYTES)

@@ -14,10 +14,11 @@ import torch
 
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
-from ...ops.arrays import dtype_of
+from ...ops.arrays import dtype_name
 from ...ops.table import PageTable
-from . import params as args
+from . import nvrtc, params
 from .launch import constants_of, current_stream, on_device
+from .macros import TYPES, rotation_macros
 from .pages import decode_pages
 
 SCRATCH_TOKENS = 16384
@@ -32,8 +33,6 @@ CUDNN_QUERIES = 512
 """Chunks of multiples of this many queries go to cuDNN: all but a prompt's last in practice."""
 
 Part = tuple[torch.Tensor, torch.Tensor]
-_turn_params = args.Packer(args.TurnQueriesParams)
-_merge_params = args.Packer(args.MergePartsParams)
 
 
 def pieces(tokens: int, scratch: int, cudnn: bool) -> list[int]:
@@ -96,22 +95,27 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
     constants, stream = constants_of(codec, device), current_stream(device)
     turned = torch.empty((batch, kv_heads, group * n, dim), dtype=torch.float16, device=device)
     shift = torch.empty(total, dtype=torch.float32, device=device)
-    kernel = constants.kernel(
-        ("turn_queries", q.dtype),
-        lambda: (args.rotation_macros(codec, args.TurnQueriesParams, FORGE_TYPE=args.TYPES[dtype_of(q)]), 0),
+    turn, turn_pack = constants.launch(
+        ("turn_queries", q.dtype), lambda: _turn_queries(codec, constants.attend[0], q.dtype, device)
     )
     grid, threads = (-(-total // 8), 1, 1), 256
-    own = bytes(constants.attend[0]), bytes(constants.attend[1])
-    params = _turn_params(
-        q.data_ptr(), turned.data_ptr(), shift.data_ptr(), own[0], *q.stride()[:3], total, q_heads, group, n
+    packed = turn_pack(
+        q=q.data_ptr(),
+        out=turned.data_ptr(),
+        shift=shift.data_ptr(),
+        q_stride=q.stride()[:3],
+        rows=total,
+        q_heads=q_heads,
+        group=group,
+        n=n,
     )
-    kernel.launch(grid, threads, stream, params)
+    turn.launch(grid, threads, stream, packed)
     cudnn = _cudnn_helps(turned, n)
     scratch = max(PAGE, (SCRATCH_TOKENS if dim <= FLASH_HEAD_DIM else WIDE_SCRATCH_TOKENS) // batch // PAGE * PAGE)
     sizes = pieces(length, scratch, cudnn)
-    rounds = [sizes[at : at + args.PARTS] for at in range(0, len(sizes), args.PARTS)]
+    rounds = [sizes[at : at + params.PARTS] for at in range(0, len(sizes), params.PARTS)]
     joined = torch.empty((total, dim), dtype=torch.float32, device=device) if len(rounds) > 1 else None
-    merge = constants.kernel(("merge_parts",), lambda: (args.rotation_macros(codec, args.MergePartsParams), 0))
+    merge, merge_pack = constants.launch("merge_parts", lambda: _merge_parts(codec, constants.attend[1], device))
     first = 0
     for i, joins in enumerate(rounds):
         parts = []
@@ -123,19 +127,34 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
             parts.append(_attend(turned, k, v, scale, cudnn))
             del k, v
             first += size
-        params = _merge_params(
-            *_filled([o.data_ptr() for o, _ in parts], args.PARTS),
-            *_filled([l.data_ptr() for _, l in parts], args.PARTS),
-            shift.data_ptr(),
-            0 if joined is None else joined.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            own[1],
-            *_filled([s for o, _ in parts for s in o.stride()[:3]], 3 * args.PARTS),
-            *(total, kv_heads, group * n, len(parts), i == 0, i + 1 == len(rounds)),
-            scale,
+        packed = merge_pack(
+            part=_filled([o.data_ptr() for o, _ in parts], params.PARTS),
+            part_lse=_filled([l.data_ptr() for _, l in parts], params.PARTS),
+            shift=shift.data_ptr(),
+            sum=0 if joined is None else joined.data_ptr(),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            stride=_filled([s for o, _ in parts for s in o.stride()[:3]], 3 * params.PARTS),
+            rows=total,
+            kv_heads=kv_heads,
+            queries=group * n,
+            parts=len(parts),
+            first=i == 0,
+            last=i + 1 == len(rounds),
+            scale=scale,
         )
-        merge.launch(grid, threads, stream, params)
+        merge.launch(grid, threads, stream, packed)
+
+
+def _turn_queries(codec: Codec, transform: bytes, dtype: Any, device: Any) -> tuple[nvrtc.Kernel, Any]:
+    macros = rotation_macros(codec, FORGE_TYPE=TYPES[dtype_name(dtype)])
+    kernel = nvrtc.kernel("turn_queries", macros, device.index, 0)
+    return kernel, params.TURN_QUERIES.packer(transform=transform)
+
+
+def _merge_parts(codec: Codec, transform: bytes, device: Any) -> tuple[nvrtc.Kernel, Any]:
+    kernel = nvrtc.kernel("merge_parts", rotation_macros(codec), device.index, 0)
+    return kernel, params.MERGE_PARTS.packer(transform=transform)
 
 
 def _filled(values: list[int], count: int) -> list[int]:

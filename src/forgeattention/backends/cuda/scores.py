@@ -10,32 +10,51 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable
-from . import params as args
-from . import plans
+from . import nvrtc, params, plans
 from .launch import address, constants_of, current_stream, limits, on_device
 
-_scores_params = args.Packer(args.ScoresParams)
+
+class _Launch:
+    """What the launches of qk_scores or value_sum for one codec, number of queries and dtype have in common."""
+
+    def __init__(self, stem: str, codec: Codec, heads: int, n: int, dtype: str, device: Any) -> None:
+        constants, side = constants_of(codec, device), int(stem == "value_sum")
+        group = heads // codec.kv_heads
+        shared = plans.value_sum_shared_bytes(codec.format) if side else 0
+        self.kernel = nvrtc.kernel(stem, plans.scores_macros(codec, dtype), device.index, shared)
+        self.warps = plans.scores_warps(codec.format)
+        self.across = codec.kv_heads * -(-group * n // 8)
+        self.pack = params.SCORES.packer(
+            transform=constants.attend[side],
+            kv_heads=codec.kv_heads,
+            group=group,
+            n=n,
+            queries=group * n,
+            blocks=-(-group * n // 8),
+            unit=constants.units[side],
+        )
+
+    def run(self, x: Any, table: PageTable, out: Any, scale: float, splits: int) -> None:
+        """With `splits` CTAs across the pages."""
+        packed = self.pack(
+            q=x.data_ptr(),
+            base=address(table.base),
+            offsets=table.offsets.data_ptr(),
+            lengths=table.lengths.data_ptr(),
+            out=out.data_ptr(),
+            q_stride=x.stride()[:3],
+            max_pages=table.offsets.stride(0),
+            max_length=table.max_length,
+            scale=scale,
+        )
+        self.kernel.launch((splits, self.across, x.shape[0]), 32 * self.warps, current_stream(x.device), packed)
 
 
-def _launch_scores(stem: str, codec: Codec, table: PageTable, x: Any, out: Any, scale: float, groups: int) -> None:
-    """A launch of qk_scores or value_sum with `groups` CTAs across the pages."""
-    side = int(stem == "value_sum")
+def _launch(stem: str, codec: Codec, x: Any) -> _Launch:
+    _, heads, n, _ = x.shape
     constants = constants_of(codec, x.device)
-    shared = plans.value_sum_shared_bytes(codec.format) if side else 0
-    kernel = constants.kernel((stem, x.dtype), lambda: (plans.scores_macros(codec, dtype_of(x)), shared))
-    group, n = x.shape[1] // codec.kv_heads, x.shape[2]
-    blocks = -(-group * n // 8)
-    params = _scores_params(
-        *map(address, (x, table.base, table.offsets, table.lengths, out)),
-        bytes(constants.attend[side]),
-        *x.stride()[:3],
-        table.offsets.stride(0),
-        *(codec.kv_heads, group, n, group * n, blocks, table.max_length),
-        scale,
-        (codec.v_codebook if side else codec.k_codebook).unit,
-    )
-    grid = (groups, codec.kv_heads * blocks, x.shape[0])
-    kernel.launch(grid, 32 * plans.scores_warps(codec.format), current_stream(x.device), params)
+    key = stem, heads, n, x.dtype
+    return constants.launch(key, lambda: _Launch(stem, codec, heads, n, dtype_of(x), x.device))
 
 
 def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
@@ -44,11 +63,10 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     if out.numel() == 0:
         return out
     with on_device(q.device):
-        pages, warps = -(-table.max_length // PAGE), plans.scores_warps(codec.format)
-        group = q.shape[1] // codec.kv_heads
-        across = codec.kv_heads * -(-group * q.shape[2] // 8) * q.shape[0]
-        groups = min(-(-pages // warps), max(1, 8 * limits(q.device.index).processors // across))
-        _launch_scores("qk_scores", codec, table, q, out, scale, groups)
+        launch = _launch("qk_scores", codec, q)
+        pages, across = -(-table.max_length // PAGE), launch.across * q.shape[0]
+        splits = min(-(-pages // launch.warps), max(1, 8 * limits(q.device.index).processors // across))
+        launch.run(q, table, out, scale, splits)
     return out
 
 
@@ -58,9 +76,9 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
     if p.shape[0] == 0 or p.shape[2] == 0 or table.max_length == 0:
         return torch.zeros((*p.shape[:3], codec.head_dim), dtype=torch.float32, device=p.device)
     with on_device(p.device):
-        pages = -(-table.max_length // PAGE)
+        launch = _launch("value_sum", codec, p)
         # By max_length alone, so that a row's result ignores the batch.
-        splits = max(1, min(64, pages // (2 * plans.scores_warps(codec.format))))
+        splits = max(1, min(64, -(-table.max_length // PAGE) // (2 * launch.warps)))
         out = torch.empty((splits, *p.shape[:3], codec.head_dim), dtype=torch.float32, device=p.device)
-        _launch_scores("value_sum", codec, table, p, out, 1.0, splits)
+        launch.run(p, table, out, 1.0, splits)
         return out.sum(0)

@@ -11,89 +11,102 @@ from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable, Scores, Threshold
-from . import nvrtc, plans
-from . import params as args
+from . import nvrtc, params, plans
 from .launch import address, constants_of, counters, current_stream, limits, on_device, partials
 
-
-def _plan(codec: Codec, queries: int, device: Any, keys: bool) -> plans.SparsePlan:
-    return plans.sparse_plan(codec.format, codec.kv_heads, queries, limits(device.index), keys)
-
-
-_score_params = args.Packer(args.SparseScoresParams)
-_page_params = args.Packer(args.PageScoresParams)
-_select_params = args.Packer(args.PageSelectParams)
-_threshold_params = args.Packer(args.SparseThresholdParams)
-_attention_params = args.Packer(args.SparseAttentionParams)
+_pack_select = params.PAGE_SELECT.packer()
+_pack_threshold = params.SPARSE_THRESHOLD.packer()
 
 
 class _Launch:
-    """A kernel with what its launches have in common."""
+    """What the launches of sparse_scores, page_scores or sparse_attention of one kind have in common.
 
-    def __init__(self, stem: str, codec: Codec, queries: int, dtype: str, device: Any, keys: bool) -> None:
-        params = args.SparseScoresParams if keys else args.SparseAttentionParams
-        self.plan = _plan(codec, queries, device, keys)
-        macros = self.plan.macros(codec, params, dtype)
-        self.kernel = nvrtc.kernel(stem, macros, device.index, self.plan.shared_bytes)
-        self.transform = bytes(constants_of(codec, device).attend[0 if keys else 1])
+    Args:
+        stem: the kernel's.
+        codec: the layer's codec.
+        queries: of a KV head.
+        dtype: of the queries, or of the result.
+        device: of the launches.
+        fixed: further members of Params that do not change.
+    """
+
+    def __init__(self, stem: str, codec: Codec, queries: int, dtype: str, device: Any, **fixed: float) -> None:
+        constants, side = constants_of(codec, device), int(stem == "sparse_attention")
+        if stem == "page_scores":
+            macros, shared = plans.page_scores_macros(codec, dtype), 0
+            self.blocks = -(-queries // 8)
+        else:
+            self.plan = plans.sparse_plan(codec.format, codec.kv_heads, queries, limits(device.index), not side)
+            macros, shared = self.plan.macros(codec, dtype), self.plan.shared_bytes
+            self.blocks = self.plan.blocks
+            fixed["unit"] = constants.units[side]
+        self.kernel = nvrtc.kernel(stem, macros, device.index, shared)
+        self.pack = params.STRUCTS[stem].packer(
+            transform=constants.attend[side], kv_heads=codec.kv_heads, queries=queries, blocks=self.blocks, **fixed
+        )
 
 
-def _launch(stem: str, codec: Codec, queries: int, dtype: str, device: Any, keys: bool) -> _Launch:
-    kernels = constants_of(codec, device).kernels
-    key = stem, queries, dtype
-    if key not in kernels:
-        kernels[key] = _Launch(stem, codec, queries, dtype, device, keys)
-    return kernels[key]
+def _of_queries(stem: str, codec: Codec, q: Any) -> _Launch:
+    """The launch for queries q [batch, q_heads, n, head_dim]."""
+    group, n = q.shape[1] // codec.kv_heads, q.shape[2]
+
+    def make() -> _Launch:
+        return _Launch(stem, codec, group * n, dtype_of(q), q.device, group=group, n=n)
+
+    return constants_of(codec, q.device).launch((stem, group, n, q.dtype), make)
 
 
 def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Scores:
     batch, q_heads, n, _ = q.shape
-    device, pages, group = q.device, -(-table.max_length // PAGE), q_heads // codec.kv_heads
+    device, pages = q.device, -(-table.max_length // PAGE)
     q = q if q.stride(-1) == 1 else q.contiguous()
     scores = torch.empty((batch, q_heads, n, pages * PAGE), dtype=torch.float32, device=device)
     stats = torch.empty((batch, q_heads, n, pages, 2), dtype=torch.float32, device=device)
     if scores.numel():
         with on_device(device):
-            launch = _launch("sparse_scores", codec, group * n, dtype_of(q), device, True)
-            params = _score_params(
-                *map(address, (q, table.base, table.offsets, table.lengths, scores, stats)),
-                launch.transform,
-                *q.stride()[:3],
-                table.offsets.stride(0),
-                *(codec.kv_heads, group, n, group * n, launch.plan.blocks, pages),
-                scale,
-                codec.k_codebook.unit,
+            launch = _of_queries("sparse_scores", codec, q)
+            packed = launch.pack(
+                q=q.data_ptr(),
+                base=address(table.base),
+                offsets=table.offsets.data_ptr(),
+                lengths=table.lengths.data_ptr(),
+                scores=scores.data_ptr(),
+                stats=stats.data_ptr(),
+                q_stride=q.stride()[:3],
+                max_pages=table.offsets.stride(0),
+                pages=pages,
+                scale=scale,
             )
             splits = max(1, min(launch.plan.splits // batch, -(-pages // launch.plan.warps)))
             grid = splits, codec.kv_heads * launch.plan.blocks, batch
-            launch.kernel.launch(grid, launch.plan.threads, current_stream(device), params)
+            launch.kernel.launch(grid, launch.plan.threads, current_stream(device), packed)
     return Scores(scores[..., : table.max_length], stats)
 
 
 def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     batch, q_heads, n, _ = q.shape
-    device, pages, group = q.device, -(-table.max_length // PAGE), q_heads // codec.kv_heads
+    device, pages = q.device, -(-table.max_length // PAGE)
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty((batch, q_heads, n, pages), dtype=torch.float32, device=device)
     if out.numel():
         with on_device(device):
-            constants = constants_of(codec, device)
-            kernel = constants.kernel(
-                ("page_scores", q.dtype), lambda: (plans.page_scores_macros(codec, dtype_of(q)), 0)
+            launch = _of_queries("page_scores", codec, q)
+            packed = launch.pack(
+                q=q.data_ptr(),
+                base=address(table.base),
+                offsets=table.offsets.data_ptr(),
+                lengths=table.lengths.data_ptr(),
+                out=out.data_ptr(),
+                q_stride=q.stride()[:3],
+                max_pages=table.offsets.stride(0),
+                pages=pages,
+                scale=scale,
             )
-            blocks = -(-group * n // 8)
-            params = _page_params(
-                *map(address, (q, table.base, table.offsets, table.lengths, out)),
-                bytes(constants.attend[0]),
-                *q.stride()[:3],
-                table.offsets.stride(0),
-                *(codec.kv_heads, group, n, group * n, blocks, pages),
-                scale,
-            )
-            across = codec.kv_heads * blocks
+            across = codec.kv_heads * launch.blocks
             most = max(1, 8 * limits(device.index).processors // (across * batch))
             splits = min(-(-pages // (16 * plans.PAGE_SCORES_WARPS)), most)
-            kernel.launch((splits, across, batch), 32 * plans.PAGE_SCORES_WARPS, current_stream(device), params)
+            threads = 32 * plans.PAGE_SCORES_WARPS
+            launch.kernel.launch((splits, across, batch), threads, current_stream(device), packed)
     return out
 
 
@@ -113,13 +126,22 @@ def page_select(
     if batch:
         with on_device(device):
             held = plans.FEW_PAGES if pages <= plans.FEW_PAGES else plans.MOST_PAGES
-            kernel = nvrtc.kernel("page_select", plans.page_select_macros(), device.index, 4 * held)
-            params = _select_params(
-                *map(address, (means, table.offsets, table.lengths, chosen, tokens, read)),
-                table.offsets.stride(0),
-                *(kv_heads, q_heads // kv_heads * n, pages, most, record),
+            kernel = nvrtc.kernel("page_select", (), device.index, 4 * held)
+            packed = _pack_select(
+                means=means.data_ptr(),
+                offsets=table.offsets.data_ptr(),
+                lengths=table.lengths.data_ptr(),
+                chosen=chosen.data_ptr(),
+                tokens=tokens.data_ptr(),
+                read=read.data_ptr(),
+                max_pages=table.offsets.stride(0),
+                kv_heads=kv_heads,
+                queries=q_heads // kv_heads * n,
+                pages=pages,
+                budget=most,
+                record=record,
             )
-            kernel.launch((batch * kv_heads, 1, 1), 1024, current_stream(device), params)
+            kernel.launch((batch * kv_heads, 1, 1), 1024, current_stream(device), packed)
     return chosen, tokens, read
 
 
@@ -172,13 +194,24 @@ def sparse_threshold(
         with on_device(device):
             kernel = nvrtc.kernel("sparse_threshold", plans.threshold_macros(), device.index, plans.THRESHOLD_BYTES)
             budgets = None if isinstance(top_k, int) else top_k
-            params = _threshold_params(
-                *map(address, (whole, pages, table.lengths, budgets, exact_lse)),
-                *map(address, (limit, last, kept, dropped, top)),
-                *(q_heads, n, pages.shape[3], one),
-                top_p or 0.0,
+            packed = _pack_threshold(
+                scores=whole.data_ptr(),
+                stats=pages.data_ptr(),
+                lengths=table.lengths.data_ptr(),
+                budgets=address(budgets),
+                exact_lse=address(exact_lse),
+                threshold=limit.data_ptr(),
+                last=last.data_ptr(),
+                kept=kept.data_ptr(),
+                dropped=dropped.data_ptr(),
+                top=top.data_ptr(),
+                q_heads=q_heads,
+                n=n,
+                pages=pages.shape[3],
+                budget=one,
+                top_p=top_p or 0.0,
             )
-            kernel.launch((rows, 1, 1), 1024, current_stream(device), params)
+            kernel.launch((rows, 1, 1), 1024, current_stream(device), packed)
     else:
         limit.fill_(torch.inf), last.fill_(-1), kept.zero_(), dropped.zero_(), top.fill_(-torch.inf)
     return Threshold(limit, last, kept, dropped, top)
@@ -200,20 +233,31 @@ def sparse_attention(
     whole, stats = _whole_pages(scores), scores.pages.contiguous()
     other_o, other_lse = (None, None) if other is None else (x.contiguous() for x in other)
     with on_device(device):
-        launch = _launch("sparse_attention", codec, queries, dtype_of(out), device, False)
+        launch = constants_of(codec, device).launch(
+            ("sparse_attention", queries, dtype),
+            lambda: _Launch("sparse_attention", codec, queries, dtype_of(out), device),
+        )
         plan, stream = launch.plan, current_stream(device)
         heads = batch * codec.kv_heads * plan.blocks
         size = heads * plan.splits * 8 * (codec.format.padded_dim + 1)
         part = partials(device, stream, size)
-        params = _attention_params(
-            *map(address, (whole, stats, threshold.score, threshold.top, threshold.last)),
-            *map(address, (table.base, table.offsets, table.lengths, other_o, other_lse, out, lse)),
-            part,
-            counters(device, stream, heads),
-            launch.transform,
-            table.offsets.stride(0),
-            *(codec.kv_heads, queries, plan.blocks, stats.shape[3]),
-            codec.v_codebook.unit,
+        packed = launch.pack(
+            scores=whole.data_ptr(),
+            stats=stats.data_ptr(),
+            threshold=threshold.score.data_ptr(),
+            top=threshold.top.data_ptr(),
+            last=threshold.last.data_ptr(),
+            base=address(table.base),
+            offsets=table.offsets.data_ptr(),
+            lengths=table.lengths.data_ptr(),
+            other=address(other_o),
+            other_lse=address(other_lse),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            part=part,
+            counter=counters(device, stream, heads),
+            max_pages=table.offsets.stride(0),
+            pages=stats.shape[3],
         )
-        launch.kernel.launch((plan.splits, codec.kv_heads * plan.blocks, batch), plan.threads, stream, params)
+        launch.kernel.launch((plan.splits, codec.kv_heads * plan.blocks, batch), plan.threads, stream, packed)
     return out, lse

@@ -1,18 +1,7 @@
 // New tokens behind the exact ones of every row, whose lengths lie on the device. One CTA per row.
-//
-// Macros: FORGE_PARAMS_BYTES.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
-
-struct Params {
-  const u8 *k, *v;      // [batch, heads, n, 4 words] bytes
-  u8 *to_k, *to_v;      // [batch, heads, capacity, 4 words]
-  int* lengths;         // [batch] tokens, n more afterwards
-  i64 k_stride[3], v_stride[3], to_k_stride[3], to_v_stride[3];  // bytes: row, head, token
-  int heads, n, words, capacity;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(THREADS) append_tokens(FORGE_PARAMS p) {
   const int row = blockIdx.x, at = p.lengths[row];

@@ -7,8 +7,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-// How a kernel's function begins: one structure is all it takes. The mlx_*.cu, whose caller passes no structure, make it
-// a function that they call.
+// How a kernel's function begins: one structure is all it takes. `struct Params` is made of the kernel's table in
+// backends/cuda/params.py and stands before this text. MLX passes no structure: for it, the text before this one makes the
+// kernel a function that an entry point calls (backends/cuda/structs.py).
 #ifndef FORGE_KERNEL
 #define FORGE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define FORGE_PARAMS const __grid_constant__ Params

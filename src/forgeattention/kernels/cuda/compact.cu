@@ -1,17 +1,9 @@
 // compact: scattered pages side by side. Limited by memory: a page is read once and written once.
 //
-// Grid: (blocks of a page, pages). Macro: FORGE_PARAMS_BYTES.
+// Grid: (blocks of a page, pages).
 #include "common.cuh"
 
 constexpr int THREADS = 256;
-
-struct Params {
-  const u8* base;      // added to offsets; null if they are addresses
-  const i64* offsets;  // [pages] bytes, multiples of 16
-  u8* out;             // [pages, 16 words]
-  i64 words;           // of 16 bytes in a page
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 struct alignas(16) Word {
   u32 x, y, z, w;

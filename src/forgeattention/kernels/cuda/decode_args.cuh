@@ -2,8 +2,7 @@
 //
 // Macros besides those of page.cuh: FORGE_QUERIES (4, 8 or 16 queries of one KV head at a time), FORGE_WARPS, FORGE_PAGES (a warp's at a
 // time, 1 or 2), FORGE_GROUPS (of FORGE_PAGES records, that a warp's ring holds), FORGE_CTAS (per multiprocessor), FORGE_ROTATION, FORGE_TYPE
-// (queries and output), FORGE_EXACT_TYPE, FORGE_EXACT_BLOCK (tokens of a block of exact tokens; 0: a row's lie side by side),
-// FORGE_PARAMS_BYTES.
+// (queries and output), FORGE_EXACT_TYPE, FORGE_EXACT_BLOCK (tokens of a block of exact tokens; 0: a row's lie side by side).
 #pragma once
 #include "page.cuh"
 #include "transform.cuh"
@@ -13,30 +12,6 @@ constexpr int BLOCKS = QUERIES / 4;
 constexpr int E = DIM / 32;
 constexpr float WEIGHT_MAX = 65500.f;
 constexpr int EXACT_TOKENS = 16;  // of a task
-
-struct Params {
-  const void* q;               // FORGE_TYPE [batch, q_heads, n, head_dim]
-  const u8* base;              // added to offsets; null if they are addresses
-  const i64* offsets;          // [batch, max_pages] bytes
-  const int* lengths;          // [batch] packed tokens, or null
-  const void *exact_k, *exact_v;  // FORGE_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows
-  const int* exact_lengths;    // [batch], or null
-  const int* exact_blocks;     // [batch, exact_stride], if FORGE_EXACT_BLOCK: then k_stride and v_stride are those of blocks, heads, tokens
-  const float* sink_logits;    // [q_heads], or null
-  void* out;                   // FORGE_TYPE [batch, q_heads, n, head_dim]
-  float* lse;                  // [batch, q_heads, n]
-  float* part;                 // [batch, kv_heads, blocks, slots, QUERIES, DIM]: a slot per chunk, then one per task of exact tokens
-  float2* part_ml;             // the same without DIM: (maximum in log2 units, sum)
-  u32* counter;                // [batch, kv_heads, blocks], zero before and after
-  TransformArgs k_transform, v_transform;
-  i64 q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // elements: row, head, token
-  i64 max_pages, exact_stride;
-  int kv_heads, group, n, queries, blocks, causal;  // queries = group * n
-  int chunks, min_pages, slots;  // a row's head has at most `chunks`, of at least `min_pages` pages each
-  int max_length;                // tokens that no row exceeds, and most rows have
-  float scale_log2, k_unit, v_unit;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 // How a row's work for one KV head is cut: by the row's own lengths alone, so that its result does not depend on the batch.
 // Chunks are runs of pages; exact tokens are dealt out to the chunks' warps in tasks.
@@ -58,7 +33,7 @@ struct Item {
   int length, exact;  // tokens of the row
 };
 
-// Shared memory; backends/cuda/plans.py computes the same sizes.
+// Shared memory; where each part begins and how long it is says `decode_layout` in backends/cuda/plans.py.
 constexpr int QUERY_ROWS = QUERIES < 8 ? QUERIES : 8;
 constexpr int ROW_BYTES = 4 * DIM;  // of a query's 16-bit fragments
 struct Shared {
@@ -74,16 +49,16 @@ struct Shared {
   int* totals;   // [QUERIES][2] sums of the terms
   u32* last;     // whether this CTA is the last of its head
   __device__ __forceinline__ explicit Shared(u8* at) {
-    ring = at;
-    terms = ring + WARPS * GROUPS * PAGES * RECORD;
-    plain = terms + QUERIES * QUERY_BYTES;
-    scales = (float*)(plain + QUERIES * ROW_BYTES);
-    barriers = (u64*)(scales + WARPS * PAGES * forge::PAGE);
-    constants = (u32*)(barriers + WARPS * GROUPS * 2);
-    step = (float*)(constants + CONSTANT_WORDS);
-    shift = step + QUERIES;
-    size = shift + QUERIES;
-    totals = (int*)(size + QUERIES);
-    last = (u32*)(totals + 2 * QUERIES);
+    ring = at + FORGE_AT_RING;
+    terms = at + FORGE_AT_TERMS;
+    plain = at + FORGE_AT_PLAIN;
+    scales = (float*)(at + FORGE_AT_SCALES);
+    barriers = (u64*)(at + FORGE_AT_BARRIERS);
+    constants = (u32*)(at + FORGE_AT_CONSTANTS);
+    step = (float*)(at + FORGE_AT_STEP);
+    shift = (float*)(at + FORGE_AT_SHIFT);
+    size = (float*)(at + FORGE_AT_SIZE);
+    totals = (int*)(at + FORGE_AT_TOTALS);
+    last = (u32*)(at + FORGE_AT_LAST);
   }
 };

@@ -1,24 +1,12 @@
 // Pages back to vectors. One CTA per page, KV head and row.
 //
 // Macros besides those of page.cuh: FORGE_ROTATION (IDENTITY leaves the stored vectors rotated), FORGE_WIDTH (channels of a result),
-// FORGE_TYPE, FORGE_PARAMS_BYTES.
+// FORGE_TYPE.
 #include "page.cuh"
 #include "transform.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 4;  // floats between tokens in shared memory
-
-struct Params {
-  const u8* base;       // added to offsets; null if they are addresses
-  const i64* offsets;   // [batch, max_pages] bytes
-  const int* lengths;   // [batch] tokens
-  void *k, *v;          // FORGE_TYPE [batch, kv_heads, max_length, FORGE_WIDTH]
-  TransformArgs k_transform, v_transform;
-  i64 max_pages;
-  int kv_heads, max_length;
-  float k_unit, v_unit;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 // Where a level lies in shared memory. Runs of eight channels change places within their 32, so that neither the lanes of a key's
 // unit (quarters of the channels) nor those of a value's (tokens 16 apart) meet in a bank.
@@ -128,7 +116,7 @@ __device__ __forceinline__ void write(const Params& p, const u8* record, const f
 
 FORGE_KERNEL(THREADS) decode_pages(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
-  float *y = (float*)shared, *scales = y + forge::PAGE * ROW;
+  float *y = (float*)(shared + FORGE_AT_Y), *scales = (float*)(shared + FORGE_AT_SCALES);
   const int page = blockIdx.x, head = blockIdx.y, row = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int pages = (__ldg(p.lengths + row) + forge::PAGE - 1) / forge::PAGE;
   if (page >= pages) {

@@ -1,25 +1,12 @@
 // Encode: 64 tokens of one KV head to a page record, from the model's dtype. One CTA per page and head.
 //
-// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm),
-// FORGE_PARAMS_BYTES. The meaning of every step is reference/pages.py.
+// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm).
+// The meaning of every step is reference/pages.py.
 #include "page.cuh"
 #include "transform.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
-
-struct Params {
-  const void *k, *v;  // FORGE_TYPE [pages, kv_heads, 64, head_dim] by their strides
-  u8* base;           // added to offsets; null if they are addresses
-  const i64* offsets;  // [pages] bytes; a page whose offset is negative is left out
-  const int* slots;   // [pages, 64] tokens in blocks, as page_tables.cu writes them: -1 - (block * exact_block + place); or null
-  int* bad;           // set to 1 where a value is not finite or a scale overflows; what such a page then holds is undefined
-  TransformArgs k_transform, v_transform;
-  i64 k_stride[3], v_stride[3];  // elements: page (with slots: block), head, token
-  i64 exact_block;    // tokens of a block, with slots
-  float k_unit, v_unit;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 struct Shared {
   float* y;         // [64][ROW] rotated vectors
@@ -31,14 +18,14 @@ struct Shared {
   float* edges;     // [2][4][4] trellis: between the levels of a subset; of K, then V
   float* reduce;    // [WARPS]
   __device__ __forceinline__ Shared(u8* at) {
-    y = (float*)at;
-    mean = y + 64 * ROW;
-    norm = mean + DIM;
-    inverse = norm + 64;
-    scale = inverse + 64;
-    edges = scale + 64;
-    reduce = edges + 32;
-    levels = (signed char*)(reduce + WARPS);
+    y = (float*)(at + FORGE_AT_Y);
+    mean = (float*)(at + FORGE_AT_MEAN);
+    norm = (float*)(at + FORGE_AT_NORM);
+    inverse = (float*)(at + FORGE_AT_INVERSE);
+    scale = (float*)(at + FORGE_AT_SCALE);
+    edges = (float*)(at + FORGE_AT_EDGES);
+    reduce = (float*)(at + FORGE_AT_REDUCE);
+    levels = (signed char*)(at + FORGE_AT_LEVELS);
   }
 };
 

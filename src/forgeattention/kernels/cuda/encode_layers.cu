@@ -1,17 +1,11 @@
 // The pages that fill in a step, in every layer of a paged engine at once: one layer's few pages would leave most of the device idle.
 //
-// A CTA takes every gridDim.x-th of layers x heads x pages. Macros: those of encode.cu, FORGE_LAYERS_BYTES.
+// A CTA takes every gridDim.x-th of layers x heads x pages. Macros: those of encode.cu.
+#undef FORGE_KERNEL
+#undef FORGE_PARAMS
 #define FORGE_KERNEL(...) __device__ __forceinline__ void
 #define FORGE_PARAMS const Params&
 #include "encode.cu"
-
-struct LayersParams {
-  const Params* layers;  // [count]
-  const int* filled;     // numbers of the pages that fill
-  const int* fills;      // how many there are
-  int count, kv_heads;
-};
-static_assert(sizeof(LayersParams) == FORGE_LAYERS_BYTES, "the launcher's structure differs");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) encode_layers(const __grid_constant__ LayersParams q) {
   extern __shared__ __align__(16) u8 shared[];

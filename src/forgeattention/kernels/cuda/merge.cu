@@ -1,21 +1,9 @@
 // Attention over two disjoint sets of tokens to that over both. One warp per query.
 //
-// Macros: FORGE_DIM (head_dim), FORGE_TYPE (of the first part and the result), FORGE_PARAMS_BYTES.
+// Macros: FORGE_DIM (head_dim), FORGE_TYPE (of the first part and the result).
 #include "common.cuh"
 
 constexpr int DIM = FORGE_DIM, WARPS = 8;
-
-struct Params {
-  const void* a;       // FORGE_TYPE [batch, heads, n, DIM]
-  const float* a_lse;  // [rows]
-  const float* b;      // [rows, DIM]
-  const float* b_lse;  // [rows]
-  void* out;           // FORGE_TYPE [rows, DIM]
-  float* lse;          // [rows]
-  i64 a_stride[3];     // elements: row of the batch, head, token
-  int rows, heads, n;  // rows = batch * heads * n
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(32 * WARPS) merge(FORGE_PARAMS p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;

@@ -1,24 +1,9 @@
 // Attention over parts of the packed tokens, joined by log-sum-exp and brought back to the model's coordinates. One warp per query.
 //
-// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION, FORGE_PARAMS_BYTES.
+// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION.
 #include "transform.cuh"
 
-constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM, E = DIM / 32, WARPS = 8, MOST = 8;
-
-struct Params {
-  const void* part[MOST];       // f16 [batch, kv_heads, group n, DIM]
-  const float* part_lse[MOST];  // [batch, kv_heads, group n], contiguous
-  const float* shift;           // [rows], times scale added to lse
-  float* sum;                   // [rows, DIM] parts joined earlier and now, rotated; null if there are no others
-  float* out;                   // [rows, HEAD_DIM], written with the last parts
-  float* lse;                   // [rows], of parts joined so far
-  TransformArgs transform;
-  i64 stride[MOST][3];          // elements: row of the batch, KV head, query
-  int rows, kv_heads, queries;  // rows = batch * kv_heads * queries, queries = group * n
-  int parts, first, last;       // first, last: whether these parts are
-  float scale;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
+constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM, E = DIM / 32, WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) merge_parts(const __grid_constant__ Params p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;

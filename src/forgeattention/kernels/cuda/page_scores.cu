@@ -1,25 +1,11 @@
 // Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen pages at a
 // time, whose mean rows are the rows of one product.
 //
-// Macros besides those of page.cuh: FORGE_WARPS, FORGE_ROTATION, FORGE_TYPE (queries), FORGE_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_WARPS, FORGE_ROTATION, FORGE_TYPE (queries).
 #include "page.cuh"
 #include "transform.cuh"
 
 constexpr int WARPS = FORGE_WARPS, QUERIES = 8, E = DIM / 32;
-
-struct Params {
-  const void* q;       // FORGE_TYPE [batch, q_heads, n, head_dim]
-  const u8* base;      // added to offsets; null if they are addresses
-  const i64* offsets;  // [batch, max_pages] bytes
-  const int* lengths;  // [batch] tokens
-  float* out;          // [batch, q_heads, n, pages]
-  TransformArgs transform;
-  i64 q_stride[3];     // elements: row, head, token
-  i64 max_pages;
-  int kv_heads, group, n, queries, blocks, pages;  // queries = group * n
-  float scale;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 // Low bits of the four bytes of a word, the first byte's in bit 0.
 __device__ __forceinline__ u32 low_bits(u32 x) { return (x & 0x01010101u) * 0x01020408u >> 24 & 15; }

@@ -3,21 +3,7 @@
 //
 // A page's rank is the largest, over the queries of the KV head, of the score of its mean less the log-sum-exp of all means. The
 // `budget` pages of largest rank are taken, the earlier of equal ones first, and listed in their order.
-//
-// Macros: FORGE_PARAMS_BYTES.
 #include "block.cuh"
-
-struct Params {
-  const float* means;  // [batch, kv_heads, queries, pages], -inf past a row's last page
-  const i64* offsets;  // [batch, max_pages] bytes
-  const int* lengths;  // [batch] tokens
-  i64* chosen;         // [batch, kv_heads, budget] bytes, of the head's own records
-  int* tokens;         // [batch, kv_heads] tokens of the chosen pages
-  u8* read;            // [batch, kv_heads, pages], 1 where chosen
-  i64 max_pages;
-  int kv_heads, queries, pages, budget, record;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 __device__ __forceinline__ u32 ordered(float x) {
   const u32 bits = __float_as_uint(x + 0.f);  // -0 is 0

@@ -4,30 +4,9 @@
 // A row has `past` tokens before the step and `length` after it. Packed are its pages before page `whole`: those that lie `window`
 // tokens back, and those whose exact blocks are gone (block 0). All later tokens are exact. The first sink_blocks exact blocks stay
 // exact: page 0 holds them last, and is the last of a row's packed pages, cut before them.
-//
-// Macros: FORGE_PARAMS_BYTES.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
-
-struct Params {
-  const int* starts;        // [rows + 1] first new token of a row among the step's
-  const int* lengths;       // [rows] tokens with the new ones
-  const int* packed_table;  // [rows, packed_stride] blocks of pages_per_block pages; 0: none
-  const int* exact_table;   // [rows, exact_stride] blocks of exact_block tokens; 0: none
-  i64* offsets;             // [rows, max_pages] bytes of the packed pages
-  int* packed;              // [rows] packed tokens
-  int* blocks;              // [rows, max_blocks] exact blocks
-  int* exact;               // [rows] exact tokens: with the new ones in the first decode_rows rows, without in the others
-  i64* fill_offsets;        // [fills] bytes of a page that fills in this step, or -1: row r's are those from r + starts[r] / 64 on
-  int *filled, *fills;      // numbers of the pages that fill, in any order; how many there are, 0 before
-  int* fill_tokens;         // [fills, 64] a page's tokens: number among the step's, or -1 - (block * exact_block + place) of an exact one
-  i64 block_bytes, page_bytes;
-  i64 packed_stride, exact_stride, max_pages, max_blocks;
-  int decode_rows, window, pages_per_block, exact_block, sink_blocks;
-  int fill_exact;           // name new tokens of filled pages by their exact blocks too
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(THREADS) page_tables(FORGE_PARAMS p) {
   constexpr int PAGE = forge::PAGE;

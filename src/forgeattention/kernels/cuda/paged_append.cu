@@ -1,25 +1,9 @@
 // A step's new keys and values to their places in exact blocks, and the tokens of the pages that fill to where `encode` reads them.
 //
 // Grid: tokens by TOKENS first, then one CTA per page that may fill (page_tables.cu) and head, which returns where none does.
-//
-// Macros: FORGE_PARAMS_BYTES.
 #include "common.cuh"
 
 constexpr int THREADS = 256, TOKENS = 4;
-
-struct Params {
-  const u8 *k, *v;            // [tokens, heads, 16 words] bytes, rows at multiples of 16
-  u8* cache;                  // [blocks, exact_block, heads, 2 x 16 words]: a token's key and value of a head side by side
-  const i64* slots;           // [tokens] block * exact_block + place; below exact_block (block 0, or -1): not kept
-  const i64* fill_offsets;    // [fills]
-  const int* fill_tokens;     // [fills, 64]
-  u8 *fill_k, *fill_v;        // [heads, 64 fills, 16 words]
-  i64 k_stride[2], v_stride[2];   // bytes: token, head
-  i64 cache_stride[3];            // bytes: block, token, head
-  i64 fill_stride;                // bytes of a head's pages
-  int tokens, heads, words, exact_block;  // words of 16 bytes
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(THREADS) paged_append(FORGE_PARAMS p) {
   const int per_token = 2 * p.heads * p.words, writers = (p.tokens + TOKENS - 1) / TOKENS;

@@ -2,8 +2,7 @@
 // blocks, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor unread. The last CTA of a head
 // adds the splits. Splits do not depend on lengths, so that a row's result ignores the batch.
 //
-// Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the other tokens' output),
-// FORGE_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the other tokens' output).
 #include "page.cuh"
 #include "transform.cuh"
 
@@ -11,27 +10,6 @@ constexpr int WARPS = FORGE_WARPS, STAGES = FORGE_STAGES, QUERIES = 8, E = DIM /
 constexpr int TAIL = RECORD - MEAN_OFFSET;  // of a record: the mean row, which holds the header, and the values
 constexpr int LINE = DIM + 1;               // sums of a query and, last, of its weights
 constexpr float WEIGHT_MAX = 65500.f;
-
-struct Params {
-  const float* scores;     // [batch, q_heads, n, 64 pages]
-  const float2* stats;     // [batch, q_heads, n, pages]
-  const float *threshold, *top;  // [batch, q_heads, n]
-  const int* last;         // [batch, q_heads, n]
-  const u8* base;          // added to offsets; null if they are addresses
-  const i64* offsets;      // [batch, max_pages] bytes
-  const int* lengths;      // [batch] tokens
-  const void* other;       // FORGE_TYPE [batch, q_heads, n, head_dim], or null
-  const float* other_lse;  // [batch, q_heads, n]
-  void* out;               // FORGE_TYPE [batch, q_heads, n, head_dim]
-  float* lse;              // [batch, q_heads, n]
-  float* part;             // [batch, kv_heads, blocks, splits, QUERIES, LINE]
-  u32* counter;            // [batch, kv_heads, blocks], zero before and after
-  TransformArgs transform;
-  i64 max_pages;
-  int kv_heads, queries, blocks, pages;
-  float unit;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][TAIL], barriers; then sums [WARPS][QUERIES][LINE]
@@ -46,7 +24,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   const i64* offsets = p.offsets + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD + MEAN_OFFSET;
   Ring<STAGES, 1, TAIL, 0> ring;
-  ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + WARPS * STAGES * TAIL) + warp * STAGES * 2, lane);
+  ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);
   if (thread == 0) Constants::store(words);
   if (thread < QUERIES) limits[thread] = thread < count ? __ldg(p.threshold + line + thread) : __int_as_float(0x7f800000);
   __syncthreads();

@@ -1,28 +1,12 @@
 // Scores of queries against all packed keys, and each page's largest score and sum of exponentials. Grid: (splits,
 // kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of records.
 //
-// Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE,
-// FORGE_PARAMS_BYTES.
+// Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE.
 #include "page.cuh"
 #include "transform.cuh"
 
 constexpr int WARPS = FORGE_WARPS, STAGES = FORGE_STAGES, QUERIES = FORGE_QUERIES, E = DIM / 32;
 constexpr int BLOCKS = QUERIES / 4;
-
-struct Params {
-  const void* q;       // FORGE_TYPE [batch, q_heads, n, head_dim]
-  const u8* base;      // added to offsets; null if they are addresses
-  const i64* offsets;  // [batch, max_pages] bytes
-  const int* lengths;  // [batch] tokens
-  float* scores;       // [batch, q_heads, n, 64 pages], -inf from the row's length on
-  float2* stats;       // [batch, q_heads, n, pages]
-  TransformArgs transform;
-  i64 q_stride[3];     // elements: row, head, token
-  i64 max_pages;
-  int kv_heads, group, n, queries, blocks, pages;  // queries = group * n
-  float scale, unit;
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][K_BYTES], barriers
@@ -38,7 +22,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   const i64* offsets = p.offsets + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD;
   Ring<STAGES, 1, K_BYTES, 0> ring;
-  ring.init(shared + warp * STAGES * K_BYTES, (u64*)(shared + WARPS * STAGES * K_BYTES) + warp * STAGES * 2, lane);
+  ring.init(shared + warp * STAGES * K_BYTES, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     const int page = begin + i * step;

@@ -6,27 +6,13 @@
 // finds the bin in which the last kept token lies; bins are refined until their tokens fit a short list, which is searched by
 // counting. Tokens above the bound are kept in shared memory if they fit; else every pass reads their pages again.
 //
-// Macros: FORGE_PARAMS_BYTES, FORGE_SHARED_BYTES.
+// Macros: FORGE_CAPACITY, FORGE_SHORT, FORGE_LISTED_PAGES, FORGE_SHARED_BYTES.
 #include "block.cuh"
 
-constexpr int BINS = THREADS, CAPACITY = 8192, SHORT = 2048, LISTED_PAGES = 8192;
+constexpr int BINS = THREADS, CAPACITY = FORGE_CAPACITY, SHORT = FORGE_SHORT, LISTED_PAGES = FORGE_LISTED_PAGES;
 constexpr float BIN = 16.f;
 // Masses are fixed point in units of exp(top) / 2^32, so that sums do not depend on their order.
 constexpr float FIXED = 4294967296.f;
-
-struct Params {
-  const float* scores;     // [rows, 64 pages]
-  const float2* stats;     // [rows, pages]
-  const int* lengths;      // [batch]
-  const int* budgets;      // [q_heads], or null for `budget`
-  const float* exact_lse;  // [rows], or null
-  float* threshold;        // [rows]
-  int *last, *kept;        // [rows]
-  float *dropped, *top;    // [rows]; top is the largest score
-  int q_heads, n, pages, budget;
-  float top_p;             // 0 for a number of tokens
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 __device__ __forceinline__ u64 token_value(float score, int position) {
   const u32 bits = __float_as_uint(score + 0.f);  // -0 is 0

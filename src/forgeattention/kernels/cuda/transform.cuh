@@ -78,15 +78,6 @@ struct Rotate {
 };
 
 // One side's transform as a kernel is told of it.
-struct TransformArgs {
-  const float* signs;       // [heads][DIM], for HADAMARD with A = H diag(s d): s d (encode) or s / d (queries, outputs)
-  const float* in_matrix;   // [heads][DIM][DIM], for MATRIX: A^T (encode) or A^-1 (queries)
-  const float* out_matrix;  // [heads][DIM][DIM], for MATRIX: (A^-1)^T
-  const float* mu;          // [heads][DIM], or null
-  i64 stride;               // elements between heads of signs or matrices, 0 if all share one
-  i64 mu_stride;
-};
-
 // What a transform is told, loaded ahead of its use.
 template <int DIM, int ROTATION>
 struct Signs {

@@ -1,19 +1,9 @@
 // Queries into the coordinates of packed keys, for attention by other kernels over decoded pages. One warp per query.
 //
-// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION, FORGE_TYPE (of q), FORGE_PARAMS_BYTES.
+// Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION, FORGE_TYPE (of q).
 #include "transform.cuh"
 
 constexpr int DIM = FORGE_DIM, HEAD_DIM = FORGE_HEAD_DIM, E = DIM / 32, WARPS = 8;
-
-struct Params {
-  const void* q;    // FORGE_TYPE [batch, q_heads, n, head_dim]
-  void* out;        // f16 [batch, q_heads, n, DIM], contiguous
-  float* shift;     // [batch, q_heads, n] q . mu
-  TransformArgs transform;
-  i64 q_stride[3];  // elements: row, head, token
-  int rows, q_heads, group, n;  // rows = batch * q_heads * n
-};
-static_assert(sizeof(Params) == FORGE_PARAMS_BYTES, "the launcher's structure differs");
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) turn_queries(const __grid_constant__ Params p) {
   const int row = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
