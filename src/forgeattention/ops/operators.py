@@ -190,8 +190,13 @@ class Operator:
         found = self._op.function(*arguments, **options)
         if self._result is None:
             return None
-        # An operator's result must not be one of its arguments.
-        out = [x.clone() if any(x is value for value in values) else x for x in self._result.spread(found)]
+        # An operator's result may lie in no memory of an argument or of another result.
+        taken = {x.untyped_storage().data_ptr() for x in values if isinstance(x, torch.Tensor)}
+        out = []
+        for x in self._result.spread(found):
+            at = x.untyped_storage().data_ptr()
+            out.append(x.clone() if at and at in taken else x)
+            taken.add(at)
         return out[0] if len(out) == 1 else tuple(out)
 
     def _fake(self, *values: Any) -> Any:
