@@ -10,7 +10,6 @@ from typing import Any
 
 import peer_caches
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from forgeattention import CodecSpec
 from forgeattention.codec import Codec
@@ -61,7 +60,7 @@ def decoded(
 
     @lru_cache(2)
     def codecs(model: Any) -> dict[int, Codec]:
-        return codecs_for(model, spec, full_attention_layers(model.config), fitted)
+        return codecs_for(model, spec, peer_caches.full_attention_layers(model.config), fitted)
 
     def make(model: Any) -> Any:
         return coded_cache(model, {i: (codec, "kv") for i, codec in codecs(model).items()}, backend="cpu")
@@ -83,13 +82,13 @@ def calibrated(model: Any, file: Path, backend: str, decoded: bool) -> Candidate
     return Candidate(f"calibrated: {file.stem}", bits, make, None if decoded else "forge", "calibrated")
 
 
-def peer(cache: peer_caches.Peer, layers: int, sinks: int, window: int) -> Candidate:
-    """A simulated cache of the field, with our exact first tokens and recent window, for a model with so many layers of
-    full attention."""
-    bits = cache.bits(layers)
-    return Candidate(
-        cache.name, bits, lambda model: peer_caches.make_cache(model.config, cache, sinks, window), None, "peer", cache
-    )
+def peer(cache: peer_caches.Peer, config: Any, sinks: int, window: int) -> Candidate:
+    """A simulated cache of the field, with our exact first tokens and recent window, for models of this config."""
+
+    def make(model: Any) -> Any:
+        return peer_caches.make_cache(model.config, cache, sinks, window)
+
+    return Candidate(cache.name, cache.bits(config), make, None, "peer", cache)
 
 
 EXACT = Candidate("exact", 16.0, lambda model: DynamicCache(config=model.config), None, "exact")
@@ -123,7 +122,7 @@ def candidates(
     """
     if which not in SETS:
         raise ValueError(f"[candidates] expected a set in {SETS}; got {which!r}")
-    dim, layers = head_dim(model), len(full_attention_layers(model.config))
+    dim = head_dim(model)
     norm: dict[str, Any] = {"k_scale_rule": "norm", "v_scale_rule": "norm"}
     base: dict[str, Any] = {
         "key_mean": False,
@@ -139,7 +138,7 @@ def candidates(
 
     out = [EXACT, *(one(f"preset {name}", spec, "preset") for name, spec in PRESETS.items())]
     if which == "field":
-        return out + [peer(cache, layers, sinks, window) for cache in peer_caches.peers(dim)]
+        return out + [peer(cache, model.config, sinks, window) for cache in peer_caches.peers(dim)]
     out += [
         one("balanced, V trellis8", CodecSpec(v_code="trellis8")),
         one("balanced, not fitted to the model", CodecSpec(), fitted=False),
@@ -165,9 +164,19 @@ def candidates(
             one("origin: planar 45 degrees, 4 bits", CodecSpec(rotation="planar", **four), "peer", False),
         ]
     simulated = [cache for cache in peer_caches.peers(dim) if which == "full" or cache.name in FEW]
-    return out + [peer(cache, layers, sinks, window) for cache in simulated]
+    return out + [peer(cache, model.config, sinks, window) for cache in simulated]
 
 
-def full_attention_layers(config: Any) -> list[int]:
-    """Numbers of the layers that a packed cache packs and a peer codes."""
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+def chosen(every: list[Candidate], only: list[str] | None) -> list[Candidate]:
+    """Those whose name is one of `only`, or holds one that ends in "*"; all if None.
+
+    Raises:
+        ValueError: a name that fits none.
+    """
+    if only is None:
+        return every
+    fits = {text: [c for c in every if c.name == text or (text[-1:] == "*" and text[:-1] in c.name)] for text in only}
+    if unknown := [text for text, found in fits.items() if not found]:
+        raise ValueError(f"[candidates] expected names of {[c.name for c in every]}; got {unknown}")
+    wanted = {c.name for found in fits.values() for c in found}
+    return [c for c in every if c.name in wanted]

@@ -26,6 +26,7 @@ from typing import Any
 
 import canaries
 import candidates as caches
+import fitted_caches
 import torch
 from candidates import EXACT
 from fidelity_measure import Row, compare, documents, greedy
@@ -83,8 +84,10 @@ class Bench:
         make = caches.decoded if args.decoded else caches.ours
         exact_tokens = {"sinks": 0, "window": 0} if args.no_exact_tokens else {}
         every = caches.candidates(self.model, args.set, args.backend, make, **exact_tokens)
+        if args.fitted:
+            every += fitted_caches.candidates(self.model, self.tokenizer, args.backend, **exact_tokens)
         every += [caches.calibrated(self.model, file, args.backend, args.decoded) for file in args.calibrations]
-        self.candidates = [c for c in every if c is EXACT or not args.only or any(only in c.name for only in args.only)]
+        self.candidates = caches.chosen(every, None if args.only is None else [EXACT.name, *args.only])
         self.pieces: dict[str, list[torch.Tensor]] = {}
 
     def measure(self, item: Item) -> list[Row]:
@@ -204,7 +207,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--backend", default="auto", help="kernels of our caches (default auto)")
-    parser.add_argument("--only", nargs="+", help="caches whose name holds one of these")
+    parser.add_argument("--only", nargs="+", help="caches of these names, or PART* for all that hold it")
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="names or files (default %(default)s)")
     parser.add_argument("--windows", type=int, help="pieces of each text (default: 1 or 4)")
     parser.add_argument("--length", type=int, help="tokens of a piece (default: 1152 or 2048)")
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is measured")
     parser.add_argument("--batch", type=int, default=1, help="documents or prompts of one length read at once")
     parser.add_argument("--calibrations", type=Path, nargs="+", default=[], metavar="FILE", help="also measure these")
+    parser.add_argument("--fitted", action="store_true", help="also caches that are fitted to the model by a text")
     parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
     parser.add_argument("--workers", type=int, default=1, help="processes; set OMP_NUM_THREADS=1 with several")
     parser.add_argument("--journal", type=Path, help="where finished items are kept and looked for")

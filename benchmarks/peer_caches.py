@@ -34,7 +34,7 @@ class Peer:
         ends: so many first and as many last layers stay exact.
         block: tokens that it codes at once.
         source: where it is described.
-        fit: makes the coders for a model, where they are calibrated on it; takes the model and its tokenizer.
+        by_layer: whether coders differ from layer to layer.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Peer:
     source: str
     ends: int = 0
     block: int = BLOCK
-    fit: Callable[[Any, Any], Peer] | None = None
+    by_layer: bool = False
 
-    def bits(self, layers: int) -> float:
-        """Mean over a model's layers, those that stay exact counted at 16 bits."""
-        exact = min(2 * self.ends, layers) / layers
-        return self.effective_bits * (1 - exact) + 16 * exact
+    def bits(self, config: Any) -> float:
+        """Mean over the layers of full attention, those that stay exact counted at 16 bits."""
+        coded = len(coded_layers(config, self)) / len(full_attention_layers(config))
+        return self.effective_bits * coded + 16 * (1 - coded)
 
 
 def affine(x: torch.Tensor, bits: int, group: int, dim: int) -> torch.Tensor:
@@ -217,21 +217,30 @@ class PeerLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_initialized and self.keys.numel():
-            block = self.peer.block
-            ready = (self.keys.shape[2] - self.window - self.coded) // block * block
-            if ready > 0:
-                span = slice(self.coded, self.coded + ready)
-                for held, coder in ((self.keys, self.peer.keys), (self.values, self.peer.values)):
-                    held[:, :, span] = coder(held[:, :, span], self.layer).to(held.dtype)
-                self.coded += ready
+            self.catch_up()
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def catch_up(self) -> None:
+        """Code the blocks that have left the window."""
+        block = self.peer.block
+        ready = (self.keys.shape[2] - self.window - self.coded) // block * block
+        if ready > 0:
+            span = slice(self.coded, self.coded + ready)
+            for held, coder in ((self.keys, self.peer.keys), (self.values, self.peer.values)):
+                held[:, :, span] = coder(held[:, :, span], self.layer).to(held.dtype)
+            self.coded += ready
+
+
+def full_attention_layers(config: Any) -> list[int]:
+    """Numbers of the layers that a packed cache packs."""
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
 def coded_layers(config: Any, peer: Peer) -> list[int]:
-    """Numbers of the layers that `peer` codes: those of full attention, without the ends that it leaves exact."""
-    layers = DynamicCache(config=config).layers
-    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    return full[peer.ends : len(full) - peer.ends]
+    """Numbers of the layers that `peer` codes: those of full attention that are not among the model's first or last
+    ones that it leaves exact."""
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    return [i for i in full_attention_layers(config) if peer.ends <= i < layers - peer.ends]
 
 
 def make_cache(config: Any, peer: Peer, sinks: int = 4, window: int = 128) -> DynamicCache:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import candidates
@@ -44,7 +44,8 @@ def test_bits_count_scales_and_layers_left_exact() -> None:
     assert by_name["TurboQuant 3-bit (vLLM)"].effective_bits == pytest.approx(102 * 8 / 256)
     assert by_name["TurboQuant 4-bit (vLLM)"].effective_bits == pytest.approx(134 * 8 / 256)
     ends = by_name["TurboQuant 3-bit (vLLM), 2 + 2 layers exact"]
-    assert ends.bits(28) == pytest.approx((24 * 102 * 8 / 256 + 4 * 16) / 28)
+    config = LlamaConfig(num_hidden_layers=28)
+    assert ends.bits(config) == pytest.approx((24 * 102 * 8 / 256 + 4 * 16) / 28)
     # KVarN's record of 128 tokens at head_dim 256: 26,880 bytes.
     kvarn = next(p for p in peer_caches.peers(256) if p.name.startswith("KVarN"))
     assert kvarn.effective_bits == pytest.approx(26_880 * 8 / (2 * 128 * 256))

@@ -1,0 +1,38 @@
+"""A file of finished work, one line of JSON each, so that a measurement that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Results by name.
+
+    Args:
+        file: where they are kept; None keeps them in memory alone. A last line that is cut off is left out.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.known: dict[str, Any] = {}
+        for line in file.read_text().splitlines() if file is not None and file.is_file() else ():
+            try:
+                name, result = json.loads(line)
+            except ValueError:
+                continue
+            self.known[name] = result
+
+    def get(self, name: str) -> Any:
+        """The result of this name, or None."""
+        return self.known.get(name)
+
+    def add(self, name: str, result: Any) -> Any:
+        """Keeps a result, at once in the file too, and gives it back."""
+        self.known[name] = result
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps([name, result]) + "\n")
+        return result

