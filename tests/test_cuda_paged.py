@@ -14,7 +14,7 @@ from paged_engine import Batch, Engine
 from forgeattention import ops
 from forgeattention.backends.cuda import nvrtc
 from forgeattention.codec import PAGE
-from forgeattention.ops.page_tables import Geometry, fills, page_tables
+from forgeattention.ops.page_tables import Blocks, Geometry, fills, page_tables
 from forgeattention.ops.table import PageTable
 
 available, reason = nvrtc.available()
@@ -99,7 +99,7 @@ class Run:
         count = len(engine.free) + 1
         self.pages = torch.zeros(count * geometry.block_bytes, dtype=torch.uint8, device=device)
         self.tokens = torch.full((count, geometry.exact_block, KV, 2 * d), math.nan, dtype=dtype, device=device)
-        self.blocks = paged.Blocks(self.codec, self.pages, self.tokens)
+        self.blocks = Blocks(self.codec, self.pages, self.tokens)
         self.tables = paged.Tables(geometry, rows, 4096, 8192, case.n, device)
         self.staging = torch.full((2, KV, PAGE * fills(rows, 4096), d), math.nan, dtype=dtype, device=device)
         sizes = paged.scratch_sizes(
@@ -212,7 +212,7 @@ def test_a_captured_step_follows_the_tables() -> None:
     q, out = run.random(4, heads, d), torch.zeros(4, heads, d, dtype=torch.bfloat16, device="cuda")
 
     other = torch.zeros_like(run.pages)  # as if of another layer with the same tokens
-    encoder = run.paged.LayerEncoder([run.blocks, run.paged.Blocks(run.codec, other, run.tokens)], run.tables)
+    encoder = run.paged.LayerEncoder([run.blocks, Blocks(run.codec, other, run.tokens)], run.tables)
 
     def step(together: bool) -> None:
         run.tables.make(starts, lengths, packed, exact, 4, fill_exact=together)

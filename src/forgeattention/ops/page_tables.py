@@ -8,10 +8,12 @@ kernels/cuda/page_tables.cu, which makes the same tables on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.codec import Codec
 from ..codec.spec import PAGE
 
 I32 = NDArray[np.int32]
@@ -50,6 +52,21 @@ class Geometry:
     def most_exact(self, new_tokens: int) -> int:
         """Most exact tokens of a row that `new_tokens` were added to in this step."""
         return self.sinks + self.window + PAGE - 1 + new_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks of one layer.
+
+    Attributes:
+        codec: the layer's codec.
+        pages: uint8 [bytes], to which page offsets are added.
+        tokens: exact blocks [blocks, exact_block, kv_heads, 2 * head_dim], a token's key and value side by side.
+    """
+
+    codec: Codec
+    pages: Any
+    tokens: Any
 
 
 def fills(rows: int, tokens: int) -> int:

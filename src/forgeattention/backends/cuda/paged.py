@@ -6,7 +6,7 @@ copies to the host or waits, so that a whole step can be captured in a CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
-from ...ops.page_tables import Geometry, fills
+from ...ops.page_tables import Blocks, Geometry, fills
+from ...ops.table import PageTable
 from . import nvrtc, pages, params, plans
 from .attention import LOG2E, DecodeLaunch
 from .launch import address, constants_of, current_stream, limits, on_device
@@ -101,21 +102,6 @@ class Tables:
             self.fills.zero_()
             kernel = nvrtc.kernel("page_tables", (), device.index, 0)
             kernel.launch((lengths.shape[0], 1, 1), 128, current_stream(device), packed)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of one layer.
-
-    Attributes:
-        codec: the layer's codec.
-        pages: uint8 [bytes], to which page offsets are added.
-        tokens: exact blocks [blocks, exact_block, kv_heads, 2 * head_dim], a token's key and value side by side.
-    """
-
-    codec: Codec
-    pages: torch.Tensor
-    tokens: torch.Tensor
 
 
 def append(blocks: Blocks, tables: Tables, key: Any, value: Any, slots: Any, count: int, staging: Any | None) -> None:
@@ -245,6 +231,43 @@ def scratch_sizes(
     return parts * (codec.format.padded_dim + 2), heads, rows * q_heads * n
 
 
+def _decode_launch(codec: Codec, q_heads: int, n: int, dtype: torch.dtype, tokens: torch.Tensor) -> DecodeLaunch:
+    """The launch of decode attention for n queries of a row, made once."""
+    device, exact_block = tokens.device, tokens.shape[1]
+    constants = constants_of(codec, device)
+
+    def make() -> DecodeLaunch:
+        dtypes = str(dtype).removeprefix("torch."), dtype_of(tokens)
+        return DecodeLaunch(codec, constants, q_heads // codec.kv_heads, n, dtypes, device.index, exact_block)
+
+    return constants.launch(("decode_attention", q_heads, n, dtype, tokens.dtype, exact_block), make)
+
+
+def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
+    """Compiles, or reads from disk, every kernel that steps of a layer launch, so that none waits for it later.
+
+    Args:
+        blocks: of the layer.
+        q_heads: query heads.
+        decode_tokens: numbers of new tokens that rows which decode may have.
+    """
+    codec, tokens = blocks.codec, blocks.tokens
+    device, dtype = tokens.device, dtype_of(tokens)
+    with on_device(device):
+        nvrtc.kernel("page_tables", (), device.index, 0)
+        nvrtc.kernel("paged_append", (), device.index, 0)
+        shared = plans.encode_layout(codec.format).bytes
+        nvrtc.kernel("encode_layers", plans.encode_macros(codec, dtype), device.index, shared)
+        for n in decode_tokens:
+            _decode_launch(codec, q_heads, n, tokens.dtype, tokens)
+        # These two by running them for no page at all.
+        none = torch.full((1,), -1, dtype=torch.int64, device=device)
+        page = torch.zeros(codec.kv_heads, PAGE, tokens.shape[3] // 2, dtype=tokens.dtype, device=device)
+        pages.encode(page, page, codec, blocks.pages, none)
+        table = PageTable(blocks.pages, none[:, None], torch.zeros(1, dtype=torch.int32, device=device), PAGE)
+        pages.decode_pages_into(codec, table, page[None], page[None].clone())
+
+
 def decode_attention(
     q: Any,
     blocks: Blocks,
@@ -270,15 +293,8 @@ def decode_attention(
     rows, q_heads, n, dim = q.shape
     codec, device = blocks.codec, q.device
     keys, values = blocks.tokens[..., :dim], blocks.tokens[..., dim:]
-    exact_block = keys.shape[1]
     with on_device(device):
-        constants = constants_of(codec, device)
-
-        def make() -> DecodeLaunch:
-            dtypes = dtype_of(q), dtype_of(keys)
-            return DecodeLaunch(codec, constants, q_heads // codec.kv_heads, n, dtypes, device.index, exact_block)
-
-        launch = constants.launch(("decode_attention", q_heads, n, q.dtype, keys.dtype, exact_block), make)
+        launch = _decode_launch(codec, q_heads, n, q.dtype, blocks.tokens)
         slots = launch.plan.slots(max_length, tables.geometry.most_exact(n))
         parts = rows * codec.kv_heads * launch.plan.blocks * slots * launch.plan.queries
         part = scratch.parts.data_ptr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...models.weights.vllm import layer_codec
-from ...ops.page_tables import Geometry
+from ...ops.page_tables import Blocks, Geometry
 from . import check_version, own
 from .blocks import ExactSpec
 from .metadata import Builder, Metadata
@@ -112,15 +112,6 @@ class ExactLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ExactSpec:
         return self.impl.exact_spec
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of one layer: its codec, pages uint8 [bytes], and exact tokens as in `backends.cuda.paged.Blocks`."""
-
-    codec: Codec
-    pages: torch.Tensor
-    tokens: torch.Tensor
 
 
 class PackedImpl(AttentionImpl[Metadata]):
@@ -258,6 +249,10 @@ class PackedImpl(AttentionImpl[Metadata]):
             self.exact_spec.block_size,
             self.exact_spec.sink_blocks,
         )
+        if kv_cache.device.type != "cpu":
+            from ...backends.cuda import paged
+
+            paged.prepare(self.blocks, self.num_heads, {1, max_decode_query_len(self.vllm_config)})
 
     def _step(self, layer: Any, kv_cache: torch.Tensor) -> Any:
         context = get_forward_context()
