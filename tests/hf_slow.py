@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from forgeattention import ops
+from forgeattention.cache import STEP_TOKENS
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.integrations.hf.layer import DECODE_TOKENS
 from forgeattention.ops import PageTable
 
 
@@ -32,7 +32,7 @@ class SlowLayer(DynamicLayer):
             self.start = self.start or [0] * key_states.shape[0]
             self.pages = [0] * key_states.shape[0]
         exact = super().update(key_states, value_states)
-        step = n == 1 or (past and n <= min(DECODE_TOKENS, self.spec.window))
+        step = n == 1 or (past and n <= min(STEP_TOKENS, self.spec.window))
         self.keys, self.values = self.keys.clone(), self.values.clone()
         for row, start in enumerate(self.start or []):
             first = start + self.spec.sinks

@@ -11,8 +11,8 @@ from mlx.utils import tree_map
 from mlx_lm.models import cache as stock
 
 from forgeattention import ops
+from forgeattention.cache import STEP_TOKENS
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.integrations.mlx.cache import DECODE_TOKENS
 from forgeattention.ops import PageTable
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, k_code="scalar", refine=False, sinks=3, window=12)
@@ -91,7 +91,7 @@ class SlowCache(stock.KVCache):
             k, v = coded(codec, self.keys[0, :, at], self.values[0, :, at])
             self.keys[0, :, at], self.values[0, :, at] = k, v
             self.pages += 1
-        step = n == 1 or (past and n <= min(DECODE_TOKENS, self.spec.window))
+        step = n == 1 or (past and n <= min(STEP_TOKENS, self.spec.window))
         return self.keys_and_values() if step else exact
 
     def trim(self, n: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from torch import distributed
 
 from forgeattention import CodecSpec, ops
 from forgeattention.cache import LayerCache, TorchArrays
-from forgeattention.cache.sharded import ShardedCache, merge_parts
+from forgeattention.cache.sharded import Sharding, merge_parts
 from forgeattention.codec import PAGE, Codec
 from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.ops.table import PageTable
@@ -28,7 +27,7 @@ def layers(rank: int, world: int) -> None:
     made = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 2, 700, 64, generator=made) for _ in range(2))
     whole = LayerCache(codec, 1, TorchArrays(torch.device("cpu")))
-    mine = ShardedCache(codec, 1, TorchArrays(torch.device("cpu")))
+    mine = LayerCache(codec, 1, TorchArrays(torch.device("cpu")), sharding=Sharding())
     at = 0
     for n in (1, 99, 300, 7, 1, 200, 92):
         whole.append(k[:, :, at : at + n], v[:, :, at : at + n])
@@ -50,7 +49,7 @@ def layers(rank: int, world: int) -> None:
     held = int(whole.packed_lengths[0]) // PAGE
     assert int(mine.packed_lengths[0]) // PAGE == len(range(rank, held, world))
     assert mine.pool.in_use == len(range(rank, held, world))
-    for refused in (lambda: mine.select([0, 0]), mine.fork, lambda: mine.trim(400)):
+    for refused in (lambda: mine.select([0, 0]), lambda: mine.fork([0, 0]), lambda: mine.trim(400)):
         with pytest.raises(ValueError, match=r"\[context_parallel\]"):
             refused()
 
@@ -63,8 +62,8 @@ def models() -> None:
     spec = CodecSpec(window=16, k_code="scalar", refine=False)
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 500)))
     outs = []
-    for make in (LayerCache.like, functools.partial(ShardedCache.like, group=None)):
-        cache = ForgeCache(llama, spec, make_layer=make)
+    for sharding in (None, Sharding()):
+        cache = ForgeCache(llama, spec, sharding=sharding)
         with torch.inference_mode():
             out = [llama(input_ids=ids[:, i : i + 100], past_key_values=cache).logits for i in range(0, 400, 100)]
             out += [llama(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(400, 500)]
@@ -93,7 +92,7 @@ def tensor_parallel(folder: str) -> None:
 def losing(how: str) -> None:
     """Rank 1 is killed, or stands still for ever, between two steps: rank 0 is told so in time."""
     codec, made = Codec(CodecSpec(window=16), 64, 2), torch.Generator().manual_seed(0)
-    mine = ShardedCache(codec, 1, TorchArrays(torch.device("cpu")))
+    mine = LayerCache(codec, 1, TorchArrays(torch.device("cpu")), sharding=Sharding())
     mine.append(*(torch.randn(1, 2, 300, 64, generator=made) for _ in range(2)))
     q = torch.randn(1, 6, 1, 64, generator=made)
     mine.attend(q, 0.1)

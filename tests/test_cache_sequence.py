@@ -93,9 +93,8 @@ def test_the_exact_buffer_does_not_grow_with_the_context() -> None:
 def test_nbytes_counts_every_array() -> None:
     cache = made(2)
     cache.append(*tokens(2, 500))
-    held = {id(x): x for x in vars(cache).values() if isinstance(x, torch.Tensor)}
-    index = cache._steps, cache._rows
-    named = sum(x.untyped_storage().nbytes() for x in held.values() if not any(x is y for y in index))
+    held = {id(x): x for part in (cache.rows, cache.buffer) for x in vars(part).values() if isinstance(x, torch.Tensor)}
+    named = sum(x.untyped_storage().nbytes() for x in held.values())
     slabs = sum(slab.data.untyped_storage().nbytes() for slab in cache.pool._slabs)
     assert cache.nbytes == named + slabs
 

@@ -1,4 +1,4 @@
-"""EvictingCache: survivors bit for bit, positions, demotion and recall, failures that change nothing."""
+"""A cache with an Evictor: survivors bit for bit, positions, demotion and recall, failures that change nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from forgeattention import CodecSpec, ops
 from forgeattention.cache import LayerCache, PagePool, TorchArrays
 from forgeattention.codec import PAGE, Codec
-from forgeattention.eviction import V1, V3, EvictingCache, Eviction, Recency, Rope
-from forgeattention.eviction.cache import Counts
+from forgeattention.eviction import V1, V3, Eviction, Evictor, Recency, Rope
 from forgeattention.eviction.recall import mass_estimates, visitors
+from forgeattention.eviction.state import Counts
 from forgeattention.eviction.store import DiskStore, HostStore
 
 CODEC = Codec(CodecSpec(window=64, refine=False), 64, 2)
@@ -28,10 +28,10 @@ def tokens(n: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return torch.randn(batch, 2, n, 64, generator=g), torch.randn(batch, 2, n, 64, generator=g)
 
 
-def make(policy: Any = None, batch: int = 1, **options: Any) -> EvictingCache:
+def make(policy: Any = None, batch: int = 1, **options: Any) -> LayerCache:
     pool = options.pop("pool", None)
     setting = Eviction(policy or Recency(0.5), interval=64, **options)
-    return EvictingCache(CODEC, batch, TorchArrays(), eviction=setting, rope=ROPE, pool=pool)
+    return LayerCache(CODEC, batch, TorchArrays(), eviction=Evictor(setting, ROPE), pool=pool)
 
 
 def read(
@@ -71,7 +71,7 @@ def test_survivors_are_the_same_bits_at_their_positions(policy):
     assert all(plain[start] == record for start, record in kept.items())
     held = int(cache.packed_lengths[0] + cache.exact_lengths[0])
     assert cache.lengths.tolist() == [1000]
-    assert cache.counts.evicted == len(plain) - len(kept)
+    assert cache.eviction.counts.evicted == len(plain) - len(kept)
     # what came since the last round is not yet counted against the budget
     assert held <= policy.share(1000) * 1000 + 2 * PAGE
     assert cache.pool.in_use == len(kept)
@@ -100,7 +100,7 @@ def test_trim_counts_evicted_tokens(to):
     """After a trim the cache holds what remains of the positions below, and goes on from there."""
     cache = make(Recency(0.5), on_evict="host")
     read(cache, 1000)
-    before, waiting = records(cache), cache.demoted[0]
+    before, waiting = records(cache), cache.eviction.demoted[0]
     cache.trim(1000 - to)
     assert cache.lengths.tolist() == [to]
     after = records(cache)
@@ -112,7 +112,7 @@ def test_trim_counts_evicted_tokens(to):
     else:
         first_recent = max([*list(before), SINKS - PAGE]) + PAGE
         assert recent == max(0, to - max(first_recent, SINKS))
-    assert cache.demoted[0] <= waiting
+    assert cache.eviction.demoted[0] <= waiting
     read(cache, 200, seed=5)
     assert cache.lengths.tolist() == [to + 200]
     starts = cache.page_starts(0)
@@ -123,8 +123,8 @@ def test_a_failed_append_changes_nothing(monkeypatch):
     cache = make(V1(0.3), on_evict="host")
     read(cache, 600)
     cache.append(*tokens(256, seed=2))  # a round is due, and has to give up pages
-    kept, counts = records(cache), copy.copy(cache.counts)
-    state = cache.exact_lengths, cache.lengths, cache.demoted, cache.store.nbytes
+    kept, counts = records(cache), copy.copy(cache.eviction.counts)
+    state = cache.exact_lengths, cache.lengths, cache.eviction.demoted, cache.eviction.store.nbytes
     k, v = tokens(64)
     k[0, 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match="expected finite k"):
@@ -133,11 +133,11 @@ def test_a_failed_append_changes_nothing(monkeypatch):
     def full(page: Any) -> Any:
         raise OSError("no space left")
 
-    monkeypatch.setattr(cache.store, "_write", full)
+    monkeypatch.setattr(cache.eviction.store, "_write", full)
     with pytest.raises(OSError, match="no space left"):
         cache.append(*tokens(64))
-    assert (records(cache), cache.counts) == (kept, counts)
-    now = cache.exact_lengths, cache.lengths, cache.demoted, cache.store.nbytes
+    assert (records(cache), cache.eviction.counts) == (kept, counts)
+    now = cache.exact_lengths, cache.lengths, cache.eviction.demoted, cache.eviction.store.nbytes
     assert [np.array_equal(a, b) for a, b in zip(now, state)] == [True] * 4
 
 
@@ -151,55 +151,55 @@ def towards(page):
 def test_demoted_pages_come_back_bit_for_bit(on_evict):
     cache, plain = make(Recency(0.5), on_evict=on_evict, recall_share=0.3, recall_pages=2), whole(1000)
     read(cache, 1000, look=False)
-    gone = [d.start for d in cache._demoted[0]]
+    gone = [d.start for d in cache.eviction.history.demoted[0]]
     assert gone
     assert not set(gone) & set(records(cache))
-    assert cache.store.nbytes == len(gone) * CODEC.page_bytes
-    target = cache._demoted[0][1]
+    assert cache.eviction.store.nbytes == len(gone) * CODEC.page_bytes
+    target = cache.eviction.history.demoted[0][1]
     q = torch.zeros(1, 4, 1, 64)
     q[0, 1, 0] = towards(target)
     cache.prepare(q, 1.0, 1)
     assert records(cache)[target.start] == plain[target.start]
-    assert cache.counts.recalled == 1
-    assert cache.demoted[0] == len(gone) - 1
+    assert cache.eviction.counts.recalled == 1
+    assert cache.eviction.demoted[0] == len(gone) - 1
     # guests stay for two intervals and are not more than two
-    cache._gathers = False
+    cache.eviction.gathers = False
     cache.append(*tokens(64, seed=7))
     assert target.start in records(cache)
-    for d in list(cache._demoted[0]):
+    for d in list(cache.eviction.history.demoted[0]):
         q[0, 1, 0] = towards(d)
         cache.prepare(q, 1.0, 1)
         assert records(cache)[d.start] == plain[d.start]
-        assert len(cache._guests[0]) == 2
+        assert len(cache.eviction.history.guests[0]) == 2
     # one that nobody wants any more went for each that came
     assert len(set(gone) & set(records(cache))) == 2
-    assert cache.counts.recalled == len(gone)
-    held = sorted([*records(cache), *(d.start for d in cache._demoted[0])])
+    assert cache.eviction.counts.recalled == len(gone)
+    held = sorted([*records(cache), *(d.start for d in cache.eviction.history.demoted[0])])
     assert held == list(range(held[0], held[-1] + 1, PAGE))
     cache.trim(cache.lengths)
-    assert cache.store.nbytes == 0
+    assert cache.eviction.store.nbytes == 0
     assert cache.pool.in_use == 0
 
 
 def test_forks_share_what_was_demoted():
     cache = make(Recency(0.5), batch=2, on_evict="host")
     read(cache, 700)
-    held = cache.store.nbytes
+    held = cache.eviction.store.nbytes
     other = cache.fork([1, 1, 0])
-    assert other.demoted == [cache.demoted[1], cache.demoted[1], cache.demoted[0]]
-    assert other.store is cache.store
-    assert cache.store.nbytes == held
+    assert other.eviction.demoted == [cache.eviction.demoted[1], cache.eviction.demoted[1], cache.eviction.demoted[0]]
+    assert other.eviction.store is cache.eviction.store
+    assert cache.eviction.store.nbytes == held
     assert records(other, 2) == records(cache, 0)
     cache.select([1])
     cache.trim(cache.lengths)
-    assert other.store.nbytes == held
+    assert other.eviction.store.nbytes == held
     joined = make(Recency(0.5), batch=0, on_evict="host", pool=PagePool(CODEC.page_bytes, TorchArrays()))
     joined.join(other)
-    assert joined.demoted == other.demoted
+    assert joined.eviction.demoted == other.eviction.demoted
     assert records(joined, 2) == records(other, 2)
     del other
-    assert cache.store.nbytes == 0
-    assert joined.store.nbytes > 0
+    assert cache.eviction.store.nbytes == 0
+    assert joined.eviction.store.nbytes > 0
 
 
 def test_ragged_rows_evict_each_for_itself():
@@ -277,8 +277,8 @@ def test_stores_are_bounded_and_checked(tmp_path):
 def test_what_a_full_store_cannot_take_is_lost_and_counted():
     cache = make(Recency(0.5), on_evict="host", max_bytes=2 * CODEC.page_bytes)
     read(cache, 1000, look=False)
-    counts = cache.counts
-    assert (cache.demoted[0], counts.demoted) == (2, 2)
+    counts = cache.eviction.counts
+    assert (cache.eviction.demoted[0], counts.demoted) == (2, 2)
     assert counts.lost == counts.evicted - 2 > 0
 
 
@@ -315,20 +315,20 @@ def test_a_full_store_costs_no_guest():
     """A guest that has no room in the store stays, and the page that wants its place does not come."""
     cache = make(Recency(0.5), on_evict="host", recall_share=0.3, recall_pages=1, max_bytes=4 * CODEC.page_bytes)
     read(cache, 1000, look=False)
-    cache._gathers = False
+    cache.eviction.gathers = False
     q = torch.zeros(1, 4, 1, 64)
-    before = {*records(cache), *(d.start for d in cache._demoted[0])}
-    for d in list(cache._demoted[0]):
+    before = {*records(cache), *(d.start for d in cache.eviction.history.demoted[0])}
+    for d in list(cache.eviction.history.demoted[0]):
         q[0, 1, 0] = towards(d)
         cache.prepare(q, 1.0, 1)
-        assert {*records(cache), *(d.start for d in cache._demoted[0])} == before
-    assert cache.counts.recalled > 1
+        assert {*records(cache), *(d.start for d in cache.eviction.history.demoted[0])} == before
+    assert cache.eviction.counts.recalled > 1
 
 
 def test_a_policy_that_scores_needs_a_rotation():
     with pytest.raises(ValueError, match=r"\[eviction\] expected the model's rope"):
-        EvictingCache(CODEC, 1, TorchArrays(), eviction=Eviction(V1()), rope=None)
-    cache = EvictingCache(CODEC, 1, TorchArrays(), eviction=Eviction(Recency(0.5)), rope=None)
+        Evictor(Eviction(V1()), None)
+    cache = LayerCache(CODEC, 1, TorchArrays(), eviction=Evictor(Eviction(Recency(0.5)), None))
     read(cache, 700)
-    assert cache.counts.evicted
-    assert cache.counts != Counts()
+    assert cache.eviction.counts.evicted
+    assert cache.eviction.counts != Counts()

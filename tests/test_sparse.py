@@ -32,8 +32,15 @@ def make_cache(tokens=1500, batch=2, own_diagonals=False, wrap=lambda x: x):
     return cache, wrap(2 * torch.randn(batch, 6, 1, 64, generator=g))
 
 
+def reading(cache, sparse):
+    """The same tokens in a cache that reads them by other rules."""
+    out = LayerCache(cache.codec, 0, cache.arrays, cache.dtype, pool=cache.pool, sparse=sparse)
+    out.join(cache)
+    return out
+
+
 def sparse(cache, q, **options):
-    cache.sparse = SparseLayer(SparseSpec(min_context=0, **options), log=[])
+    cache = reading(cache, SparseLayer(SparseSpec(min_context=0, **options), log=[]))
     out = cache.attend(q, SCALE)
     return *out, cache.sparse.log[0]
 
@@ -86,7 +93,7 @@ def test_sink_logits_take_their_share():
     sinks = torch.randn(6)
     dense = cache.attend(q, SCALE, sink_logits=sinks)
     for options in ({"top_k": 9999}, {"top_k": 6400, "fast": True}):
-        cache.sparse = SparseLayer(SparseSpec(min_context=0, **options))
+        cache = reading(cache, SparseLayer(SparseSpec(min_context=0, **options)))
         out, lse = cache.attend(q, SCALE, sink_logits=sinks)
         assert relative(out, dense[0]) < TOLERANCE
         assert relative(lse, dense[1]) < tolerances.CPU_LSE
@@ -101,13 +108,13 @@ def test_short_rows_stay_dense_in_any_batch():
     cache.append(k, v, keep)
     q = torch.randn(2, 6, 1, 64, generator=g)
     dense = cache.attend(q, SCALE)[0]
-    cache.sparse = SparseLayer(SparseSpec(top_k=50, min_context=1000))
+    cache = reading(cache, SparseLayer(SparseSpec(top_k=50, min_context=1000)))
     both = cache.attend(q, SCALE)[0]
     assert torch.equal(both[1], dense[1])
     assert not torch.allclose(both[0], dense[0])
     assert cache.fork([1]).attend(q[1:], SCALE)[0].equal(both[1:])
     assert cache.fork([0]).attend(q[:1], SCALE)[0].equal(both[:1])
-    cache.sparse = SparseLayer(SparseSpec(top_k=50, min_context=2000))
+    cache = reading(cache, SparseLayer(SparseSpec(top_k=50, min_context=2000)))
     assert torch.equal(cache.attend(q, SCALE)[0], dense)
     assert cache.sparse_step is None
 
@@ -189,7 +196,7 @@ def test_budgets_reach_their_layers():
     """Other budgets, other outputs; the numbers kept are the budgets."""
     cache, q = make_cache(batch=1)
     spec = SparseSpec(budgets="given", min_context=0)
-    cache.sparse = SparseLayer(spec, np.array([0, 1, 5, 100, 64, 2000], np.int32))
+    cache = reading(cache, SparseLayer(spec, np.array([0, 1, 5, 100, 64, 2000], np.int32)))
     cache.attend(q, SCALE)
     assert cache.sparse_step.exact[1].kept[0, :, 0].tolist() == [0, 1, 5, 100, 64, 1344]
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import ops
 from ..codec import PAGE, Codec
-from ..ops.arrays import dtype_of
+from ..ops.arrays import FLOATS, dtype_of
 from ..ops.table import ExactTokens, PageTable
-from .arrays import arrays_of
+from .append import STEP_TOKENS, Keep, append, append_rows, check_append
+from .arrays import Arrays, arrays_of
+from .chunk import attend_chunk
+from .edit import check_join, fork_rows, join_rows, trim_rows
+from .exact import ExactBuffer
 from .pool import Ids, PagePool
-from .rows import I64, Rows
+from .rows import I64, RowTable
+from .strategies import PageEviction, PageSharding, SparseReading
 
 
-@dataclass
-class _Append:
-    """What an append will do to one row: `pages` new pages, then `tail` follows the first `keep` exact tokens."""
-
-    row: int
-    k: Any
-    v: Any
-    count: int
-    pages: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
-
-
-class LayerCache(Rows):
+class LayerCache:
     """Keys and values of one layer for a batch of rows.
 
     A row is [sinks | packed pages | recent tokens]. The first `spec.sinks` tokens and the newest `spec.window` to
@@ -40,10 +34,6 @@ class LayerCache(Rows):
     The lengths and the page table lie on the device and are mirrored on the host; appending and attending one token
     waits for no device.
 
-    Attributes:
-        sparse: which tokens `attend` reads; None for all.
-        sparse_step: what its last call left out; None for nothing.
-
     Args:
         codec: the layer's codec.
         batch: rows, all empty.
@@ -52,7 +42,54 @@ class LayerCache(Rows):
         pool: pages shared with other caches of the same codec, or None for an own pool.
         max_pages: most pages of an own pool.
         backend: which kernels encode and attend, "auto" or a name of `ops`.
+        sparse: which packed tokens `attend` reads; None for all.
+        eviction: which pages rows give up; None for none.
+        sharding: which pages this process keeps; None for all.
+
+    Attributes:
+        rows: lengths and pages.
+        buffer: the exact tokens.
+        sparse_step: what the last call of `attend` left out; None for nothing.
+
+    Raises:
+        ValueError: a batch, dtype or pool that does not fit, or strategies that do not go together.
     """
+
+    def __init__(
+        self,
+        codec: Codec,
+        batch: int,
+        arrays: Arrays,
+        dtype: str = "float32",
+        *,
+        pool: PagePool | None = None,
+        max_pages: int | None = None,
+        backend: str = "auto",
+        sparse: SparseReading | None = None,
+        eviction: PageEviction | None = None,
+        sharding: PageSharding | None = None,
+    ) -> None:
+        if batch < 0 or dtype not in FLOATS:
+            raise ValueError(f"[cache] expected batch >= 0 and dtype in {FLOATS}; got {batch}, {dtype!r}")
+        if pool is not None and pool.page_bytes != codec.page_bytes:
+            raise ValueError(f"[cache] expected a pool of {codec.page_bytes} byte pages; got {pool.page_bytes}")
+        check_strategies(sparse=sparse, eviction=eviction, sharding=sharding)
+        if sharding is not None:
+            sharding.check_rows(None, batch)
+        self.codec = codec
+        self.arrays = arrays
+        self.dtype = dtype
+        self.backend = backend
+        self.pool = PagePool(codec.page_bytes, arrays, max_pages) if pool is None else pool
+        self.sparse = sparse
+        self.sharding = sharding
+        self.sparse_step: Any = None
+        capacity = codec.spec.sinks + codec.spec.window + PAGE
+        self.buffer = ExactBuffer.empty(arrays, (batch, codec.kv_heads, capacity, codec.head_dim), dtype)
+        if eviction is not None:
+            eviction.attach(self)
+        self.eviction = eviction
+        self.rows = RowTable.empty(batch, arrays, self.pool)
 
     @classmethod
     def like(cls, k: Any, codec: Codec, **options: Any) -> LayerCache:
@@ -60,13 +97,130 @@ class LayerCache(Rows):
         arrays = arrays_of(k)
         return cls(codec, k.shape[0], arrays, dtype_of(k), **options)
 
-    def prepare(self, q: Any, scale: float, n: int, keep: NDArray[np.bool_] | None = None) -> None:
-        """Told, before `append`, of the queries q [batch, q_heads, m, head_dim] of the last m of n tokens to come (real
-        where `keep` [batch, n] says so). Nothing here; a cache that evicts may recall pages."""
+    def empty(self, rows: int, pool: PagePool) -> LayerCache:
+        """A cache like this one with empty rows and the given pool."""
+        eviction = None if self.eviction is None else self.eviction.empty(rows)
+        return LayerCache(
+            self.codec, rows, self.arrays, self.dtype, pool=pool, backend=self.backend, sparse=self.sparse,
+            eviction=eviction, sharding=self.sharding,
+        )  # fmt: skip
 
-    def append(
-        self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None, confirm: Callable[[], int] | None = None
-    ) -> None:
+    def adopt(self, codec: Codec) -> None:
+        """Takes a codec that reads the same pages and codes new ones.
+
+        Raises:
+            ValueError: one that reads pages otherwise.
+        """
+        if codec.fingerprint != self.codec.fingerprint:
+            raise ValueError(f"[cache.adopt] expected codec {self.codec.fingerprint}; got {codec.fingerprint}")
+        self.codec = codec
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows.exact)
+
+    @property
+    def lengths(self) -> I64:
+        """Tokens that each row has come to, evicted ones included, on the host, [batch]."""
+        return self.rows.seen.copy()
+
+    @property
+    def packed_lengths(self) -> I64:
+        """Packed tokens of each row, on the host, [batch]."""
+        return self.rows.packed.copy()
+
+    @property
+    def exact_lengths(self) -> I64:
+        """Exact tokens of each row, sinks and recent, on the host, [batch]."""
+        return self.rows.exact.copy()
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows hold the same numbers of packed and exact tokens."""
+        return self.rows.uniform
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: pages (shared and spare ones included), exact tokens, tables, lengths."""
+        return self.pool.nbytes + self.buffer.nbytes + self.rows.nbytes
+
+    @property
+    def table(self) -> PageTable | None:
+        """The packed tokens, or None without any."""
+        return self.rows.table
+
+    @property
+    def exact(self) -> ExactTokens:
+        """The exact tokens of each row, sinks first."""
+        return self.buffer.tokens(self.rows)
+
+    def row(self, row: int) -> tuple[PageTable | None, ExactTokens]:
+        """The packed and the exact tokens of one row, as a batch of one."""
+        return self.rows.row_table(row), self.buffer.row_tokens(self.rows, row)
+
+    def row_pages(self, row: int) -> Ids:
+        """The row's pages in the pool, [pages]."""
+        return self.rows.row_pages(row)
+
+    def page_starts(self, row: int) -> I64:
+        """Position of the first token of each of the row's pages, ascending, [pages]."""
+        return self.rows.row_starts(row)
+
+    def is_step(self, n: int, keep: Keep | None = None) -> bool:
+        """Whether n new tokens are attended to by one call of `ops.decode_attention` over all that is then held; else
+        they are a chunk, which attends to itself exactly, however many of its tokens are packed at once."""
+        if keep is not None or n > min(STEP_TOKENS, self.codec.spec.window):
+            return n == 1 and keep is None
+        return n == 1 or bool(self.rows.seen.all())
+
+    def step(
+        self, q: Any, k: Any, v: Any, scale: float, *, keep: Keep | None = None, sink_logits: Any | None = None
+    ) -> Any:
+        """Appends new tokens and attends to the whole of each row, causally.
+
+        Args:
+            q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
+            k, v: [batch, kv_heads, n, head_dim] in the cache's dtype, on its device.
+            scale: softmax scale.
+            keep: bool [batch, n] on the host: which tokens are real; None for all.
+            sink_logits: float32 [q_heads], extra logits without a value; None for none.
+
+        Returns:
+            [batch, q_heads, m, head_dim] in q's dtype; zeros where a token is not real.
+
+        Raises:
+            ValueError: as `append`; nothing has changed.
+        """
+        confirm = self.check(k, v, keep)
+        if self.eviction is not None:
+            self.eviction.prepare(self, q, scale, k.shape[2], keep)
+        if self.is_step(k.shape[2], keep):
+            self.append(k, v, None, confirm)
+            return self.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sink_logits)[0]
+        # The device attends to the past while what was asked of the new values comes back.
+        out = self.attend_chunk(q, k, v, scale, keep=keep, sink_logits=sink_logits)
+        self.append(k, v, keep, confirm)
+        return out
+
+    def attend_chunk(
+        self, q: Any, k: Any, v: Any, scale: float, *, keep: Keep | None = None, sink_logits: Any | None = None
+    ) -> Any:
+        """Attention of new tokens, which are not appended, to all that is held and, causally, to themselves; arguments
+        and result as of `step`."""
+        return attend_chunk(self, q, k, v, keep, scale, sink_logits)
+
+    def prepare(self, q: Any, scale: float, n: int, keep: Keep | None = None) -> None:
+        """Told, before `append`, of the queries q [batch, q_heads, m, head_dim] of the last m of n tokens to come (real
+        where `keep` [batch, n] says so); a cache that evicts may recall pages. `step` does it by itself."""
+        if self.eviction is not None:
+            self.eviction.prepare(self, q, scale, n, keep)
+
+    def check(self, k: Any, v: Any, keep: Keep | None = None) -> Callable[[], int]:
+        """Raises what `append` would raise for these arguments, but for a full pool and for values. What it gives
+        raises for values and gives n; it waits for the device, which may be given other work before."""
+        return check_append(self, k, v, keep)
+
+    def append(self, k: Any, v: Any, keep: Keep | None = None, confirm: Callable[[], int] | None = None) -> None:
         """Adds tokens to every row.
 
         A long append is encoded from `k` and `v` where they lie; no copy of them is kept.
@@ -80,53 +234,12 @@ class LayerCache(Rows):
             ValueError: a wrong shape, dtype or device; NaN or infinity (off the CPU this is looked for where more
                 than 8 tokens are appended, and else left to the encoder); a full pool.
         """
-        n = (confirm or self.check(k, v, keep))()
-        if keep is None and self._exact_max + n < self._flush_at:
-            self._write(k, v, n)
+        n = (confirm or check_append(self, k, v, keep))()
+        if self.eviction is None:
+            append(self, k, v, keep, n)
         else:
-            self._append_rows(k, v, keep)
-
-    def attend(self, q: Any, scale: float, *, causal: bool = True, sink_logits: Any = None) -> tuple[Any, Any]:
-        """`ops.decode_attention` of q [batch, q_heads, n, head_dim] over the whole cache; with `sparse` over what
-        matters of the rows that are long enough for it."""
-        table, self.sparse_step = self.table, None
-        if self.sparse is None or table is None:
-            return self._attend(q, scale, causal, sink_logits)
-        dense = self._packed < max(self.sparse.spec.min_context, 1)
-        if dense.all():
-            return self._attend(q, scale, causal, sink_logits)
-        out, lse, self.sparse_step = self.sparse.attend(
-            q, self.codec, table, self._exact_tokens, scale, causal, sink_logits, self.backend
-        )
-        if dense.any():  # a row's result is the same in any batch
-            rows = self.arrays.index(np.flatnonzero(dense))
-            whole, whole_lse = self._attend(q, scale, causal, sink_logits)
-            out[rows], lse[rows] = whole[rows], whole_lse[rows]
-        return out, lse
-
-    def _attend(self, q: Any, scale: float, causal: bool, sink_logits: Any) -> tuple[Any, Any]:
-        return ops.decode_attention(
-            q,
-            self.codec,
-            self.table,
-            self._exact_tokens,
-            scale,
-            causal=causal,
-            sink_logits=sink_logits,
-            backend=self.backend,
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Exact tokens at which a row's oldest recent ones leave in pages."""
-        return self._flush_at
-
-    def reserve(self, tokens: int) -> None:
-        """Widens the page table to `tokens` packed tokens a row, so that it stays where it is until then."""
-        pages = -(-tokens // PAGE)
-        if pages > self._ids.shape[1]:
-            self._widen(pages)
-            self._set_lengths(self._exact, self._packed, self._seen)
+            with self.eviction.rounds(self):
+                append(self, k, v, keep, n)
 
     def make_room(self, n: int) -> None:
         """Packs what would leave the rows if `n` more tokens came.
@@ -134,21 +247,45 @@ class LayerCache(Rows):
         Raises:
             ValueError: a full pool.
         """
-        self._append_rows(self._k[:, :, :0], self._v[:, :, :0], None, n)
-
-    def advance(self, n: int) -> None:
-        """Takes note of n tokens that were written behind every row's exact ones by other means; with 0, only sets the
-        device's lengths to the host's."""
-        if n:
-            self._exact += n
-            self._seen += n
-            self._exact_max += n
-            self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
+        none = self.buffer.k[:, :, :0], self.buffer.v[:, :, :0]
+        if self.eviction is None:
+            append_rows(self, *none, None, n)
         else:
-            self._set_lengths(self._exact, self._packed, self._seen)
+            with self.eviction.rounds(self):
+                append_rows(self, *none, None, n)
+
+    def reserve(self, tokens: int) -> None:
+        """Widens the page table to `tokens` packed tokens a row, so that it stays where it is until then."""
+        self.rows.reserve(-(-tokens // PAGE))
+
+    def attend(self, q: Any, scale: float, *, causal: bool = True, sink_logits: Any = None) -> tuple[Any, Any]:
+        """`ops.decode_attention` of q [batch, q_heads, n, head_dim] over the whole cache; with `sparse` over what
+        matters of the rows that are long enough for it."""
+        self.sparse_step = None
+        if self.sharding is not None:
+            return self.sharding.attend(self, q, scale, causal, sink_logits)
+        rows, sparse = self.rows, self.sparse
+        table, exact = rows.table, self.buffer.tokens(rows)
+        if sparse is None or table is None or (dense := rows.packed < max(sparse.min_context, 1)).all():
+            return self._attend(q, table, exact, scale, causal, sink_logits)
+        out, lse, self.sparse_step = sparse.attend(
+            q, self.codec, table, exact, scale, causal, sink_logits, self.backend
+        )
+        if dense.any():  # a row's result is the same in any batch
+            at = self.arrays.index(np.flatnonzero(dense))
+            whole, whole_lse = self._attend(q, table, exact, scale, causal, sink_logits)
+            out[at], lse[at] = whole[at], whole_lse[at]
+        return out, lse
+
+    def _attend(self, q: Any, table: Any, exact: Any, scale: float, causal: bool, sink_logits: Any) -> tuple[Any, Any]:
+        return ops.decode_attention(
+            q, self.codec, table, exact, scale, causal=causal, sink_logits=sink_logits, backend=self.backend
+        )
 
     def attend_packed(self, q: Any, table: PageTable | None, scale: float) -> tuple[Any, Any] | None:
         """`ops.prefill_attention` of q over `table`, this cache's or one row's packed tokens; None without any."""
+        if self.sharding is not None:
+            return self.sharding.attend_packed(self, q, table, scale)
         return None if table is None else ops.prefill_attention(q, self.codec, table, scale, backend=self.backend)
 
     def trim(self, n: int | Sequence[int] | I64) -> None:
@@ -160,155 +297,102 @@ class LayerCache(Rows):
         Raises:
             ValueError: a negative number, or more tokens than a row has.
         """
-        lengths = self._seen
-        drop = np.broadcast_to(np.asarray(n, np.int64), lengths.shape)
-        if (drop < 0).any() or (drop > lengths).any():
-            raise ValueError(f"[cache.trim] expected 0 <= n <= tokens {lengths.tolist()}; got {drop.tolist()}")
-        if not drop.any():
-            return
-        sinks, seen = self.codec.spec.sinks, lengths - drop
-        counts = self._packed // PAGE
-        left = np.arange(self._starts.shape[1]) < counts[:, None]
-        whole = (left & (self._starts + PAGE <= seen[:, None])).sum(1)
-        cut = np.flatnonzero((left & (self._starts < seen[:, None])).sum(1) > whole)
-        if len(cut):
-            decoded = self._decode(self._ids[cut, whole[cut]])
-        # Recent tokens are the newest positions without a gap.
-        recent = np.maximum(np.maximum(self._exact - sinks, 0) - drop, 0)
-        recent[cut] = seen[cut] - self._starts[cut, whole[cut]]
-        for i, row in enumerate(cut.tolist()):
-            count = int(recent[row])
-            for buffer, tokens in zip((self._k, self._v), decoded):
-                buffer[row, :, sinks : sinks + count] = tokens[i, :, :count]
-        for row in np.flatnonzero(whole < counts).tolist():
-            self.pool.free(self._ids[row, whole[row] : counts[row]])
-        self._set_lengths(np.minimum(seen, sinks) + recent, whole * PAGE, seen)
-
-    def empty(self, rows: int, pool: PagePool) -> LayerCache:
-        """A cache like this one with empty rows and the given pool."""
-        return LayerCache(self.codec, rows, self.arrays, self.dtype, pool=pool, backend=self.backend)
+        trim_rows(self, n)
 
     def clear(self) -> None:
         """Removes all tokens; the rows stay."""
-        self.trim(self._seen)
+        self.trim(self.rows.seen)
 
-    def check(self, k: Any, v: Any, keep: NDArray[np.bool_] | None = None) -> Callable[[], int]:
-        """Raises what `append` would raise for these arguments, but for a full pool and for values. What it gives
-        raises for values and gives n; it waits for the device, which may be given other work before."""
-        want = (self.batch, self.codec.kv_heads, k.shape[2] if len(k.shape) == 4 else 0, self.codec.head_dim)
-        for name, x in (("k", k), ("v", v)):
-            if tuple(x.shape) != want:
-                shape = f"[{want[0]}, {want[1]}, n, {want[3]}]"
-                raise ValueError(f"[cache.append] expected {name} {shape}; got {list(x.shape)}")
-            if not self.arrays.owns(x) or dtype_of(x) != self.dtype:
-                raise ValueError(f"[cache.append] expected {name} in {self.dtype} on the cache's device; got {x.dtype}")
-        n = want[2]
-        if keep is not None and (keep.shape != (self.batch, n) or keep.dtype != np.bool_):
-            got = f"{keep.dtype} {list(keep.shape)}"
-            raise ValueError(f"[cache.append] expected keep bool [{self.batch}, {n}]; got {got}")
-        if not self.arrays.on_host and n <= 8:
-            return lambda: n
-        finite = self.arrays.finite((k, v))
+    def evict(self, row: int, gone: NDArray[np.bool_]) -> None:
+        """Removes the packed pages of a row where `gone` [pages] says so. The other pages' records are not touched."""
+        count = len(self.row_pages(row))
+        if gone.shape != (count,) or gone.dtype != np.bool_:
+            raise ValueError(f"[cache.evict] expected bool [{count}]; got {gone.dtype} {list(gone.shape)}")
+        self.pool.free(self.rows.remove(row, gone))
 
-        def confirm() -> int:
-            for name, good in zip("kv", finite()):
-                if not good:
-                    raise ValueError(f"[cache.append] expected finite {name}; got NaN or infinity")
-            return n
+    def insert(self, row: int, ids: Ids, starts: I64) -> None:
+        """Gives a row pages of the pool, whose references it takes over, at the places that their positions give."""
+        self.rows.insert(row, ids, starts)
 
-        return confirm
+    def select(self, rows: Iterable[int]) -> None:
+        """Makes row i what row `rows[i]` was: reorders, repeats and removes rows (beam search, a batch row that
+        leaves). Pages are shared, not copied.
 
-    def _write(self, k: Any, v: Any, n: int) -> None:
-        """Appends to the exact tokens of every row, which have room."""
-        if self._uniform:
-            end = self._exact_max
-            self._k[:, :, end : end + n] = k
-            self._v[:, :, end : end + n] = v
-        else:
-            at = self._exact_device[:, None] + self._steps[:n]
-            self._k[self._rows, :, at] = k.swapaxes(1, 2)
-            self._v[self._rows, :, at] = v.swapaxes(1, 2)
-        self._exact += n
-        self._seen += n
-        self._exact_max += n
-        self._exact_device += n
-        self._exact_tokens = ExactTokens(self._k, self._v, self._exact_device, self._exact_max)
+        Raises:
+            ValueError: a row that is not there.
+        """
+        other = self.fork(rows)
+        # The fork's contents become this cache's, and this one's go with the fork.
+        mine = self.rows, self.buffer, self.eviction
+        self.rows, self.buffer, self.eviction = other.rows, other.buffer, other.eviction
+        other.rows, other.buffer, other.eviction = mine
 
-    def _append_rows(self, k: Any, v: Any, keep: NDArray[np.bool_] | None, room: int = 0) -> None:
-        plans = []
-        for row in range(self.batch):
-            picked: Any = slice(None)
-            if keep is not None:
-                real = np.flatnonzero(keep[row])
-                contiguous = len(real) == 0 or real[-1] - real[0] + 1 == len(real)
-                start = int(real[0]) if len(real) else 0
-                picked = slice(start, start + len(real)) if contiguous else self.arrays.index(real)
-            row_k, row_v = k[row][:, picked], v[row][:, picked]
-            plans.append(_Append(row, row_k, row_v, row_k.shape[1]))
-        wanted = [max(0, (int(self._exact[p.row]) + p.count + room - self._flush_at) // PAGE + 1) for p in plans]
-        ids = self.pool.alloc(sum(wanted))
-        try:
-            for plan, count in zip(plans, wanted):
-                plan.pages, ids = ids[:count], ids[count:]
-                self._encode(plan)
-        except BaseException:
-            self.pool.free(np.concatenate([p.pages for p in plans] + [ids]))
-            raise
-        self._commit(plans)
+    def fork(self, rows: Iterable[int] | None = None) -> LayerCache:
+        """A cache of the given rows (default: all) that shares this one's pages; either may change without the
+        other.
 
-    def _encode(self, plan: _Append) -> None:
-        """Encodes what leaves a row: its oldest recent tokens, joined with the first new ones, then new ones alone."""
-        pages, sinks, held = len(plan.pages), self.codec.spec.sinks, int(self._exact[plan.row])
-        if not pages:
+        Raises:
+            ValueError: a row that is not there.
+        """
+        return fork_rows(self, rows)
+
+    def check_join(self, other: LayerCache) -> None:
+        """Raises what `join` would raise."""
+        check_join(self, other)
+
+    def join(self, other: LayerCache) -> None:
+        """Adds the rows of another cache behind this one's. Pages of the same pool are shared, others copied.
+
+        Raises:
+            ValueError: another codec, dtype or device; other strategies; a full pool. Nothing has changed.
+        """
+        join_rows(self, other)
+
+    def restore(
+        self, ids: Ids, table: I64, starts: I64, lengths: tuple[I64, I64, I64], k: NDArray[Any], v: NDArray[Any]
+    ) -> None:
+        """Gives an empty cache its contents: host arrays as `storage` keeps them.
+
+        Args:
+            ids: pages of the pool, to which references are added.
+            table: [batch, most pages], indices into `ids`.
+            starts: position of each page's first token, like `table`.
+            lengths: exact and packed tokens of each row, and all that it has come to.
+            k, v: exact tokens [batch, kv_heads, most exact tokens, head_dim].
+        """
+        none = np.zeros((self.batch, 0), np.int64)
+        pages = (ids[np.maximum(table, 0)], starts.copy()) if len(ids) else (none, none)
+        rows = RowTable(self.arrays, self.pool, *(x.copy() for x in lengths), *pages)
+        self.buffer.fill(k, v)
+        self.pool.share(rows.pages())
+        self.rows = rows
+
+    def __copy__(self) -> LayerCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: object) -> LayerCache:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("[cache] expected forgeattention.cache.save; got pickle, which cannot follow page addresses")
+
+    def __del__(self) -> None:
+        if self.__dict__.get("rows") is None or sys.is_finalizing():
             return
-        addresses = self.pool.addresses(plan.pages)
-        mixed = min(pages, -(-max(held - sinks, 0) // PAGE))
-        if mixed:
-            end = sinks + mixed * PAGE
-            k, v = (
-                self.arrays.concat([buffer[plan.row, :, sinks : min(held, end)], new[:, : max(end - held, 0)]], 1)
-                for buffer, new in ((self._k, plan.k), (self._v, plan.v))
-            )
-            at = self.arrays.index(addresses[:mixed])
-            ops.encode(k, v, self.codec, self.pool.base, at, backend=self.backend)
-        if pages > mixed:
-            new = slice(sinks + mixed * PAGE - held, sinks + pages * PAGE - held)
-            at = self.arrays.index(addresses[mixed:])
-            ops.encode(plan.k[:, new], plan.v[:, new], self.codec, self.pool.base, at, backend=self.backend)
+        if self.eviction is not None:
+            self.eviction.release()
+        self.pool.free(self.rows.pages())
 
-    def _commit(self, plans: list[_Append]) -> None:
-        sinks, (exact, packed, seen) = self.codec.spec.sinks, (x.copy() for x in self._host_lengths)
-        most = max((int(packed[p.row]) // PAGE + len(p.pages) for p in plans), default=0)
-        if most > self._ids.shape[1]:
-            self._widen(max(most, self._ids.shape[1] * 5 // 4))
-        for p in plans:
-            held, gone = int(exact[p.row]), PAGE * len(p.pages)
-            for buffer, new in ((self._k, p.k), (self._v, p.v)):
-                if not gone:
-                    buffer[p.row, :, held : held + p.count] = new
-                    continue
-                if held < sinks:
-                    buffer[p.row, :, held:sinks] = new[:, : sinks - held]
-                left = max(held - sinks - gone, 0)
-                if left:
-                    buffer[p.row, :, sinks : sinks + left] = self.arrays.copy(buffer[p.row, :, sinks + gone : held])
-                total = held + p.count - gone
-                buffer[p.row, :, sinks + left : total] = new[:, p.count - (total - sinks - left) :]
-            if gone:
-                first = int(packed[p.row]) // PAGE
-                at = p.row, slice(first, first + len(p.pages))
-                self._ids[at] = p.pages
-                oldest = max(int(seen[p.row]) - max(held - sinks, 0), sinks)
-                self._starts[at] = oldest + PAGE * np.arange(len(p.pages))
-                self.arrays.assign(self._offsets, self.pool.addresses(p.pages), at)
-            exact[p.row] += p.count - gone
-            packed[p.row] += gone
-            seen[p.row] += p.count
-        self._set_lengths(exact, packed, seen)
-
-    def _decode(self, pages: Ids) -> tuple[Any, Any]:
-        """Keys and values [pages, kv_heads, 64, head_dim] of single pages."""
+    def decode(self, pages: Ids) -> tuple[Any, Any]:
+        """Keys and values, float32 [pages, kv_heads, 64, head_dim], of pages of the pool."""
         offsets = self.arrays.zeros((len(pages), 1), "int64")
         self.arrays.assign(offsets, self.pool.addresses(pages)[:, None])
         lengths = self.arrays.zeros((len(pages),), "int32") + PAGE
         return ops.decode_pages(self.codec, PageTable(self.pool.base, offsets, lengths, PAGE), backend=self.backend)
+
+
+def check_strategies(*, sparse: Any, eviction: Any, sharding: Any) -> None:
+    """Raises ValueError for strategies that do not go together."""
+    others = [name for name, x in (("eviction", eviction), ("sparse", sparse)) if x is not None]
+    if sharding is not None and others:
+        raise ValueError(f"[cache] expected sharding alone; got it with {' and '.join(others)}")

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import ops
-from ..codec import PAGE
 from ..ops.arrays import is_torch
-from . import LayerCache
+from ..ops.table import PageTable
 
+if TYPE_CHECKING:
+    from .layer import LayerCache
+
+I64 = NDArray[np.int64]
 Part = tuple[Any, Any]
 
 
@@ -65,79 +69,54 @@ def merge_ranks(o: Any, lse: Any, group: Any = None) -> Part:
     return merge_parts([(ranks[i][..., :-1], ranks[i][..., -1]) for i in range(ranks.shape[0])])
 
 
-class ShardedCache(LayerCache):
-    """One rank's share of one layer's cache: its pages, and all exact tokens. Batches of one row.
+class Sharding:
+    """One rank's part in a layer's cache of one very long row: its share of the pages, and all exact tokens.
 
-    Every rank appends the same tokens and attends with the same queries at the same time.
+    Given to `LayerCache` (or `ForgeCache`) as `sharding`. Every rank appends the same tokens and attends with the same
+    queries at the same time.
 
     Args:
         group: as for `merge_ranks`; torch only.
-        codec, arrays, dtype, options: as for `LayerCache`.
     """
 
-    def __init__(
-        self, codec: Any, batch: int, arrays: Any, dtype: str = "float32", *, group: Any = None, **options: Any
-    ) -> None:
+    def __init__(self, group: Any = None) -> None:
         from torch import distributed
 
-        if batch != 1:
-            raise ValueError(f"[context_parallel] expected one row; got {batch}")
         self.group = group
         self.rank, self.world = distributed.get_rank(group), distributed.get_world_size(group)
-        self.pages_dealt = 0
-        super().__init__(codec, batch, arrays, dtype, **options)
 
-    @property
-    def lengths(self) -> Any:
-        return self._exact + PAGE * self.pages_dealt
+    def check_rows(self, rows: I64 | None, batch: int) -> None:
+        if batch != 1 or (rows is not None and len(rows) != 1):
+            raise ValueError(f"[context_parallel] expected one row; got {batch if rows is None else rows.tolist()}")
 
-    def attend(self, q: Any, scale: float, *, causal: bool = True, sink_logits: Any = None) -> Part:
+    def keeps(self, first: int, count: int) -> NDArray[np.bool_]:
+        return (first + np.arange(count)) % self.world == self.rank
+
+    def check_trim(self, drop: int, recent: int, pages: int) -> None:
+        if pages and not 0 <= drop <= recent:
+            raise ValueError(f"[context_parallel] expected to trim at most {recent} recent tokens; got {drop}")
+
+    def attend(self, cache: LayerCache, q: Any, scale: float, causal: bool, sink_logits: Any) -> Part:
         first = self.rank == 0
         o, lse = ops.decode_attention(
             q,
-            self.codec,
-            self.table,
-            self.exact if first else None,
+            cache.codec,
+            cache.table,
+            cache.exact if first else None,
             scale,
             causal=causal and first,
             sink_logits=sink_logits if first else None,
-            backend=self.backend,
+            backend=cache.backend,
         )
         o, lse = merge_ranks(o.float(), lse, self.group)
         return o.to(q.dtype), lse
 
-    def attend_packed(self, q: Any, table: Any, scale: float) -> Part | None:
-        if not self.pages_dealt:
+    def attend_packed(self, cache: LayerCache, q: Any, table: PageTable | None, scale: float) -> Part | None:
+        if not cache.rows.pages_seen(0):
             return None
-        part = super().attend_packed(q, table, scale)
-        if part is None:
+        if table is None:
             empty = q.float() * 0
             part = empty, empty[..., 0] - np.inf
+        else:
+            part = ops.prefill_attention(q, cache.codec, table, scale, backend=cache.backend)
         return merge_ranks(part[0].float(), part[1], self.group)
-
-    def _commit(self, plans: Any) -> None:
-        super()._commit(plans)
-        new = plans[0].pages
-        if not len(new):
-            return
-        mine = (self.pages_dealt + np.arange(len(new))) % self.world == self.rank
-        held = int(self._packed[0]) // PAGE - len(new)
-        kept = np.concatenate([self._ids[0, :held], new[mine]])
-        self.pool.free(new[~mine])
-        self.pages_dealt += len(new)
-        self._starts[0, : len(kept)] = np.append(self._starts[0, :held], self._starts[0, held : held + len(new)][mine])
-        self._ids[0, : len(kept)] = kept
-        self.arrays.assign(self._offsets, self.pool.addresses(kept), (0, slice(len(kept))))
-        self._set_lengths(self._exact, np.array([PAGE * len(kept)]), self._seen)
-
-    def trim(self, n: Any) -> None:
-        recent = max(int(self._exact[0]) - self.codec.spec.sinks, 0)
-        drop = int(np.asarray(n).reshape(-1)[0])
-        if self.pages_dealt and not 0 <= drop <= recent:
-            raise ValueError(f"[context_parallel] expected to trim at most {recent} recent tokens; got {drop}")
-        super().trim(n)
-
-    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
-        raise ValueError("[context_parallel] expected a cache of one row that stays whole; got select, fork or join")
-
-    select = fork = join = _refuse

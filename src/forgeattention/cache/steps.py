@@ -29,16 +29,16 @@ class StaticSteps:
             raise ValueError("[static_steps] expected arrays with addresses; got a framework that moves them")
         self._cache = cache
         cache.reserve(max_tokens)
-        width = cache._offsets.shape[1]
-        self.max_tokens = width * PAGE
-        self._table = PageTable(cache.pool.base, cache._offsets, cache._packed_device, self.max_tokens)
-        self._exact = ExactTokens(cache._k, cache._v, cache._exact_device, cache._k.shape[2])
+        rows, buffer = cache.rows, cache.buffer
+        self.max_tokens = rows.page_table.shape[1] * PAGE
+        self._table = PageTable(cache.pool.base, rows.page_table, rows.device_packed, self.max_tokens)
+        self._exact = ExactTokens(buffer.k, buffer.v, rows.device_exact, buffer.capacity)
 
     @property
     def current(self) -> bool:
         """Whether the cache still has the buffers that these steps use; rows that came or went replace them."""
-        cache, table, exact = self._cache, self._table, self._exact
-        pairs = ((cache._offsets, table.offsets), (cache._packed_device, table.lengths), (cache._k, exact.k))
+        rows, buffer, table, exact = self._cache.rows, self._cache.buffer, self._table, self._exact
+        pairs = ((rows.page_table, table.offsets), (rows.device_packed, table.lengths), (buffer.k, exact.k))
         return all(a is b for a, b in pairs)
 
     def make_room(self) -> None:
@@ -48,27 +48,38 @@ class StaticSteps:
             ValueError: a row with more than `max_tokens` packed tokens; a full pool.
         """
         cache = self._cache
-        if cache._exact_max + 1 < cache.capacity:
+        if cache.rows.most_exact + 1 < cache.buffer.capacity:
             return
-        if int(cache._packed.max()) + PAGE > self.max_tokens:
+        if cache.rows.most_packed + PAGE > self.max_tokens:
             raise ValueError(f"[static_steps] expected at most {self.max_tokens} packed tokens of a row; got more")
         cache.make_room(1)
 
-    def append(self, k: Any, v: Any) -> None:
-        """Adds a token k, v [batch, kv_heads, 1, head_dim] to every row, on the device."""
-        cache = self._cache
-        ops.append_tokens(cache._k, cache._v, cache._exact_device, k, v, backend=cache.backend)
+    def is_step(self, n: int, keep: Any = None) -> bool:
+        """Whether n new tokens are one step, as `LayerCache.is_step`: one token of every row is all that comes here."""
+        return True
 
-    def attend(self, q: Any, scale: float, sink_logits: Any) -> Any:
+    def fork(self) -> LayerCache:
+        """Never asked for: a step attends to what is held after it."""
+        raise ValueError("[static_steps] expected a step of one token; got a chunk")
+
+    def step(self, q: Any, k: Any, v: Any, scale: float, *, keep: Any = None, sink_logits: Any | None = None) -> Any:
+        """Appends a token k, v [batch, kv_heads, 1, head_dim] to every row and attends, as `LayerCache.step`."""
+        exact = self._exact
+        ops.append_tokens(exact.k, exact.v, exact.lengths, k, v, backend=self._cache.backend)
+        return self.attend(q, scale, sink_logits=sink_logits)[0]
+
+    def attend(self, q: Any, scale: float, *, causal: bool = False, sink_logits: Any = None) -> tuple[Any, Any]:
         """Attention of q [batch, q_heads, 1, head_dim] over all that the device's lengths say."""
         cache = self._cache
         options: dict[str, Any] = {"causal": False, "sink_logits": sink_logits, "backend": cache.backend}
-        return ops.decode_attention(q, cache.codec, self._table, self._exact, scale, **options)[0]
+        return ops.decode_attention(q, cache.codec, self._table, self._exact, scale, **options)
 
     def advance(self) -> None:
         """Takes note of a token that the device has appended."""
-        self._cache.advance(1)
+        rows = self._cache.rows
+        rows.note(rows.exact + 1, rows.packed, rows.seen + 1)
 
     def rewind(self) -> None:
         """Makes the device forget what was appended and not noted."""
-        self._cache.advance(0)
+        rows = self._cache.rows
+        rows.set_lengths(rows.exact, rows.packed, rows.seen)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def load(
     *,
     max_pages: int | None = None,
     backend: str = "auto",
-    makers: Mapping[int, Callable[..., LayerCache]] | None = None,
+    options: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[int, LayerCache], Any]:
     """Reads what `save` wrote.
 
@@ -88,7 +88,7 @@ def load(
         model: fingerprint of the model.
         arrays: framework and device of the new caches.
         max_pages, backend: as for `LayerCache`.
-        makers: what makes the empty cache of each layer, called as `LayerCache` is; None for that.
+        options: what the `LayerCache` of each layer is told beyond that; None for nothing.
 
     Returns:
         The layers, and the `extra` of `save`.
@@ -112,9 +112,9 @@ def load(
     dtypes = json.loads(metadata["dtypes"])
     layers = {}
     for number, codec in codecs.items():
-        make = LayerCache if makers is None else makers[number]
+        told = {"backend": backend, **({} if options is None else options[number])}
         parts = {part: tensors[f"{number}.{part}"] for part in PARTS}
-        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, backend, make)
+        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, told)
     return layers, json.loads(metadata["extra"])
 
 
@@ -150,15 +150,14 @@ def _layer_from(
     arrays: Arrays,
     dtype: str,
     max_pages: int | None,
-    backend: str,
-    make: Callable[..., LayerCache],
+    options: Mapping[str, Any],
 ) -> LayerCache:
     pages, table, starts, lengths = (parts[name] for name in PARTS[:4])
     pool = PagePool(codec.page_bytes, arrays, max_pages)
     ids = pool.alloc(len(pages))
     for page, data in zip(ids.tolist(), pages):
         pool.write(page, data)
-    layer = make(codec, lengths.shape[1], arrays, dtype, pool=pool, backend=backend)
+    layer = LayerCache(codec, lengths.shape[1], arrays, dtype, pool=pool, **options)
     layer.restore(ids, table, starts, tuple(lengths), parts["k"], parts["v"])
     pool.free(ids)
     return layer

@@ -1,7 +1,7 @@
 """Which tokens are kept: scores, policies, demotion."""
 
 from ..models.rope import Rope, rope_of
-from .cache import EvictingCache
+from .evictor import Evictor
 from .policy import POLICIES, V1, V2, V3, AttentionWindow, Policy, Random, Recency, attention_fraction
 from .settings import Eviction
 from .triattention import Centres, load_centres, save_centres
@@ -13,8 +13,8 @@ __all__ = [
     "V3",
     "AttentionWindow",
     "Centres",
-    "EvictingCache",
     "Eviction",
+    "Evictor",
     "Policy",
     "Random",
     "Recency",

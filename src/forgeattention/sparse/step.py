@@ -86,6 +86,11 @@ class SparseLayer:
     log: list[dict[str, float]] | None = None
     _placed: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def min_context(self) -> int:
+        """Packed tokens of a row below which it is read whole."""
+        return self.spec.min_context
+
     def attend(
         self,
         q: Any,

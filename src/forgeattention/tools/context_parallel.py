@@ -9,7 +9,6 @@ rank, speeds of both, ms of attention per token (all layers), and how far the lo
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -21,8 +20,7 @@ import torch
 from torch import distributed
 
 from .. import models
-from ..cache import LayerCache
-from ..cache.sharded import ShardedCache
+from ..cache.sharded import Sharding
 from ..integrations.hf.cache import ForgeCache
 from ..util.environment import environment
 from ..util.files import write_json
@@ -46,11 +44,11 @@ def main() -> None:
         torch.cuda.set_device(rank)
     model, tokenizer = models.load(args.model, device=args.device, attn_implementation="forge")
     ids = tokenizer(texts.read("genesis"), return_tensors="pt").input_ids[:, : args.tokens].to(args.device)
-    shared = generate(model, ids, args, functools.partial(ShardedCache.like, group=None))
+    shared = generate(model, ids, args, Sharding())
     ranks: list[Any] = [None] * world
     distributed.all_gather_object(ranks, {name: shared[name] for name in ("bytes", "read_work", "work")})
     if rank == 0:
-        alone = generate(model, ids, args, LayerCache.like)
+        alone = generate(model, ids, args, None)
         result = {
             "ranks": world,
             "threads_per_rank": torch.get_num_threads(),
@@ -78,9 +76,9 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def generate(model: Any, ids: torch.Tensor, args: argparse.Namespace, make_layer: Any) -> dict[str, Any]:
+def generate(model: Any, ids: torch.Tensor, args: argparse.Namespace, sharding: Sharding | None) -> dict[str, Any]:
     """Greedy tokens after a prompt that is read in chunks; `work` is this process's processor time."""
-    cache, times, work = ForgeCache(model, make_layer=make_layer), [time.perf_counter()], [time.process_time()]
+    cache, times, work = ForgeCache(model, sharding=sharding), [time.perf_counter()], [time.process_time()]
     for at in range(0, ids.shape[1], args.chunk):
         piece = ids[:, at : at + args.chunk]
         out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -14,8 +14,7 @@ import copy
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +23,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ... import cache as storage
-from ...cache import LayerCache, TorchArrays
+from ...cache import PendingTokens, TorchArrays
+from ...cache.layer import check_strategies
+from ...cache.strategies import PageSharding
 from ...codec import Codec, CodecSpec
-from ...eviction import EvictingCache, Eviction, attention_fraction, rope_of
+from ...eviction import Eviction, Evictor, attention_fraction, rope_of
 from ...models.fingerprint import fingerprint
 from ...models.support import load_classes, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
-from .layer import Keep, PackedLayer, PackedStates
+from .layer import Keep, PackedLayer
 
 log = logging.getLogger("forgeattention")
 
@@ -59,14 +60,16 @@ class ForgeCache(Cache):
         exact_layers: layers to leave to the stock cache.
         max_pages: most pages of one layer, or None.
         backend: which kernels run, "auto" or a name of `ops`.
-        make_layer: makes a layer's cache, with the arguments of `LayerCache.like` (`cache.sharded.ShardedCache.like`).
         sparse: which packed tokens decode steps read; None for all. Prompts are always read densely.
         sparse_log: list to which every sparse step of a layer adds its statistics; then every step waits for the
             device.
         eviction: how packed layers give up pages; None keeps all.
+        sharding: the part of one very long row that this process keeps (`cache.sharded.Sharding`); None for all of
+            it. Not with sparse or eviction.
 
     Raises:
-        ValueError: a layer number that is not in the model, or eviction from a model whose rotation is not known.
+        ValueError: a layer number that is not in the model, eviction from a model whose rotation is not known, or
+            options that do not go together.
     """
 
     def __init__(
@@ -78,12 +81,13 @@ class ForgeCache(Cache):
         exact_layers: Iterable[int] = (),
         max_pages: int | None = None,
         backend: str = "auto",
-        make_layer: Callable[..., LayerCache] = LayerCache.like,
         sparse: SparseSpec | None = None,
         sparse_log: list[dict[str, float]] | None = None,
         eviction: Eviction | None = None,
+        sharding: PageSharding | None = None,
     ) -> None:
-        self.make_layer = make_layer
+        check_strategies(sparse=sparse, eviction=eviction, sharding=sharding)
+        self.sharding = sharding
         self.spec = CodecSpec() if spec is None else spec
         self.max_pages = max_pages
         self.backend = backend
@@ -110,17 +114,14 @@ class ForgeCache(Cache):
                 raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
         stored = _layers_that_share(text, len(layers))
         for i in packed:
-            layers[i] = PackedLayer(self, own.get(i), i in stored)
-            if sparse is not None:
-                layers[i].sparse = SparseLayer(sparse, budgets.get(i), sparse_log)
+            reading = None if sparse is None else SparseLayer(sparse, budgets.get(i), sparse_log)
+            layers[i] = PackedLayer(self, own.get(i), i in stored, reading)
         self._codecs: dict[tuple[int, int], Codec] = {}
         self.eviction = eviction
         self._evicting: dict[str, Any] = {}
         if eviction is not None:
-            if make_layer != LayerCache.like:
-                raise ValueError("[forge_cache] expected eviction or make_layer; got both")
             rope = rope_of(config) if eviction.policy.scored else None
-            self._evicting = {"eviction": eviction, "rope": rope, "fraction": attention_fraction(config)}
+            self._evicting = {"rope": rope, "fraction": attention_fraction(config)}
         self._setup(layers)
         if not self.packed:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
@@ -140,13 +141,14 @@ class ForgeCache(Cache):
             self._codecs[key] = Codec(self.spec, head_dim, kv_heads)
         return self._codecs[key]
 
-    def evicting(self, layer: PackedLayer) -> dict[str, Any] | None:
-        """What an `EvictingCache` is told for one of the layers; None where nothing is evicted."""
-        if self.eviction is None:
-            return None
-        number = next(i for i in self.packed if self.layers[i] is layer)
-        centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()
-        return {"centres": centres, **self._evicting}
+    def layer_options(self, layer: PackedLayer) -> dict[str, Any]:
+        """What the `LayerCache` of one of the layers is told beyond its shape."""
+        options = {"backend": self.backend, "sparse": layer.sparse, "sharding": self.sharding, "eviction": None}
+        if self.eviction is not None:
+            number = next(i for i in self.packed if self.layers[i] is layer)
+            centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()
+            options["eviction"] = Evictor(self.eviction, centres=centres, **self._evicting)
+        return options
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -184,8 +186,8 @@ class ForgeCache(Cache):
                 bits = codec.format.effective_bits if codec is not None else None
                 size = layer.cache.nbytes if layer.cache is not None else 0
                 entries.append({"layer": i, "kind": "packed", "positions": layer.seen, "bits": bits, "bytes": size})
-                if isinstance(layer.cache, EvictingCache):
-                    entries[-1]["eviction"] = layer.cache.report()
+                if layer.cache is not None and isinstance(layer.cache.eviction, Evictor):
+                    entries[-1]["eviction"] = layer.cache.eviction.report(layer.cache)
             else:
                 positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
                 size = hf_attention.tensor_bytes(layer)
@@ -208,7 +210,7 @@ class ForgeCache(Cache):
         """A cache of the given rows (default: all) that shares this one's pages, as does `copy.deepcopy`."""
         other = object.__new__(ForgeCache)
         other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
-        other.make_layer = self.make_layer
+        other.sharding = self.sharding
         other._codecs, other.eviction, other._evicting = self._codecs, self.eviction, self._evicting
         layers: list[Any] = []
         for layer in self.layers:
@@ -268,12 +270,13 @@ class ForgeCache(Cache):
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
         shape = dim or text.hidden_size // text.num_attention_heads, heads
         codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
-        told = {i: self.evicting(self.layers[i]) for i in self.packed}
-        makers: dict[int, Callable[..., LayerCache]]
-        makers = {i: LayerCache if x is None else partial(EvictingCache, **x) for i, x in told.items()}
-        where = TorchArrays(model.device)
         layers, states = storage.load(
-            path, codecs, fingerprint(model), where, max_pages=self.max_pages, backend=self.backend, makers=makers
+            path,
+            codecs,
+            fingerprint(model),
+            TorchArrays(model.device),
+            max_pages=self.max_pages,
+            options={i: self.layer_options(self.layers[i]) for i in self.packed},
         )
         for i, cache in layers.items():
             self.layers[i].restore(cache, states[str(i)])
@@ -372,7 +375,7 @@ def forge_attention(
     Raises:
         ValueError: dropout, a soft cap, a position bias, a sliding window or full attention with a packed layer.
     """
-    if not isinstance(key, PackedStates):
+    if not isinstance(key, PendingTokens):
         return hf_attention.stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     causal = kwargs.get("is_causal")
     for name, wrong in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,18 +11,14 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
-from ...cache import LayerCache
+from ...cache import LayerCache, PendingTokens
 from ...cache.steps import StaticSteps
 from ...codec import Codec
-from ...eviction import EvictingCache
+from ...eviction import Evictor
 from ...sparse import SparseLayer
-from . import attention as hf_attention
 
 if TYPE_CHECKING:
     from .cache import ForgeCache
-
-DECODE_TOKENS = 8
-"""A step of at most so many tokens is one call of `ops.decode_attention`."""
 
 Keep = NDArray[np.bool_]
 
@@ -32,73 +27,6 @@ class PackedLength(int):
     """A number of keys that tells the mask function which packed layer it was asked for."""
 
     layer: PackedLayer
-
-
-class PackedStates:
-    """What a packed layer's `update` gives in place of keys and values: tokens that the attention function will
-    append."""
-
-    def __init__(self, layer: PackedLayer, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.layer = layer
-        self.k = k
-        self.v = v
-        self.appended = False
-        self.past: LayerCache | None = None
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise ValueError(f"[forge] expected attn_implementation='forge' with a ForgeCache; got one reading .{name}")
-
-    def to(self, device: torch.device) -> PackedStates:
-        """What layers that share keys ask for before they use them."""
-        if torch.device(device) != self.k.device:
-            raise ValueError(f"[forge] expected layers that share keys on one device, {self.k.device}; got {device}")
-        return self
-
-    def attend(self, q: torch.Tensor, mask: Any, scale: float, sinks: torch.Tensor | None) -> torch.Tensor:
-        """Attention of the new tokens over the whole sequence; the first call appends them.
-
-        Args:
-            q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
-            mask: what `forge_mask` gave, or a mask that says the same.
-            scale: softmax scale.
-            sinks: extra logits [q_heads], or None.
-
-        Returns:
-            [batch, q_heads, m, head_dim] in q's dtype.
-        """
-        layer, n = self.layer, self.k.shape[2]
-        cache = layer.cache
-        assert cache is not None
-        if layer.steps is not None:
-            if not self.appended:
-                layer.steps.append(self.k, self.v)
-                self.appended = True
-            return layer.steps.attend(q, scale, sinks)
-        keep = layer.owner.new_tokens(mask, layer, n, self.appended)
-        if not self.appended:
-            cache.prepare(q, scale, n, keep)
-        step = min(DECODE_TOKENS, cache.codec.spec.window)
-        if keep is None and (n == 1 or (n <= step and (layer.seen or self.appended))) and self.past is None:
-            self._append(keep)
-            return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sinks)[0]
-        # The device attends to the past while what was asked of the new values comes back.
-        confirm = None if self.appended else cache.check(self.k, self.v, keep)
-        # Layers that share these keys attend later, when the cache has moved on.
-        past = self.past
-        if past is None:
-            past = cache.fork() if layer.shared else cache
-        out = hf_attention.chunk(past, q, self.k, self.v, keep, scale, sinks)
-        if layer.shared:
-            self.past = past
-        self._append(keep, confirm)
-        return out
-
-    def _append(self, keep: Keep | None, confirm: Callable[[], int] | None = None) -> None:
-        if not self.appended:
-            assert self.layer.cache is not None
-            self.layer.cache.append(self.k, self.v, keep, confirm)
-            self.layer.record(self.k.shape[2], keep)
-            self.appended = True
 
 
 class PackedLayer(CacheLayerMixin):
@@ -114,12 +42,18 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, owner: ForgeCache, codec: Codec | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        owner: ForgeCache,
+        codec: Codec | None = None,
+        shared: bool = False,
+        sparse: SparseLayer | None = None,
+    ) -> None:
         super().__init__()
         # Weak, so that a dropped cache gives its pages back at once and not at the next garbage collection.
         self._owner = weakref.ref(owner)
         self.codec = codec
-        self.sparse: SparseLayer | None = None
+        self.sparse = sparse
         self.shared = shared
         self.cache: LayerCache | None = None
         self.steps: StaticSteps | None = None
@@ -139,11 +73,8 @@ class PackedLayer(CacheLayerMixin):
             shapes = f"{list(k.shape)} and {list(v.shape)}"
             raise ValueError(f"[forge] expected keys and values of one 4-D shape; got {shapes}")
         codec = self.codec or self.owner.codec(k.shape[3], k.shape[1])
-        limit, backend = self.owner.max_pages, self.owner.backend
-        options = self.owner.evicting(self)
-        make = self.owner.make_layer if options is None else partial(EvictingCache.like, **options)
-        self.cache = make(k, codec, max_pages=limit, backend=backend)
-        self.cache.sparse = self.sparse
+        self.cache = LayerCache.like(k, codec, max_pages=self.owner.max_pages, **self.owner.layer_options(self))
+        self.dtype, self.device = k.dtype, k.device
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +82,37 @@ class PackedLayer(CacheLayerMixin):
         reads."""
         if self.cache is None:
             self.lazy_initialization(key_states, value_states)
-        states = PackedStates(self, key_states.detach(), value_states.detach())
-        return states, states
+        k, v = key_states.detach(), value_states.detach()
+        # Under autocast keys and values come in several dtypes; a stock cache keeps that of its first keys too.
+        k, v = (x if x.dtype == self.dtype else x.to(self.dtype) for x in (k, v))
+        pending = PendingTokens(self, k, v)
+        return pending, pending
+
+    @property
+    def target(self) -> LayerCache | StaticSteps:
+        target = self.cache if self.steps is None else self.steps
+        assert target is not None
+        return target
+
+    def real_tokens(self, tokens: PendingTokens, mask: Any, m: int) -> Keep | None:
+        return None if mask is None else self.owner.new_tokens(mask, self, tokens.k.shape[2], tokens.appended)
+
+    def appended(self, tokens: PendingTokens, keep: Keep | None) -> None:
+        if self.steps is None:  # replays of a graph are recorded one by one
+            self.record(tokens.k.shape[2], keep)
+
+    def abandoned(self, tokens: PendingTokens) -> None:
+        """Nothing: positions count once the tokens are appended."""
+
+    def attribute(self, tokens: PendingTokens, name: str) -> Any:
+        if name == "to":  # layers that share keys ask for their device before they use them
+            return partial(self._pending_to, tokens)
+        raise ValueError(f"[forge] expected attn_implementation='forge' with a ForgeCache; got one reading .{name}")
+
+    def _pending_to(self, tokens: PendingTokens, device: torch.device) -> PendingTokens:
+        if torch.device(device) != tokens.k.device:
+            raise ValueError(f"[forge] expected layers that share keys on one device, {tokens.k.device}; got {device}")
+        return tokens
 
     def record(self, n: int, keep: Keep | None) -> None:
         self.seen += n
@@ -249,10 +209,10 @@ class PackedLayer(CacheLayerMixin):
         raise ValueError("[forge] expected a cache that stays on its device; got offloading")
 
     def fork(self, owner: ForgeCache, rows: list[int] | None) -> PackedLayer:
-        other = PackedLayer(owner, self.codec, self.shared)
-        other.sparse = self.sparse
+        other = PackedLayer(owner, self.codec, self.shared, self.sparse)
         if self.cache is not None:
             other.cache = self.cache.fork(rows)
+            other.dtype, other.device = self.dtype, self.device
             other.is_initialized = True
         other.seen = self.seen
         other._set_runs([r if isinstance(r, int) or rows is None else r[rows] for r in self._runs])
@@ -261,14 +221,15 @@ class PackedLayer(CacheLayerMixin):
     def state(self) -> dict[str, Any]:
         """The positions, and what eviction remembers, as JSON holds them."""
         runs = [r if isinstance(r, int) else r.astype(int).tolist() for r in self._runs]
-        return {"runs": runs, "eviction": self.cache.state() if isinstance(self.cache, EvictingCache) else None}
+        eviction = self.cache.eviction if self.cache is not None else None
+        return {"runs": runs, "eviction": eviction.state() if isinstance(eviction, Evictor) else None}
 
     def restore(self, cache: LayerCache, state: dict[str, Any]) -> None:
         self.cache = cache
-        self.cache.sparse = self.sparse
+        self.dtype, self.device = cache.buffer.k.dtype, cache.buffer.k.device
         runs = state["runs"]
-        if isinstance(cache, EvictingCache) and state["eviction"] is not None:
-            cache.set_state(state["eviction"])
+        if isinstance(cache.eviction, Evictor) and state["eviction"] is not None:
+            cache.eviction.set_state(state["eviction"])
         self.is_initialized = True
         self._set_runs([r if isinstance(r, int) else np.array(r, np.bool_) for r in runs])
         self.seen = sum(r if isinstance(r, int) else r.shape[1] for r in self._runs)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from ...cache import LayerCache, MLXArrays, PagePool
+from ...cache import LayerCache, MLXArrays, PagePool, PendingTokens
 from ...codec import PAGE, Codec, CodecSpec
-from ...eviction import EvictingCache
+from ...eviction import Evictor
 from ...ops.arrays import dtype_of
-from ...ops.checks import check_queries
 from ...sparse import SparseLayer
-from .attention import chunk
-
-DECODE_TOKENS = 8
-"""A step of at most so many tokens is one call of `ops.decode_attention`."""
 
 I64 = NDArray[np.int64]
 Keep = NDArray[np.bool_]
@@ -34,72 +29,6 @@ class Seam:
     """How many of those let mlx-lm itself make packed caches."""
 
 
-class PackedStates:
-    """What a packed layer's `update_and_fetch` gives in place of keys and values: tokens that the attention will
-    append to the cache."""
-
-    def __init__(self, layer: PackedKVCache, k: mx.array, v: mx.array, keep: Keep | None) -> None:
-        self.layer = layer
-        self.k = k
-        self.v = v
-        self.keep = keep
-        self.appended = False
-        self.past: LayerCache | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the keys that a stock cache would give: models look there for the number of positions."""
-        batch, heads, _, dim = self.k.shape
-        return batch, heads, self.layer.size(), dim
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ValueError(f"[mlx_lm] expected a model that leaves keys to mlx-lm's attention; got one reading .{name}")
-
-    def attend(self, q: mx.array, mask: Any, scale: float, sinks: mx.array | None) -> mx.array:
-        """Attention of the new tokens over the whole sequence; the first call appends them.
-
-        Args:
-            q: [batch, q_heads, m, head_dim], the queries of the last m new tokens.
-            mask: what the layer's `make_mask` gave, or an array that says the same.
-            scale: softmax scale.
-            sinks: extra logits [q_heads], or None.
-
-        Returns:
-            [batch, q_heads, m, head_dim] in q's dtype; zeros where a token is padding.
-        """
-        layer, n = self.layer, self.k.shape[2]
-        cache = layer.cache
-        assert cache is not None
-        try:
-            check_queries("mlx_lm", q, cache.codec)
-            layer.check_mask(mask, q.shape[2])
-            if not self.appended:
-                cache.prepare(q, scale, n, self.keep)
-            step = min(DECODE_TOKENS, cache.codec.spec.window)
-            held = self.appended or bool((cache.lengths > 0).all())
-            if self.keep is None and self.past is None and (n == 1 or (n <= step and held)):
-                self.append()
-                logits = None if sinks is None else sinks.astype(mx.float32)
-                return cache.attend(q, scale, causal=q.shape[2] > 1, sink_logits=logits)[0]
-            if self.past is None:
-                # Layers that share these keys attend later, when the cache has moved on.
-                self.past = cache.fork()
-            out = chunk(self.past, q, self.k, self.v, self.keep, scale, sinks)
-            self.append()
-        except BaseException:
-            layer.abandon(self)
-            raise
-        return out
-
-    def append(self) -> None:
-        if not self.appended:
-            assert self.layer.cache is not None
-            self.layer.cache.append(self.k, self.v, self.keep)
-            self.appended = True
-
-
 class PackedKVCache:
     """A full-attention layer's cache for mlx-lm, in place of its KVCache and BatchKVCache.
 
@@ -112,12 +41,15 @@ class PackedKVCache:
         codecs: codecs of `spec` made so far, by (head_dim, kv_heads), shared between layers.
         max_pages: most pages, or None.
         backend: which kernels run, "auto" or a name of `ops`.
-        evicting: what `EvictingCache` is told beyond that; None keeps all pages.
+        sparse: which packed tokens decode steps read; None for all.
+        evicting: what an `Evictor` is told; None keeps all pages.
 
     Attributes:
         cache: the tokens, or None before the first.
     """
 
+    # Layers that share keys are not told apart here: any layer may be read again later.
+    shared = True
     # No attribute may be named "bits": mlx-lm would take the cache for its own quantised one.
 
     def __init__(
@@ -128,6 +60,7 @@ class PackedKVCache:
         codecs: Codecs | None = None,
         max_pages: int | None = None,
         backend: str = "auto",
+        sparse: SparseLayer | None = None,
         evicting: dict[str, Any] | None = None,
     ) -> None:
         self.spec = codec.spec if codec is not None else CodecSpec() if spec is None else spec
@@ -136,7 +69,7 @@ class PackedKVCache:
         self.max_pages = max_pages
         self.backend = backend
         self.evicting = evicting
-        self.sparse: SparseLayer | None = None
+        self.sparse = sparse
         self.cache: LayerCache | None = None
         self.batched = False
         self._reset(1)
@@ -145,7 +78,8 @@ class PackedKVCache:
         # Positions as mlx-lm counts them: below 0 in left padding, past the tokens in right padding.
         self._position = np.zeros(rows, np.int64)
         self._right: I64 | None = None
-        self._states: PackedStates | None = None
+        self._pending: PendingTokens | None = None
+        self._keep: Keep | None = None
         self._offset: Any = None
 
     @property
@@ -170,7 +104,7 @@ class PackedKVCache:
         """
         if not Seam.depth:
             raise ValueError("[mlx_lm] expected mlx-lm under integrations.mlx.patched(); got it as it is")
-        if self._states is not None and not self._states.appended:
+        if self._pending is not None and not self._pending.appended:
             raise ValueError("[mlx_lm] expected attention after each update_and_fetch; got none: reset the cache")
         if self.cache is None:
             self._start(keys)
@@ -178,15 +112,15 @@ class PackedKVCache:
         n = keys.shape[2]
         keep = self._new_tokens(n)
         self.cache.check(keys, values, keep)()
-        self._states = PackedStates(self, keys, values, keep)
+        self._pending, self._keep = PendingTokens(self, keys, values), keep
         self._move(n)
-        return self._states, self._states
+        return self._pending, self._pending
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """The handle of the last update, for layers that share this one's keys."""
-        if self._states is None:
+        if self._pending is None:
             raise ValueError("[mlx_lm] expected keys_and_values within a call of the model; got it outside")
-        return self._states, self._states
+        return self._pending, self._pending
 
     def _start(self, keys: mx.array) -> None:
         batch, heads, _, dim = keys.shape
@@ -198,12 +132,9 @@ class PackedKVCache:
         if codec is None:
             codec = self.codecs.get((dim, heads)) or Codec(self.spec, dim, heads)
             self.codecs[dim, heads] = codec
+        eviction = None if self.evicting is None else Evictor(**self.evicting)
         options: dict[str, Any] = {"max_pages": self.max_pages, "backend": self.backend}
-        if self.evicting is None:
-            self.cache = LayerCache.like(keys, codec, **options)
-        else:
-            self.cache = EvictingCache.like(keys, codec, **options, **self.evicting)
-        self.cache.sparse = self.sparse
+        self.cache = LayerCache.like(keys, codec, sparse=self.sparse, eviction=eviction, **options)
 
     def _new_tokens(self, n: int) -> Keep | None:
         """Which of the next n positions hold real tokens, [batch, n]; None for all."""
@@ -217,11 +148,28 @@ class PackedKVCache:
         self._position = self._position + n
         self._offset = None
 
-    def abandon(self, states: PackedStates) -> None:
-        """Undoes an update whose tokens were not appended."""
-        if not states.appended and states is self._states:
-            self._move(-states.k.shape[2])
-            self._states = None
+    @property
+    def target(self) -> LayerCache:
+        assert self.cache is not None
+        return self.cache
+
+    def real_tokens(self, tokens: PendingTokens, mask: Any, m: int) -> Keep | None:
+        self.check_mask(mask, m)
+        return self._keep
+
+    def appended(self, tokens: PendingTokens, keep: Keep | None) -> None:
+        """Nothing: positions count from the update on."""
+
+    def abandoned(self, tokens: PendingTokens) -> None:
+        if not tokens.appended and tokens is self._pending:
+            self._move(-tokens.k.shape[2])
+            self._pending = None
+
+    def attribute(self, tokens: PendingTokens, name: str) -> Any:
+        if name == "shape":  # models look there for the number of positions
+            batch, heads, _, dim = tokens.k.shape
+            return batch, heads, self.size(), dim
+        raise ValueError(f"[mlx_lm] expected a model that leaves keys to mlx-lm's attention; got one reading .{name}")
 
     def size(self) -> int:
         return int(self._position.max(initial=0))
@@ -242,7 +190,7 @@ class PackedKVCache:
         drop = np.minimum(np.maximum(self._position, 0), n)
         if self.cache is not None and drop.any():
             self.cache.trim(drop)
-            self._states = None
+            self._pending = None
             self._move(-drop)
         return int(drop.max(initial=0))
 
@@ -322,9 +270,7 @@ class PackedKVCache:
         assert self.cache is not None
         made = self.cache
         pool = PagePool(made.codec.page_bytes, made.arrays, self.max_pages)
-        empty = made.empty(rows, pool)
-        empty.sparse = self.sparse
-        return empty
+        return made.empty(rows, pool)
 
     def filter(self, batch_indices: Any) -> None:
         """Keeps the given rows."""
@@ -348,19 +294,19 @@ class PackedKVCache:
     def adopt(self, codec: Codec) -> None:
         """Takes a codec that reads the same pages: one that codes new pages better than what a file said."""
         if self.cache is not None and self.cache.codec.fingerprint == codec.fingerprint:
-            self.codec = self.cache.codec = codec
+            self.cache.adopt(codec)
+            self.codec = codec
 
     def _like(self) -> PackedKVCache:
-        out = PackedKVCache(
+        return PackedKVCache(
             self.spec,
             codec=self.codec,
             codecs=self.codecs,
             max_pages=self.max_pages,
             backend=self.backend,
+            sparse=self.sparse,
             evicting=self.evicting,
         )
-        out.sparse = self.sparse
-        return out
 
     def __copy__(self) -> PackedKVCache:
         out = self._like()
@@ -377,8 +323,8 @@ class PackedKVCache:
         """The contents as arrays, for `mx.eval` and mlx-lm's save_prompt_cache: a JSON header as bytes, the pages (all
         that share this cache's memory), each row's page numbers and their positions, lengths (exact, packed, all),
         exact keys and values."""
-        if self._states is not None and self._states.appended:
-            self._states = None
+        if self._pending is not None and self._pending.appended:
+            self._pending = None
         header: dict[str, Any] = {
             "spec": self.spec.to_json(),
             "batched": self.batched,

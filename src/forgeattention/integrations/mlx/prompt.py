@@ -30,13 +30,14 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
+from ...cache import PendingTokens
 from ...codec import Codec, CodecSpec
 from ...codec.spec import FORMAT_VERSION, HEAD_DIMS
-from ...eviction import Centres, EvictingCache, Eviction, rope_of
+from ...eviction import Centres, Eviction, Evictor, rope_of
 from ...models.fingerprint import mlx_fingerprint
 from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
-from .cache import Codecs, PackedKVCache, PackedStates, Seam, readable
+from .cache import Codecs, PackedKVCache, Seam, readable
 from .probe import ProbedStates, probe
 from .recurrent import SnapshotCache, trim_prompt_cache
 
@@ -107,13 +108,12 @@ def make_prompt_cache(
 
     def swap(i: int, layer: Any) -> Any:
         if type(layer) is stock.KVCache and i in layers:
-            evicting = None if eviction is None else {"eviction": eviction, "rope": rope, "fraction": fraction,
+            evicting = None if eviction is None else {"settings": eviction, "rope": rope, "fraction": fraction,
                                                       "centres": _centres(eviction, i)}  # fmt: skip
-            cache = PackedKVCache(
-                spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend, evicting=evicting
-            )
-            cache.sparse = None if sparse is None else SparseLayer(sparse)
-            return cache
+            return PackedKVCache(
+                spec, codec=own.get(i), codecs=shared, max_pages=max_pages, backend=backend, evicting=evicting,
+                sparse=None if sparse is None else SparseLayer(sparse),
+            )  # fmt: skip
         if type(layer) is stock.ArraysCache and snapshots:
             return SnapshotCache(len(layer.cache), snapshots=snapshots)
         return stock.CacheList(*(swap(i, x) for x in layer.caches)) if _packs(layer) else layer
@@ -206,7 +206,9 @@ def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
     def scaled_dot_product_attention(
         queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any = None, sinks: Any = None
     ) -> Any:
-        if isinstance(keys, PackedStates | ProbedStates):
+        if isinstance(keys, PendingTokens):
+            return keys.attend(queries, mask, scale, None if sinks is None else sinks.astype(mx.float32))
+        if isinstance(keys, ProbedStates):
             return keys.attend(queries, mask, scale, sinks)
         return attention(queries, keys, values, cache, scale, mask, sinks)
 
@@ -267,8 +269,8 @@ def report(cache: Sequence[Any]) -> dict[str, Any]:
             bits = made.codec.format.effective_bits if made is not None else None
             kind = "packed" if packed else type(part).__name__
             entries.append({"layer": i, "kind": kind, "positions": part.size(), "bits": bits, "bytes": part.nbytes})
-            if isinstance(made, EvictingCache):
-                entries[-1]["eviction"] = made.report()
+            if made is not None and isinstance(made.eviction, Evictor):
+                entries[-1]["eviction"] = made.eviction.report(made)
     count = sum(entry["kind"] == "packed" for entry in entries)
     return {"layers": entries, "packed": count, "of": len(cache), "bytes": sum(entry["bytes"] for entry in entries)}
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ...integrations.hf.layer import DECODE_TOKENS
+from ...cache import STEP_TOKENS
 from ...util.environment import environment
 from ...util.progress import progress
 from . import kl, memory, niah, texts
@@ -39,7 +39,7 @@ def run_kl(args: argparse.Namespace) -> dict[str, Any]:
         advance()
 
     # Only steps of few tokens are sparse; what comes before the measured positions is read as a prompt.
-    block = args.block if made.sparse is None else min(args.block, DECODE_TOKENS)
+    block = args.block if made.sparse is None else min(args.block, STEP_TOKENS)
     with progress("Reading with both caches", args.windows) as advance:
         result = kl.compare(
             made.model, pieces, make, block=block, prompt_block=args.block, start=args.start,

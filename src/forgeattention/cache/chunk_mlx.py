@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import ops
-from ...backends.mlx.attention import attention
-from ...cache import LayerCache
+from .. import ops
+from ..backends.mlx.attention import attention
+
+if TYPE_CHECKING:
+    from .layer import LayerCache
 
 BLOCK = 256
 """Queries whose scores are held at a time."""
