@@ -17,7 +17,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from forgeattention import CodecSpec
 from forgeattention.codec import PAGE
-from forgeattention.integrations.hf import attention as hf_attention
 from forgeattention.integrations.hf import cache as hf
 from forgeattention.integrations.hf.cache import ForgeCache
 
@@ -214,8 +213,8 @@ def test_the_model_is_causal(llama: Any, steps: list[int], monkeypatch: pytest.M
     for make in makers.values():
         assert not sees_the_future(llama, make, steps)
     # The same test notices attention without a causal mask.
-    right = hf_attention.attention
-    monkeypatch.setattr(hf_attention, "attention", lambda *a, **k: right(*a, **{**k, "causal": False}))
+    right = chunk_torch.attention
+    monkeypatch.setattr(chunk_torch, "attention", lambda *a, **k: right(*a, **{**k, "causal": False}))
     assert sees_the_future(llama, makers["packed"], steps)
 
 

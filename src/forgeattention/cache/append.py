@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..codec import PAGE
+from ..ops.checks import check_queries
 from .pool import Ids
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class _Append:
     full: int = 0
     kept: Keep = field(default_factory=lambda: np.zeros(0, np.bool_))
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def check_step(cache: LayerCache, q: Any, k: Any) -> None:
+    """Raises ValueError for queries that are not those of the last of the new tokens k."""
+    shape, (batch, heads, _, dim) = q.shape, cache.buffer.k.shape
+    if len(shape) != 4 or shape[0] != batch or shape[3] != dim or shape[1] % heads or not 0 < shape[2] <= k.shape[2]:
+        check_queries("cache.step", q, cache.codec)
+        raise ValueError(f"[cache.step] expected q [{batch}, q_heads, m, {dim}] of new tokens; got {list(shape)}")
 
 
 def check_append(cache: LayerCache, k: Any, v: Any, keep: Keep | None) -> Callable[[], int]:

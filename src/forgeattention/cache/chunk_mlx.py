@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import ops
-from ..backends.mlx.attention import attention
+from ..ops.exact_mlx import attention
 
 if TYPE_CHECKING:
     from .layer import LayerCache
@@ -49,7 +49,8 @@ def chunk(
     ragged = keep is not None or bool((lengths != held).any())
     if past.table is None and not ragged:
         mask = "causal" if m > 1 else None
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+        logits = None if sinks is None else sinks.astype(q.dtype)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=logits)
     visible = np.ones((past.batch, held + n), np.bool_)
     visible[:, :held] = np.arange(held) < lengths[:, None]
     if keep is not None:

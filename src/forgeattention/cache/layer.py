@@ -13,7 +13,7 @@ from .. import ops
 from ..codec import PAGE, Codec
 from ..ops.arrays import FLOATS, dtype_of
 from ..ops.table import ExactTokens, PageTable
-from .append import STEP_TOKENS, Keep, append, append_rows, check_append
+from .append import STEP_TOKENS, Keep, append, append_rows, check_append, check_step
 from .arrays import Arrays, arrays_of
 from .chunk import attend_chunk
 from .edit import check_join, fork_rows, join_rows, trim_rows
@@ -191,7 +191,8 @@ class LayerCache:
         Raises:
             ValueError: as `append`; nothing has changed.
         """
-        confirm = self.check(k, v, keep)
+        check_step(self, q, k)
+        confirm = check_append(self, k, v, keep)
         if self.eviction is not None:
             self.eviction.prepare(self, q, scale, k.shape[2], keep)
         if self.is_step(k.shape[2], keep):

@@ -20,9 +20,9 @@ import numpy as np
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
+from ...ops.exact_mlx import attention, merge
 from ...ops.table import ExactTokens, PageTable
 from ..mlx.arrays import page_places, some_exact, some_table, store_pages
-from ..mlx.attention import attention, merge
 from ..mlx.codec import packed_queries, unpacked_values
 from . import nvrtc, params, plans
 from .macros import Side

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from ... import ops
+from ...cache.chunk_torch import attend
 from ...codec.spec import PAGE
 from ...ops.page_tables import Geometry, page_tables
 from ...ops.table import ExactTokens, PageTable
-from ..hf.attention import attend
 from .metadata import Metadata
 
 
