@@ -16,6 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from forgeattention import CodecSpec
+from forgeattention.cache import chunk_torch
 from forgeattention.codec import PAGE
 from forgeattention.integrations.hf import cache as hf
 from forgeattention.integrations.hf.cache import ForgeCache

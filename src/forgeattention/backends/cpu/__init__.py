@@ -25,7 +25,7 @@ MLX_OPS = {
     "compact": "cpu.mlx",
     "decode_attention": "cpu.mlx",
     "prefill_attention": "cpu.mlx",
-    "merge": "mlx.attention",
+    "merge": "mlx.merge",
     "qk_scores": "cpu.mlx",
     "value_sum": "cpu.mlx",
     "sparse_scores": "cpu.mlx",

@@ -10,7 +10,7 @@ import numpy as np
 from ...codec.codec import Codec
 from ...ops.arrays import dtype_of
 from ...ops.table import ExactTokens, PageTable, Scores, Threshold
-from ..mlx.attention import merge
+from ..mlx.merge import merge
 from . import attention, pages, scores, sparse
 
 

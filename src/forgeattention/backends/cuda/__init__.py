@@ -27,7 +27,7 @@ MLX_OPS = {
     "compact": "cuda.mlx",
     "decode_attention": "cuda.mlx",
     "prefill_attention": "cuda.mlx",
-    "merge": "mlx.attention",
+    "merge": "mlx.merge",
     "qk_scores": "cuda.mlx",
     "value_sum": "cuda.mlx",
 }

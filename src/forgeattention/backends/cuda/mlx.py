@@ -20,10 +20,11 @@ import numpy as np
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
-from ...ops.exact_mlx import attention, merge
+from ...ops.exact_mlx import attention
 from ...ops.table import ExactTokens, PageTable
 from ..mlx.arrays import page_places, some_exact, some_table, store_pages
 from ..mlx.codec import packed_queries, unpacked_values
+from ..mlx.merge import merge
 from . import nvrtc, params, plans
 from .macros import Side
 

@@ -13,7 +13,7 @@ MLX_OPS = {
     "compact": "metal.pages",
     "decode_attention": "metal.attention",
     "prefill_attention": "metal.attention",
-    "merge": "mlx.attention",
+    "merge": "mlx.merge",
     "qk_scores": "metal.scores",
     "value_sum": "metal.scores",
     "sparse_scores": "metal.sparse",
