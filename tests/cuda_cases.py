@@ -104,6 +104,7 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, Macros]]:
         ("decode_pages", plans.decode_pages_macros(codec, "float16", True)),
         ("merge", merge_macros(case.head_dim, case.dtype)),
         ("append_tokens", ()),
+        ("append_step", ()),
         ("turn_queries", rotation_macros(codec, FORGE_TYPE=TYPES[case.dtype])),
         ("merge_parts", rotation_macros(codec)),
         ("qk_scores", plans.scores_macros(codec, case.dtype)),

@@ -66,8 +66,8 @@ def test_a_hybrid_evicts_from_full_attention_alone_and_by_its_scaled_budget():
     for i in cache.packed:
         layer = cache.layers[i].cache
         # 2 of 8 layers: 1 - 0.5 / 4
-        assert layer.fraction == 0.25
-        assert layer.rope.n_rot == 16
+        assert layer.eviction.fraction == 0.25
+        assert layer.eviction.rope.n_rot == 16
         held = int(layer.packed_lengths[0] + layer.exact_lengths[0])
         assert 0.8 < held / 1500 < 0.875 + 2 * 96 / 1500
         assert layer.lengths.tolist() == [1500]
@@ -94,14 +94,14 @@ def test_a_hybrids_rounds_leave_its_linear_states_alone():
     linear = [i for i in range(8) if i not in cache.packed]
     before = {i: [x.clone() for v in vars(cache.layers[i]).values() for x in tensors(v)] for i in linear}
     assert all(before.values())
-    counts = copy.copy(cache.layers[3].cache.counts)
+    counts = copy.copy(cache.layers[3].cache.eviction.counts)
     layer = cache.layers[3].cache
     k = torch.zeros(1, 2, 1, 64)
     for _ in range(4):
-        layer._last[:] = 0
-        layer.eviction = Eviction(Recency(0.1), interval=1)
+        layer.eviction.history.last[:] = 0
+        layer.eviction.settings = Eviction(Recency(0.1), interval=1)
         layer.append(k, k)
-    assert layer.counts.evicted > counts.evicted
+    assert layer.eviction.counts.evicted > counts.evicted
     for i in linear:
         now = [x for v in vars(cache.layers[i]).values() for x in tensors(v)]
         assert all(torch.equal(a, b) for a, b in zip(before[i], now, strict=True))
@@ -174,7 +174,7 @@ def test_decoding_evicts_and_recalls():
     assert found["rounds"] > 2
     assert found["recalled"] > 2
     for layer in (cache.layers[i].cache for i in cache.packed):
-        demoted = [d.start for d in layer._demoted[0]]
+        demoted = [d.start for d in layer.eviction.history.demoted[0]]
         every = sorted([*demoted, *layer.page_starts(0).tolist()])
         # nothing is lost or twice
         assert every == [4 + 64 * i for i in range(len(every))]
@@ -197,12 +197,12 @@ def test_centres_from_a_file_serve_a_cache_that_reads_no_prompt(tmp_path):
     eviction = Eviction(V3(0.5, prefix=64, window=64), interval=64)
     cache = ForgeCache(model, SPEC, eviction=eviction)
     read(model, cache, ids_of(500))
-    save_centres(tmp_path / "c", {i: cache.layers[i].cache.centres for i in cache.packed})
+    save_centres(tmp_path / "c", {i: cache.layers[i].cache.eviction.centres for i in cache.packed})
     known = load_centres(tmp_path / "c", rope_of(model.config))
     other = ForgeCache(model, SPEC, eviction=Eviction(eviction.policy, interval=64, centres=known))
     read(model, other, ids_of(800, seed=3))
-    count = cache.layers[0].cache.centres.count
-    assert other.layers[0].cache.centres.count == known[0].count == count > 200
+    count = cache.layers[0].cache.eviction.centres.count
+    assert other.layers[0].cache.eviction.centres.count == known[0].count == count > 200
     assert eviction_report(other)["rounds"]
 
 

@@ -50,7 +50,7 @@ def test_rounds_happen_and_positions_stay_right(on_evict: str) -> None:
         assert layer.offset == LENGTH + NEW
         kept = held(layer) - 2 * PAGE * (on_evict == "host")
         assert kept < 0.5 * LENGTH + CHUNK + 64 + PAGE
-        counts = layer.cache.counts
+        counts = layer.cache.eviction.counts
         assert counts.rounds > 2
         assert (counts.demoted == counts.evicted) == (on_evict == "host")
         starts = layer.cache.page_starts(0)
@@ -72,7 +72,7 @@ def test_recalling_everything_changes_nothing() -> None:
     _, want = greedy(llm, made(llm, None), prompt, NEW, CHUNK)
     cache = made(llm, Eviction(Recency(0.5), "host", interval=64, recall_share=0.0, recall_pages=100))
     _, logs = greedy(llm, cache, prompt, NEW, CHUNK)
-    assert all(layer.cache.counts.recalled > 5 for layer in cache)
+    assert all(layer.cache.eviction.counts.recalled > 5 for layer in cache)
     assert np.abs(logs - want).max() < MLX_MODEL
 
 
@@ -98,8 +98,8 @@ def test_a_hybrid_evicts_from_full_attention_alone_and_by_its_scaled_budget() ->
     packed = [i for i, layer in enumerate(cache) if isinstance(layer, forge.PackedKVCache)]
     assert packed == [3]
     layer = cache[3].cache
-    assert layer.fraction == 0.25
-    assert layer.counts.rounds > 1
+    assert layer.eviction.fraction == 0.25
+    assert layer.eviction.counts.rounds > 1
     # 1 of 4 layers: 1 - 0.5 / 4
     assert 0.8 < held(cache[3]) / LENGTH < 0.875 + 2 * CHUNK / LENGTH
     # The linear layers before it know nothing of it: their states are the same bits.

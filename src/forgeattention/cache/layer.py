@@ -191,8 +191,8 @@ class LayerCache:
         Raises:
             ValueError: as `append`; nothing has changed.
         """
-        check_step(self, q, k)
         confirm = check_append(self, k, v, keep)
+        check_step(self, q, k)
         if self.eviction is not None:
             self.eviction.prepare(self, q, scale, k.shape[2], keep)
         if self.is_step(k.shape[2], keep):

@@ -123,10 +123,14 @@ class RowTable:
 
     def grow(self, n: int) -> None:
         """Adds n exact tokens to every row."""
-        exact, seen, most = self.exact + n, self.seen + n, self.most_exact + n
         self._stale = True
         self.device_exact += n
-        self.exact, self.seen, self.most_exact, self._stale = exact, seen, most, False
+        self.count(n)
+        self._stale = False
+
+    def count(self, n: int) -> None:
+        """Takes note of n exact tokens in every row that the device has already."""
+        self.exact, self.seen, self.most_exact = self.exact + n, self.seen + n, self.most_exact + n
 
     def note(self, exact: I64, packed: I64, seen: I64) -> None:
         """Takes note of lengths that the device has already, as a replayed graph counts there."""

@@ -5,6 +5,7 @@ from .pages import append_tokens, compact, decode_pages, encode
 from .registry import report
 from .scores import qk_scores, value_sum
 from .sparse import page_scores, page_select, sparse_attention, sparse_scores, sparse_threshold
+from .steps import append_step, encode_rows
 from .table import ExactTokens, PageTable, Scores, Threshold
 from .threads import get_num_threads, set_num_threads
 
@@ -13,11 +14,13 @@ __all__ = [
     "PageTable",
     "Scores",
     "Threshold",
+    "append_step",
     "append_tokens",
     "compact",
     "decode_attention",
     "decode_pages",
     "encode",
+    "encode_rows",
     "get_num_threads",
     "merge",
     "page_scores",

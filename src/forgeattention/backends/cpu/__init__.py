@@ -5,6 +5,8 @@ from .native import available
 OPS = {
     "encode": "cpu.pages",
     "append_tokens": "cpu.pages",
+    "append_step": "cpu.steps",
+    "encode_rows": "cpu.steps",
     "decode_pages": "cpu.pages",
     "compact": "cpu.pages",
     "decode_attention": "cpu.attention",

@@ -8,6 +8,8 @@ from .nvrtc import available, available_to_mlx
 OPS = {
     "encode": "cuda.pages",
     "append_tokens": "cuda.pages",
+    "append_step": "cuda.steps",
+    "encode_rows": "cuda.steps",
     "decode_pages": "cuda.pages",
     "compact": "cuda.pages",
     "decode_attention": "cuda.attention",

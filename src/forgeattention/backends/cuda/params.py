@@ -145,6 +145,19 @@ APPEND_TOKENS = Struct(
     ("heads n words capacity", "int", ""),
 )
 
+APPEND_STEP = Struct(
+    "Params",
+    ("k v", "const u8*", "[batch, heads, 1, 4 words] bytes"),
+    ("to_k to_v", "u8*", "[batch, heads, capacity, 4 words]"),
+    ("exact packed", "int*", "[batch] tokens"),
+    ("page_table", "const i64*", "[batch, max_pages] addresses"),
+    ("encode_offsets", "i64*", "[batch] address of the page that is to be coded after this launch, or -1"),
+    ("tickets", "int*", "[batch] zeros before and after"),
+    ("k_stride v_stride", "i64[2]", "bytes: row, head"),
+    ("to_k_stride to_v_stride", "i64[3]", "bytes: row, head, token"),
+    ("heads words capacity sinks encode_at max_pages", "int", ""),
+)
+
 SCORES = Struct(
     "Params",
     (
@@ -286,6 +299,7 @@ STRUCTS = {
     "decode_pages": DECODE_PAGES,
     "compact": COMPACT,
     "append_tokens": APPEND_TOKENS,
+    "append_step": APPEND_STEP,
     "qk_scores": SCORES,
     "value_sum": SCORES,
     "sparse_scores": SPARSE_SCORES,

@@ -3,6 +3,8 @@
 OPS = {
     "encode": "reference.pages",
     "append_tokens": "reference.pages",
+    "append_step": "reference.steps",
+    "encode_rows": "reference.steps",
     "decode_pages": "reference.pages",
     "compact": "reference.pages",
     "decode_attention": "reference.attention",
@@ -16,7 +18,7 @@ OPS = {
     "page_scores": "reference.sparse",
     "page_select": "reference.sparse",
 }
-MLX_OPS = {op: module for op, module in OPS.items() if op != "append_tokens"}
+MLX_OPS = {op: module for op, module in OPS.items() if op not in ("append_tokens", "append_step", "encode_rows")}
 
 
 def available() -> tuple[bool, str]:
