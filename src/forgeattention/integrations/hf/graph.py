@@ -5,9 +5,10 @@
         model.generate(**inputs, past_key_values=cache, max_new_tokens=8_000)
     print(graph.replays, graph.eager)
 
-A step of one token per row is captured once and replayed: lengths and page tables lie on the device, and every 64
-steps the tokens that leave the window are encoded between two replays. Prompts, and every call that is not such a step,
-run as without the graph; `replays` and `eager` count them. The cache can be used before and after as any other.
+A step of one token per row is captured once and replayed. Lengths and page tables lie on the device, and pages that
+fill up are coded within the graph, those of different layers at different steps, so that all steps take alike. Prompts,
+and every call that is not such a step, run as without the graph; `replays` and `eager` count them. The cache can be
+used before and after as any other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ...cache.steps import StaticSteps
+from ...cache.steps import StaticSteps, most_lead
 from .cache import ForgeCache
 from .layer import PackedLayer
 
@@ -117,7 +118,7 @@ class DecodeGraph:
         assert self._positions is not None
         assert self._replay is not None
         for steps in self._steps:
-            steps.make_room()
+            steps.prepare()
         self._ids.copy_(ids)
         self._positions.copy_(positions)
         self._replay()
@@ -131,7 +132,16 @@ class DecodeGraph:
         cache = self._cache
         self._replay, self._out = None, None
         self._ids, self._positions = ids.clone(), positions.expand(ids.shape).clone()
-        self._steps = [StaticSteps(layer.cache, self._max_length) for layer in cache.layers]
+        for steps in self._steps:
+            steps.close()
+        self._steps = []
+        for i, layer in enumerate(cache.layers):
+            layer.cache.make_room(1)  # a run whose lengths are put back must not move tokens
+            # Layers take turns at coding pages, so that no step codes those of all layers.
+            lead = 1 + i * most_lead(layer.cache.codec.spec.window) // len(cache.layers)
+            self._steps.append(StaticSteps(layer.cache, self._max_length, lead))
+        for steps in self._steps:
+            steps.prepare()
         try:
             self._replay = self._record()
         finally:
