@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from forgeattention import CodecSpec
 from forgeattention.cache import chunk_torch
 from forgeattention.codec import PAGE
-from forgeattention.integrations.hf import cache as hf
+from forgeattention.integrations.hf import attention
 from forgeattention.integrations.hf.cache import ForgeCache
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, sinks=3, window=12)
@@ -449,7 +449,7 @@ def test_bytes_are_measured_and_close_to_the_format(llama: Any) -> None:
 
 
 def test_names_are_added_and_none_is_touched() -> None:
-    assert AttentionInterface._global_mapping["forge"] is hf.forge_attention
-    assert AttentionMaskInterface._global_mapping["forge"] is hf.forge_mask
+    assert AttentionInterface._global_mapping["forge"] is attention.forge_attention
+    assert AttentionMaskInterface._global_mapping["forge"] is attention.forge_mask
     assert AttentionInterface._global_mapping["sdpa"].__module__.startswith("transformers.")
     assert AttentionMaskInterface._global_mapping["sdpa"].__module__.startswith("transformers.")

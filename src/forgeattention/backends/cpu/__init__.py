@@ -5,7 +5,7 @@ from .native import available
 OPS = {
     "encode": "cpu.pages",
     "append_tokens": "cpu.pages",
-    "append_step": "cpu.steps",
+    "append_step": "steps",
     "encode_rows": "cpu.steps",
     "decode_pages": "cpu.pages",
     "compact": "cpu.pages",

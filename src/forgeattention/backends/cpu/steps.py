@@ -1,15 +1,12 @@
-"""A decode step of one token per row: see `forgeattention.ops.steps`."""
+"""encode_rows: see `forgeattention.ops.steps`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...codec.codec import Codec
-from ..steps import append_step
 from ..steps import encode_rows as encode_rows_by
 from .pages import encode
-
-__all__ = ["append_step", "encode_rows"]
 
 
 def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any) -> None:

@@ -9,7 +9,7 @@ OPS = {
     "encode": "cuda.pages",
     "append_tokens": "cuda.pages",
     "append_step": "cuda.steps",
-    "encode_rows": "cuda.steps",
+    "encode_rows": "cuda.pages",
     "decode_pages": "cuda.pages",
     "compact": "cuda.pages",
     "decode_attention": "cuda.attention",

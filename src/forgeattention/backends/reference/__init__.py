@@ -3,7 +3,7 @@
 OPS = {
     "encode": "reference.pages",
     "append_tokens": "reference.pages",
-    "append_step": "reference.steps",
+    "append_step": "steps",
     "encode_rows": "reference.steps",
     "decode_pages": "reference.pages",
     "compact": "reference.pages",

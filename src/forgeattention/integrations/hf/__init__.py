@@ -1,6 +1,7 @@
 """Hugging Face transformers: `ForgeCache` and the attention implementation "forge", which importing this registers."""
 
-from .cache import ForgeCache, register
+from .attention import register
+from .cache import ForgeCache
 from .graph import DecodeGraph
 
 __all__ = ["DecodeGraph", "ForgeCache", "register"]

@@ -1,4 +1,7 @@
-"""Attention of layers that are not packed, in torch, and what masks say."""
+"""The attention implementation "forge" of transformers: what masks say, packed layers, and those that are not packed.
+
+Importing this registers it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ...cache import PendingTokens
 from ...cache.chunk_torch import attention, with_sinks
+from ...models.support import unserved
 
 
 def stock(
@@ -96,3 +103,87 @@ def tensor_bytes(layer: Any) -> int:
             found += value.values()
     storages = [x.untyped_storage() for x in found if isinstance(x, torch.Tensor)]
     return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def forge_mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask for transformers' `AttentionMaskInterface`.
+
+    For packed layers None without a mask or where no position was ever padding, else a `PaddingMask`; for everything
+    else, and for patterns other than causal, the mask of "sdpa".
+
+    Raises:
+        ValueError: a model that does not read masks of this kind.
+    """
+    config = kwargs.get("config")
+    if config is not None and (reason := unserved(config)) is not None:
+        raise ValueError(
+            f"[forge] expected a model whose attention can be exchanged; {reason}: load it without "
+            "attn_implementation='forge'"
+        )
+    layer = getattr(kv_length, "layer", None)
+    if layer is None or mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
+        if q_length > 1 and "reuse" in (getattr(kwargs.get("config"), "kv_sharing_modes", None) or ()):
+            # Such models drop queries half way, so that a missing mask could no longer mean a causal one.
+            kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=int(kv_length), mask_function=mask_function, **kwargs
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is None or (not layer.padded and mask.shape[1] >= kv_length and bool(mask[:, :kv_length].all())):
+        return None
+    return mask[:, None, None].expand(-1, 1, q_length, -1).as_subclass(PaddingMask)
+
+
+def forge_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function for transformers' `AttentionInterface`: packed attention for packed layers, "sdpa" for others.
+
+    Args:
+        module: the attention module.
+        query: [batch, q_heads, n, head_dim].
+        key, value: tensors, or the handle of a packed layer.
+        attention_mask: of `forge_mask`.
+        dropout, scaling, kwargs: as transformers passes them; `s_aux` are sink logits [q_heads].
+
+    Returns:
+        [batch, n, q_heads, head_dim] and None.
+
+    Raises:
+        ValueError: dropout, a soft cap, a position bias, a sliding window or full attention with a packed layer.
+    """
+    if not isinstance(key, PendingTokens):
+        return stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    causal = kwargs.get("is_causal")
+    for name, wrong in (
+        ("no dropout", dropout),
+        ("no softcap", kwargs.get("softcap") is not None),
+        ("no position_bias", kwargs.get("position_bias") is not None),
+        ("no sliding_window", kwargs.get("sliding_window") is not None),
+        ("no output_attentions", kwargs.get("output_attentions")),
+        ("causal attention", not (getattr(module, "is_causal", True) if causal is None else causal)),
+    ):
+        if wrong:
+            raise ValueError(f"[forge] expected {name} in a packed layer; got a {type(module).__name__} without that")
+    sinks = kwargs.get("s_aux")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out = key.attend(query.detach(), attention_mask, scale, None if sinks is None else sinks.detach().float())
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Makes attn_implementation="forge" known to transformers; importing this module does it."""
+    AttentionInterface.register("forge", forge_attention)
+    AttentionMaskInterface.register("forge", forge_mask)
+
+
+register()
