@@ -34,6 +34,12 @@ def page_arguments(case: Case) -> tuple[torch.Tensor, ...]:
     return k, v, out, torch.arange(2) * case.codec.page_bytes
 
 
+def row_arguments(case: Case) -> tuple[torch.Tensor, ...]:
+    k, v = torch.randn(2, 3, 2, 64, 64)
+    out = torch.zeros(2 * case.codec.page_bytes, dtype=torch.uint8)
+    return k, v, out, torch.tensor([case.codec.page_bytes, -1, 0])
+
+
 def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Per operator a function around the public op, with its tensors."""
     codec, table, exact, q = case.codec, case.table, case.exact, case.q
@@ -48,6 +54,19 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         to_k, to_v, lengths = exact.k + 0, exact.v + 0, exact.lengths + 0
         ops.append_tokens(to_k, to_v, lengths, k * 2, v)
         return to_k, to_v, lengths
+
+    def append_step(k: Any, v: Any) -> Any:
+        to_k, to_v = (torch.zeros(3, 2, 70, 64) for _ in range(2))
+        exact, packed = torch.tensor([0, 69, 66], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        offsets, tickets = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+        table = torch.arange(6).reshape(3, 2)
+        ops.append_step(to_k, to_v, exact, packed, table, offsets, tickets, k * 2, v, sinks=1, encode_at=67)
+        return to_k, to_v, exact, packed, offsets
+
+    def encode_rows(k: Any, v: Any, out: Any, at: Any) -> Any:
+        out = out + 0
+        ops.encode_rows(k * 2, v, codec, out, at)
+        return out
 
     def compact(base: Any) -> Any:
         return ops.compact(base + 0, table.offsets[:2].reshape(-1)[:2], codec.page_bytes)
@@ -97,6 +116,8 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "encode": (encode, page_arguments(case)),
         "append_tokens": (append_tokens, (new[0], new[1])),
+        "append_step": (append_step, (torch.randn(3, 2, 1, 64), torch.randn(3, 2, 1, 64))),
+        "encode_rows": (encode_rows, row_arguments(case)),
         "decode_attention": (decode_attention, (q,)),
         "decode_pages": (decode_pages, ()),
         "compact": (compact, (table.base,)),
@@ -125,6 +146,15 @@ def arguments(name: str, case: Case) -> list[Any]:
     buffers = [torch.zeros(3, 2, 9, 64), torch.zeros(3, 2, 9, 64), torch.tensor([0, 9, 4], dtype=torch.int32)]
     given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "encode": ((k, v, codec, out, at), {}),
+        "append_step": (
+            (
+                *torch.zeros(2, 3, 2, 70, 64), *torch.tensor([[0, 69, 66], [0, 0, 64]], dtype=torch.int32),
+                torch.arange(6).reshape(3, 2), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32),
+                *torch.randn(2, 3, 2, 1, 64),
+            ),
+            {"sinks": 1, "encode_at": 67},
+        ),
+        "encode_rows": ((*row_arguments(case)[:2], codec, *row_arguments(case)[2:]), {}),
         "append_tokens": ((*buffers, torch.randn(3, 2, 2, 64), torch.randn(3, 2, 2, 64)), {}),
         "decode_attention": ((q, codec, table, exact, 0.1), {"sink_logits": torch.randn(q.shape[1])}),
         "decode_pages": ((codec, table), {"rotated": True}),

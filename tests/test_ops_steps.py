@@ -68,7 +68,7 @@ def test_rows_are_coded_where_their_offsets_say(device: str) -> None:
     pages = torch.zeros(4, codec.page_bytes, dtype=torch.uint8, device=device)
     addresses = [pages[row].data_ptr() for row in range(4)]
     offsets = torch.tensor([addresses[2], -1, addresses[0], -1], device=device)
-    ops.encode_rows(k[:, :, part], v[:, :, part], codec, offsets)
+    ops.encode_rows(k[:, :, part], v[:, :, part], codec, None, offsets)
     want = torch.zeros_like(pages)
     for row, to in ((0, 2), (2, 0)):
         at = torch.tensor([to * codec.page_bytes], device=device)

@@ -27,8 +27,8 @@ def append_step(
         encode_offsets[row] = page_table[row, at] if held + 1 == encode_at and at < pages else -1
 
 
-def encode_rows(encode: Any, k: Any, v: Any, codec: Codec, offsets: Any) -> None:
+def encode_rows(encode: Any, k: Any, v: Any, codec: Codec, offsets: Any, out: Any) -> None:
     """`ops.encode_rows` by a backend's `encode`."""
     for row, offset in enumerate(to_numpy(offsets).tolist()):
         if offset >= 0:
-            encode(k[row], v[row], codec, None, offsets[row : row + 1])
+            encode(k[row], v[row], codec, out, offsets[row : row + 1])

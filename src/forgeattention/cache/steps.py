@@ -111,7 +111,7 @@ class StaticSteps:
         if code:
             offsets = np.full(cache.batch, -1, np.int64)
             offsets[at] = pool.addresses(ids)
-            ops.encode_rows(*self._oldest, cache.codec, cache.arrays.index(offsets), backend=cache.backend)
+            ops.encode_rows(*self._oldest, cache.codec, None, cache.arrays.index(offsets), backend=cache.backend)
 
     def _place(self, row: int) -> tuple[int, int]:
         first = int(self._cache.rows.packed[row]) // PAGE
@@ -132,7 +132,7 @@ class StaticSteps:
             exact.k, exact.v, exact.lengths, table.lengths, table.offsets, self._encode_offsets, self._tickets, k, v,
             sinks=cache.codec.spec.sinks, encode_at=self.encode_at, backend=cache.backend,
         )  # fmt: skip
-        ops.encode_rows(*self._oldest, cache.codec, self._encode_offsets, backend=cache.backend)
+        ops.encode_rows(*self._oldest, cache.codec, None, self._encode_offsets, backend=cache.backend)
         return self.attend(q, scale, sink_logits=sink_logits)[0]
 
     def attend(self, q: Any, scale: float, *, causal: bool = False, sink_logits: Any = None) -> tuple[Any, Any]:

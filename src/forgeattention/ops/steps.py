@@ -78,18 +78,19 @@ def append_step(
     run(to_k, to_v, exact, packed, page_table, encode_offsets, tickets, k, v, sinks, encode_at)
 
 
-def _encode_fake(k: Any, v: Any, codec: Codec, offsets: Any) -> None:
+def _encode_fake(k: Any, v: Any, codec: Codec, out: Any, offsets: Any) -> None:
     return None
 
 
-@op(fake=_encode_fake)
-def encode_rows(k: Array, v: Array, codec: Codec, offsets: Array, *, backend: str = "auto") -> None:
+@op(fake=_encode_fake, mutates=("out",))
+def encode_rows(k: Array, v: Array, codec: Codec, out: Array | None, offsets: Array, *, backend: str = "auto") -> None:
     """Code 64 tokens of some rows, each into a page of its own, in one launch.
 
     Args:
         k, v: [batch, kv_heads, 64, head_dim] of one dtype, any strides with a contiguous last axis.
         codec: the layer's codec.
-        offsets: int64 [batch], address of each row's page; a row with a negative one is left out.
+        out: uint8 array that takes the pages, or None when `offsets` are absolute addresses, as for `encode`.
+        offsets: int64 [batch], where each row's page goes; a row with a negative one is left out.
         backend: "auto" or a backend's name.
 
     Raises:
@@ -102,4 +103,4 @@ def encode_rows(k: Array, v: Array, codec: Codec, offsets: Array, *, backend: st
     if k.shape[2] != PAGE or tuple(v.shape) != tuple(k.shape) or dtype_of(v) != dtype_of(k):
         raise fail(name, f"k and v alike with {PAGE} tokens", f"{describe(k)} and {describe(v)}")
     check_index(name, "offsets", offsets, "int64", (k.shape[0],))
-    launch(name, k, backend)(k, v, codec, offsets)
+    launch(name, k, backend)(k, v, codec, offsets, out)

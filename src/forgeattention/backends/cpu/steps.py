@@ -9,5 +9,5 @@ from ..steps import encode_rows as encode_rows_by
 from .pages import encode
 
 
-def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any) -> None:
-    encode_rows_by(encode, k, v, codec, offsets)
+def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any) -> None:
+    encode_rows_by(encode, k, v, codec, offsets, out)
