@@ -10,7 +10,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo eval test test-vllm clean
+.PHONY: demo eval test test-vllm lint format bench docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
@@ -27,6 +27,23 @@ eval: .venv/installed-demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Attention of one new token beside torch's on this machine. benchmarks/ has the other measurements.
+bench: .venv/installed-demo
+	mkdir -p build
+	$(BIN)/forgeattn bench decode --json build/bench-decode.json
+
+docs: .venv/installed-test
+	$(BIN)/python docs/make_api.py
 
 # vLLM holds others of our requirements back, so it has an environment of its own; its list is whole, and leaves out what
 # vLLM names but text models do not need.
