@@ -168,7 +168,7 @@ def candidates(
 
 
 def chosen(every: list[Candidate], only: list[str] | None) -> list[Candidate]:
-    """Those whose name is one of `only`, or holds one that ends in "*"; all if None.
+    """Those whose name is one of `only`, or holds one that ends in "*", in that order; all if None.
 
     Raises:
         ValueError: a name that fits none.
@@ -178,5 +178,4 @@ def chosen(every: list[Candidate], only: list[str] | None) -> list[Candidate]:
     fits = {text: [c for c in every if c.name == text or (text[-1:] == "*" and text[:-1] in c.name)] for text in only}
     if unknown := [text for text, found in fits.items() if not found]:
         raise ValueError(f"[candidates] expected names of {[c.name for c in every]}; got {unknown}")
-    wanted = {c.name for found in fits.values() for c in found}
-    return [c for c in every if c.name in wanted]
+    return list({c.name: c for found in fits.values() for c in found}.values())

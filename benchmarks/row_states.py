@@ -155,6 +155,11 @@ class RowStates(DynamicCache):
         k, v = (x[layer] for x in self.prefix)
         heads, tokens, dim = k.shape
         every = q.transpose(0, 1).reshape(1, heads, -1, dim)
+        if self.decoding:
+            o, lse = _plain_attention(every[0].float(), k.float(), v.float(), scale)
+            return o.reshape(heads, q.shape[0], -1, dim).transpose(0, 1), lse.reshape(heads, q.shape[0], -1).transpose(
+                0, 1
+            )
         parts = PREFIX_PARTS if tokens >= 64 * PREFIX_PARTS else 1
         cut = tokens // parts
         whole = [x[:, : cut * parts].reshape(heads, parts, cut, dim).transpose(0, 1).contiguous() for x in (k, v)]
@@ -184,6 +189,15 @@ def _attention(
         bias = padded.copy_(bias)
     o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
     return o, lse[..., : q.shape[2]]
+
+
+def _plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of [heads, queries, head_dim] by matrix products: faster in float32 where scores fit into memory."""
+    scores = q @ k.transpose(1, 2) * scale
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp_() @ v, lse
 
 
 def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
