@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -163,7 +164,7 @@ def measure(
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cpu")
@@ -185,11 +186,17 @@ def main() -> None:
     if args.fitted:
         every += fitted_caches.candidates(model, tokenizer)
     chosen = caches.chosen(every, args.only)
-    rows = []
+    rows, failed = [], 0
     for candidate in chosen:
         row = done.get(candidate.name)
         if row is None:
-            row = done.add(candidate.name, measure(model, tokenizer, asked, candidate, args.before, args.workers))
+            try:
+                row = measure(model, tokenizer, asked, candidate, args.before, args.workers)
+            except Exception:  # the other caches are measured all the same; the exit code says that one is missing
+                traceback.print_exc()
+                failed += 1
+                continue
+            done.add(candidate.name, row)
         rows.append(row)
         print(
             f"{row['cache']:44s} {row['bits']:7.4f} bits  {row['passed']} of {row['of']}  {row['seconds']:.0f} s",
@@ -198,7 +205,8 @@ def main() -> None:
     if args.json:
         setting = {"dtype": args.dtype, "device": args.device, "new_tokens": NEW_TOKENS}
         write_json(args.json, {"model": Path(args.model).stem, "setting": setting, "rows": rows, "env": environment()})
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -56,7 +56,9 @@ def fidelity(model: str, name: str, *options: str, seconds: int, lane: int) -> S
 
 def steps() -> list[Step]:
     """All steps, those of most worth first."""
-    field = ("--field", "--fitted", "--windows", "2", "--batch", "2")
+    two = ("--windows", "2", "--batch", "2")
+    field, bare = ("--field", *two), "--no-exact-tokens"
+    fitted = (*field, "--fitted", "--only", "OSCAR*", "small*", "balanced*")
     some = ("--field", "--only", "exact", "preset*", "KIVI 2-bit, groups of 32", "KVarN K4V2, tiles of 128",
             "KIVI 4-bit, groups of 32", "TurboQuant 4-bit (vLLM), 2 + 2 layers exact",
             "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
@@ -64,16 +66,18 @@ def steps() -> list[Step]:
     humaneval = ("--only", *TASK_CACHES)
     behind = ("--before", "16384", *humaneval)
     return [
-        fidelity(QWEN, "", *field, seconds=100, lane=0),
+        fidelity(QWEN, "", *field, seconds=60, lane=0),
         Step(f"humaneval-{QWEN}", "humaneval.py", QWEN, humaneval, 150, 1),
         Step(f"humaneval-{QWEN}-16k", "humaneval.py", QWEN, behind, 240, 2),
-        fidelity(SMALL_QWEN, "", *field, seconds=80, lane=0),
-        fidelity(GEMMA, "", *field, seconds=50, lane=0),
+        fidelity(QWEN, "-fitted", *fitted, seconds=60, lane=0),
+        fidelity(SMALL_QWEN, "", *field, seconds=40, lane=0),
+        fidelity(GEMMA, "", *field, seconds=30, lane=0),
         fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=90, lane=0),
-        fidelity("smollm2", "", *field, seconds=60, lane=0),
-        fidelity(QWEN, "-bare", *field, "--no-exact-tokens", seconds=80, lane=0),
+        fidelity(QWEN, "-bare", *field, bare, seconds=60, lane=0),
         Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 120, 1),
         Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 180, 2),
+        fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=50, lane=0),
+        fidelity(GEMMA, "-fitted", *fitted, seconds=40, lane=0),
     ]
 
 
