@@ -35,10 +35,7 @@ MAY_IMPORT = {
 
 # What does not hold yet. These lists only shrink.
 DEBT_IMPORTS = {("integrations", "backends")}
-DEBT_PRIVATE: dict[str, int] = {}
-DEBT_LINES = {
-    "src/forgeattention/integrations/mlx/cache.py", "tests/test_hf_cache.py",
-}  # fmt: skip
+DEBT_LINES = {"src/forgeattention/integrations/mlx/cache.py", "tests/test_hf_cache.py"}
 
 
 class Import(NamedTuple):
@@ -195,16 +192,14 @@ def test_no_import_circles_lazy_or_not():
 
 def test_no_private_names_across_modules():
     ours = set().union(*(private_names(tree) for _, tree in modules().values()))
-    found: dict[str, list[str]] = {}
-    for name, (_, tree) in modules().items():
-        for line, text in private_accesses(tree, ours):
-            found.setdefault(package_of(name), []).append(f"{name}:{line} {text}")
-    wrong = {package: uses for package, uses in found.items() if len(uses) > DEBT_PRIVATE.get(package, 0)}
-    assert wrong == {}
+    found = [
+        f"{name}:{line} {text}" for name, (_, tree) in modules().items() for line, text in private_accesses(tree, ours)
+    ]
+    assert found == []
 
 
 def test_python_files_are_short():
-    files = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in ("src", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
     long = {str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) > MAX_LINES}
     assert long <= DEBT_LINES
 

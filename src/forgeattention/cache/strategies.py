@@ -74,6 +74,9 @@ class PageEviction(Protocol):
     def release(self) -> None:
         """Gives up what is held for the rows; called when they are gone."""
 
+    def report(self, cache: LayerCache) -> dict[str, Any]:
+        """What was evicted, as numbers by name."""
+
 
 class PageSharding(Protocol):
     """Which pages this process keeps of one very long row, and how processes join what they attend to

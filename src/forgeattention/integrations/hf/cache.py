@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from ... import cache as storage
 from ...cache import TorchArrays
 from ...cache.layer import check_strategies
+from ...cache.report import packed_entry, stock_entry, totals
 from ...cache.strategies import PageSharding
 from ...codec import Codec, CodecSpec
 from ...eviction import Eviction, Evictor, attention_fraction, rope_of
@@ -175,28 +176,16 @@ class ForgeCache(Cache):
         return sum(entry["bytes"] for entry in self.report()["layers"])
 
     def report(self) -> dict[str, Any]:
-        """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes;
-        what eviction did in it; and totals."""
+        """What is packed, per layer and in all (`cache.report` says what it holds)."""
         entries: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                codec = layer.codec or (layer.cache.codec if layer.cache is not None else None)
-                bits = codec.format.effective_bits if codec is not None else None
-                size = layer.cache.nbytes if layer.cache is not None else 0
-                entries.append({"layer": i, "kind": "packed", "positions": layer.seen, "bits": bits, "bytes": size})
-                if layer.cache is not None and isinstance(layer.cache.eviction, Evictor):
-                    entries[-1]["eviction"] = layer.cache.eviction.report(layer.cache)
+                entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen))
             else:
                 positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
-                size = hf_attention.tensor_bytes(layer)
-                kind = type(layer).__name__
-                entries.append({"layer": i, "kind": kind, "positions": positions, "bits": None, "bytes": size})
-        total = sum(entry["bytes"] for entry in entries)
-        out = {"layers": entries, "packed": len(self.packed), "of": len(self.layers), "bytes": total}
-        if self.eviction is not None:
-            found = [entry["eviction"] for entry in entries if "eviction" in entry]
-            out["eviction"] = {name: sum(x[name] for x in found) for name in (found[0] if found else ())}
-        return out
+                entries.append(stock_entry(i, type(layer).__name__, positions, hf_attention.tensor_bytes(layer)))
+        out = totals(entries, len(self.layers))
+        return out if self.eviction is None else {"eviction": {}, **out}
 
     def sparse_statistics(self) -> dict[str, float]:
         """What the last decode step left out, means over layers (`SparseStep.statistics`; bytes are sums); empty if

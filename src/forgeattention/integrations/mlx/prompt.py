@@ -31,9 +31,10 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
 from ...cache import PendingTokens
+from ...cache.report import packed_entry, stock_entry, totals
 from ...codec import Codec, CodecSpec
 from ...codec.spec import FORMAT_VERSION, HEAD_DIMS
-from ...eviction import Centres, Eviction, Evictor, rope_of
+from ...eviction import Centres, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
 from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
@@ -258,21 +259,16 @@ def _making(spec: CodecSpec, options: Mapping[str, Any]) -> Callable[..., list[A
 
 
 def report(cache: Sequence[Any]) -> dict[str, Any]:
-    """What is packed: per layer its kind, its tokens, effective bits per element (None if not packed) and bytes, and
-    what eviction did in it; and totals."""
+    """What is packed, per layer and in all (`cache.report` says what it holds). A layer with two caches has two
+    entries."""
     entries: list[dict[str, Any]] = []
     for i, layer in enumerate(cache):
-        parts = layer.caches if isinstance(layer, stock.CacheList) else [layer]
-        for part in parts:
-            packed = isinstance(part, PackedKVCache)
-            made = part.cache if packed else None
-            bits = made.codec.format.effective_bits if made is not None else None
-            kind = "packed" if packed else type(part).__name__
-            entries.append({"layer": i, "kind": kind, "positions": part.size(), "bits": bits, "bytes": part.nbytes})
-            if made is not None and isinstance(made.eviction, Evictor):
-                entries[-1]["eviction"] = made.eviction.report(made)
-    count = sum(entry["kind"] == "packed" for entry in entries)
-    return {"layers": entries, "packed": count, "of": len(cache), "bytes": sum(entry["bytes"] for entry in entries)}
+        for part in layer.caches if isinstance(layer, stock.CacheList) else [layer]:
+            if isinstance(part, PackedKVCache):
+                entries.append(packed_entry(i, part.cache, part.codec, part.size()))
+            else:
+                entries.append(stock_entry(i, type(part).__name__, part.size(), part.nbytes))
+    return totals(entries, len(cache))
 
 
 def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], model: Any) -> None:

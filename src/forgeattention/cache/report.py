@@ -1,0 +1,68 @@
+"""What a cache says of itself, in one shape for every engine.
+
+A layer's entry holds `layer` (its number), `kind` ("packed", or the class of a stock cache), `positions` (tokens that
+it has come to), `bits` (effective bits per packed element, None where nothing is packed), `bytes` (allocated),
+`unpacked_bytes` (what its keys and values would take as they came) and, where pages are evicted, `eviction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..codec import Codec
+from .layer import LayerCache
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def packed_entry(layer: int, cache: LayerCache | None, codec: Codec | None, positions: int) -> dict[str, Any]:
+    """The entry of a packed layer.
+
+    Args:
+        layer: its number in the model.
+        cache: its cache, or None before its first token.
+        codec: its codec where that is known, or None.
+        positions: tokens that it has come to, padding included as the engine counts it.
+    """
+    codec = codec if cache is None else cache.codec
+    entry = {
+        "layer": layer,
+        "kind": "packed",
+        "positions": positions,
+        "bits": None if codec is None else codec.format.effective_bits,
+        "bytes": 0 if cache is None else cache.nbytes,
+        "unpacked_bytes": 0 if cache is None else unpacked_bytes(cache),
+    }
+    if cache is not None and cache.eviction is not None:
+        entry["eviction"] = cache.eviction.report(cache)
+    return entry
+
+
+def stock_entry(layer: int, kind: str, positions: int | None, nbytes: int) -> dict[str, Any]:
+    """The entry of a layer with a cache of the engine's own."""
+    return {
+        "layer": layer, "kind": kind, "positions": positions, "bits": None, "bytes": nbytes, "unpacked_bytes": nbytes
+    }  # fmt: skip
+
+
+def totals(entries: Sequence[dict[str, Any]], of: int) -> dict[str, Any]:
+    """The report of a whole cache: `layers`, `packed` (how many), `of` (layers of the model), `bytes`,
+    `unpacked_bytes`, and the sums of `eviction` where a layer has it."""
+    out: dict[str, Any] = {
+        "layers": list(entries),
+        "packed": sum(entry["kind"] == "packed" for entry in entries),
+        "of": of,
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "unpacked_bytes": sum(entry["unpacked_bytes"] for entry in entries),
+    }
+    evicted = [entry["eviction"] for entry in entries if "eviction" in entry]
+    if evicted:
+        out["eviction"] = {name: sum(each[name] for each in evicted) for name in evicted[0]}
+    return out
+
+
+def unpacked_bytes(cache: LayerCache) -> int:
+    """Bytes that the keys and values of all tokens so far would take in the cache's dtype."""
+    codec = cache.codec
+    return int(cache.rows.seen.sum()) * 2 * codec.kv_heads * codec.head_dim * ITEM_BYTES[cache.dtype]
