@@ -1,5 +1,8 @@
 """Tiny models of every architecture that mlx-lm has: one value for each argument, the same for all but where a family
-needs another."""
+needs another. As a program it prints the table of docs/mlx-families.md:
+
+    PYTHONPATH=src:tests python tests/mlx_families.py > docs/mlx-families.md
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,18 @@ import importlib
 import inspect
 import io
 import pkgutil
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm.models
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.models import cache as stock
+from mlx_models import SPEC, slow_prompt_cache, weights
+
+from forgeattention.integrations import mlx as forge
 
 WIDTH = 256
 GENERIC: dict[str, Any] = {
@@ -57,7 +69,7 @@ LATENT = {"kv_lora_rank": 64, "q_lora_rank": 64, "rope_scaling": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     "afm7": {"num_kv_reuse_layers": 2},
     "afmoe": {"layer_types": LAYERS},
-    "baichuan_m1": {"conv_window": 2, "sliding_window_layers": [0, 2]},
+    "baichuan_m1": {"conv_window": 2, "sliding_window_layers": [0, 2], "tie_word_embeddings": False},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -76,7 +88,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"rope_parameters": ROPE, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "gpt_bigcode": {"n_inner": 256},
     "granitemoehybrid": {"layer_types": ["attention"] * 4, "num_local_experts": None},
-    "hunyuan": {"cla_share_factor": 2, "use_cla": True, "use_mixed_mlp_moe": True},
+    "hunyuan": {
+        "cla_share_factor": 2,
+        "use_cla": True,
+        "use_mixed_mlp_moe": True,
+        "moe_topk": [2] * 4,
+        "num_shared_expert": [1] * 4,
+    },
     "jamba": {
         **{"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
         "num_experts": 2,
@@ -128,6 +146,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4},
     },
     "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    "phixtral": {"num_heads": 4, "model_dim": 256, "rotary_dim": 32, "num_vocab": 97, "num_layers": 4},
     "plamo": {"n_shared_head": 2},
     "qwen": {"kv_channels": 64, "intermediate_size": 512},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -143,10 +162,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """What an architecture needs otherwise."""
-NESTED = {
-    **dict.fromkeys(("gemma3", "lfm2-vl", "llama4", "mistral3", "pixtral", "qwen2_vl", "qwen3_vl"), "text_config"),
+WRAPPED: dict[str, dict[str, Any]] = {
+    "gemma3": {"model_type": "gemma3_text"},
+    "gemma3n": {
+        **{"layer_types": LAYERS, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 97, "laurel_rank": 16},
+        **{"activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 32, "altup_num_inputs": 2},
+        **{"altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0},
+        **{"rope_local_base_freq": 10000.0, "final_logit_softcapping": 30.0},
+    },
+    "gemma4": {"model_type": "gemma4_text"},
+    "kimi_k25": {"model_type": "deepseek_v3"},
+    "kimi_k3": {"model_type": "kimi_linear", "num_experts_per_token": 2},
+    "kimi_vl": {"model_type": "deepseek_v3"},
+    "lfm2-vl": {"model_type": "lfm2"},
+    "llama4": {
+        "attention_chunk_size": 64,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "rope_scaling": None,
+        "use_qk_norm": False,
+        "no_rope_layers": [1, 1, 1, 0],
+    },
+    "minimax_m3_vl": {},
+    "mistral3": {"model_type": "llama"},
+    "muse_spark": {},
+    "pixtral": {"model_type": "llama"},
+    "prism_hadamard_qwen35": {},
+    "qwen2_vl": {"model_type": "qwen2"},
+    "qwen3_5": {"num_experts": 0},
+    "qwen3_5_moe": {},
+    "qwen3_vl": {"model_type": "qwen3"},
+    "qwen3_vl_moe": {"model_type": "qwen3_moe"},
 }
-"""Wrappers around another architecture, by the argument that holds its configuration."""
+"""Architectures around a text model, and what the text model needs besides what its own architecture does."""
 
 
 def names() -> list[str]:
@@ -169,9 +217,97 @@ def build(name: str, **changes: Any) -> Any:
     if kind is None or not hasattr(module, "Model"):
         return None
     given = {"model_type": name, **GENERIC, **FAMILIES.get(name, {}), **changes}
+    if name in WRAPPED:
+        inner = WRAPPED[name]
+        given["text_config"] = {**given, **FAMILIES.get(inner.get("model_type", ""), {}), **inner}
     required = {k for k, p in inspect.signature(kind).parameters.items() if p.default is inspect.Parameter.empty}
-    given = {k: v for k, v in given.items() if k in inspect.signature(kind).parameters}
     assert required <= given.keys(), (name, required - given.keys())
-    made = module.Model(kind.from_dict(given))
+    made = module.Model(kind.from_dict({k: given[k] for k in inspect.signature(kind).parameters if k in given}))
     made.eval()
     return made
+
+
+KINDS = ("packed", "own caches", "refused", "not run")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        kind: "packed", "refused", "own caches" (nothing to pack), or "not run".
+        what: the layers that are packed, the sentence of the refusal, or why it was not run.
+        error: of packed layers, the largest difference of log-probabilities to stock layers of decoded values, in nats.
+    """
+
+    kind: str
+    what: str
+    error: float = 0.0
+
+
+def outcome(name: str) -> Outcome | None:
+    """Builds a model with random weights, asks for a packed cache, and if there is one reads 150 tokens and 3 single
+    ones into it and into mlx-lm's own cache of decoded values. None where the module holds no model."""
+    try:
+        made = build(name)
+        if made is None:
+            return None
+        made(mx.zeros((1, 2), dtype=mx.int32), cache=stock.make_prompt_cache(made))
+    except Exception as error:
+        return Outcome("not run", f"{type(error).__name__}: {error}".partition("\n")[0])
+    mx.random.seed(0)
+    made.update(
+        tree_map(lambda p: weights(p, mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, made.parameters())
+    )
+    try:
+        cache = forge.make_prompt_cache(made, SPEC, fitted=False)
+    except ValueError as error:
+        return Outcome(*refusal(error))
+    with forge.patched():
+        found, wanted = (_logs(made, x) for x in (cache, slow_prompt_cache(made)))
+    told = forge.report(cache)
+    return Outcome("packed", f"{told['packed']} of {told['of']}", float(np.abs(found - wanted).max()))
+
+
+def refusal(error: ValueError) -> list[str]:
+    """Kind and text of what `make_prompt_cache` says."""
+    prefix, text = "[mlx_lm] ", str(error)
+    assert text.startswith(prefix), text
+    kind = "own caches" if "expected a full-attention layer" in text else "refused"
+    return [kind, text.removeprefix(prefix)]
+
+
+def _random(p: mx.array) -> mx.array:
+    if p.ndim == 0:  # steps that values are rounded to
+        return mx.array(0.02)
+    return weights(p, mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p
+
+
+def _logs(made: Any, cache: list[Any]) -> Any:
+    """Log-probabilities after a prompt of two pieces and after single tokens, [4, vocabulary]."""
+    ids, out = np.random.default_rng(0).integers(1, 97, 153).tolist(), []
+    for first, last in ((0, 100), (100, 150), (150, 151), (151, 152), (152, 153)):
+        logits = made(mx.array([ids[first:last]]), cache=cache)[0, -1].astype(mx.float32)
+        out.append(np.array(logits - mx.logsumexp(logits)))
+    return np.stack(out[1:])
+
+
+def main() -> None:
+    print("# Architectures of mlx-lm with packed caches\n")
+    print(
+        f"mlx-lm {version('mlx-lm')}, MLX {version('mlx')}. Every architecture was built tiny, with random weights,\n"
+        "and run on the CPU. The last column is the largest difference of a log-probability, in nats, of a packed\n"
+        "cache to mlx-lm's own cache over the same decoded values; experts chosen by a hair make it larger.\n"
+        "A refusal comes from `make_prompt_cache`, before a prompt is read. `tests/mlx_families.py` writes this page.\n"
+    )
+    rows = [(name, found) for name in names() if (found := outcome(name)) is not None]
+    kinds = {kind: sum(found.kind == kind for _, found in rows) for kind in KINDS}
+    print(", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ".\n")
+    print("| architecture | outcome | layers, or why | error |\n|---|---|---|---|")
+    for name, found in rows:
+        error = f"{found.error:.1e}" if found.kind == "packed" else ""
+        print(f"| {name} | {found.kind} | {found.what.replace('|', '/')} | {error} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from mlx_lm.models import cache as stock
 from forgeattention import ops
 from forgeattention.cache import STEP_TOKENS
 from forgeattention.codec import PAGE, Codec, CodecSpec
+from forgeattention.integrations.mlx.cache import packed_width, widened
 from forgeattention.ops import PageTable
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, k_code="scalar", refine=False, sinks=3, window=12)
@@ -61,13 +62,13 @@ def model(kind: str = "llama", seed: int = 0, dtype: Any = mx.float32, **changes
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     made = module.Model(module.ModelArgs.from_dict({"model_type": kind, **SIZES, **KINDS[kind], **changes}))
     mx.random.seed(seed)
-    made.update(tree_map(lambda p: _weights(p, dtype), made.parameters()))
+    made.update(tree_map(lambda p: weights(p, dtype), made.parameters()))
     made.eval()
     mx.eval(made.parameters())
     return made
 
 
-def _weights(p: mx.array, dtype: Any) -> mx.array:
+def weights(p: mx.array, dtype: Any) -> mx.array:
     if p.ndim < 2:
         return mx.random.uniform(0.5, 1.5, p.shape).astype(dtype)
     return (mx.random.normal(p.shape) * 1.7 * p.shape[-1] ** -0.5).astype(dtype)
@@ -80,11 +81,13 @@ class SlowCache(stock.KVCache):
         super().__init__()
         self.spec = spec
         self.pages = 0
+        self.given: Any = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        past, n = self.offset, keys.shape[2]
+        past, n, self.given = self.offset, keys.shape[2], None
         exact = tuple(mx.array(x) for x in super().update_and_fetch(keys, values))
-        codec = Codec(self.spec, keys.shape[3], keys.shape[1])
+        width = packed_width(keys.shape[3], values.shape[3])
+        codec = Codec(self.spec, width, keys.shape[1])
         while past + n - self.spec.sinks - self.pages * PAGE >= self.spec.window + PAGE:
             start = self.spec.sinks + self.pages * PAGE
             at = slice(start, start + PAGE)
@@ -92,7 +95,13 @@ class SlowCache(stock.KVCache):
             self.keys[0, :, at], self.values[0, :, at] = k, v
             self.pages += 1
         step = n == 1 or (past and n <= min(STEP_TOKENS, self.spec.window))
-        return self.keys_and_values() if step else exact
+        if not step:
+            self.given = exact
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> Any:
+        """What the newest tokens attend to, for layers that share this one's keys too."""
+        return super().keys_and_values() if self.given is None else self.given
 
     def trim(self, n: int) -> int:
         n = super().trim(n)
@@ -103,10 +112,11 @@ class SlowCache(stock.KVCache):
 def coded(codec: Codec, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """Keys and values [kv_heads, 64, head_dim] as their codes decode."""
     page, first = np.empty(codec.page_bytes, np.uint8), np.zeros(1, np.int64)
-    k32, v32 = (np.array(x.astype(mx.float32)) for x in (k, v))
+    k32, v32 = (np.array(widened(x, codec.head_dim).astype(mx.float32)) for x in (k, v))
     ops.encode(k32, v32, codec, page, first, backend="reference")
     table = PageTable(page, first[None], np.array([PAGE], np.int32), PAGE)
-    return tuple(mx.array(x[0]).astype(k.dtype) for x in ops.decode_pages(codec, table, backend="reference"))
+    found = ops.decode_pages(codec, table, backend="reference")
+    return tuple(mx.array(x[0])[..., : of.shape[-1]].astype(of.dtype) for x, of in zip(found, (k, v)))
 
 
 def slow_prompt_cache(made: Any, spec: CodecSpec = SPEC) -> list[Any]:

@@ -131,7 +131,8 @@ def test_wrong_memory_sizes_are_refused(text):
 def test_a_config_file_alone_is_enough(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config_of("qwen3_next").to_dict()))
-    args = argparse.Namespace(model=str(file), memory=None, weight_bits=None, preset=None, k_bits=None, v_bits=None)
+    options = dict.fromkeys(("memory", "weight_bits", "preset", "k_bits", "v_bits", "engine"))
+    args = argparse.Namespace(model=str(file), **options)
     result = plan.run(args)
     assert {"Apple 16 GB", "NVIDIA 80 GB"} <= set(result["machines"])
     assert [row["cache"] for row in result["machines"]["Apple 16 GB"]] == ["exact", *plan.AFFINE_BITS, *PRESETS]
@@ -151,3 +152,27 @@ def test_layers_that_the_plan_does_not_know_are_named():
     config = AutoConfig.for_model("deepseek_v3", **{**SMALL, "num_hidden_layers": 1, "first_k_dense_replace": 1})
     with pytest.raises(ValueError, match=r"^\[plan\] expected layer 0 to project keys and values by head; got"):
         plan.inspect(config)
+
+
+def test_a_machine_is_the_share_that_a_model_may_use() -> None:
+    table = plan.machine_sizes()
+    assert plan.memory_of("apple 16GB") == {"Apple 16 GB": table["Apple 16 GB"]} == {"Apple 16 GB": 10_560_000_000}
+    assert plan.memory_of("NVIDIA 24 GB") == {"NVIDIA 24 GB": table["NVIDIA 24 GB"]}
+    assert plan.memory_of("16GB") == {"16GB": 16 * 10**9}
+    with pytest.raises(ValueError, match=r"\[plan\] expected a memory size"):
+        plan.memory_of("apple")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "falcon_h1"])
+def test_mlx_lays_a_model_out_as_transformers_does(family: str) -> None:
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    from forgeattention.models import shape_mlx
+
+    theirs = plan.inspect(config_of(family))
+    ours = shape_mlx.inspect({**config_of(family).to_dict(), "sliding_window_pattern": 3})
+    assert [(x.kind, x.kv_heads, x.k_dim, x.v_dim) for x in ours.layers] == [
+        (x.kind, x.kv_heads, x.k_dim, x.v_dim) for x in theirs.layers
+    ]
+    assert ours.parameters == pytest.approx(theirs.parameters, rel=0.02)
+    spec = CodecSpec()
+    assert ours.packed_bytes(5000, spec) == pytest.approx(theirs.packed_bytes(5000, spec), rel=0.05)

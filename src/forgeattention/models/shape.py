@@ -37,6 +37,7 @@ class LayerShape:
 
     @property
     def packable(self) -> bool:
+        """Whether a packed cache holds it. mlx-lm's packs keys and values of other widths too, at the next head_dim."""
         return self.kind == "full" and self.k_dim == self.v_dim and self.k_dim in HEAD_DIMS
 
     def elements(self, tokens: int) -> int:
@@ -118,7 +119,7 @@ def inspect(config: Any, *, weight_bits: float | None = None) -> Model:
     parameters = {id(p): p.numel() for p in model.parameters()}
     matrices = {id(p): p.numel() for p in model.parameters() if p.ndim > 1}
     count = sum(parameters.values())
-    bits = _quantized_bits(config) if weight_bits is None else weight_bits
+    bits = quantized_bits(config) if weight_bits is None else weight_bits
     weight_bytes = count * dtype.itemsize
     if bits is not None:
         weight_bytes += int(sum(matrices.values()) * (bits / 8 - dtype.itemsize))
@@ -158,7 +159,7 @@ def read_config(name: str) -> Any:
     return AutoConfig.from_pretrained(source.location)
 
 
-def _quantized_bits(config: Any) -> float | None:
+def quantized_bits(config: Any) -> float | None:
     """Bits per matrix element of a config that says so: mlx's "quantization", GPTQ's and AWQ's "bits"."""
     for name in ("quantization", "quantization_config"):
         found: Any = getattr(config, name, None)

@@ -109,7 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _leaf(commands, "plan", "plan:run", "the longest context that a memory size has room for")
     plan.add_argument("--model", default="smollm2", help="as elsewhere, or a config.json; no weights are read")
-    plan.add_argument("--memory", metavar="SIZE", help="16GB, 16GiB; default: a table of the usual machines")
+    plan.add_argument(
+        "--memory", metavar="SIZE",
+        help="what weights and cache may fill, 12GB or 12GiB, or a machine, 'apple 16GB'; default: the usual machines",
+    )  # fmt: skip
+    plan.add_argument("--engine", choices=("hf", "mlx"), help="who lays the model out (default hf, mlx without torch)")
     plan.add_argument("--weight-bits", type=float, help="bits per parameter, scales included; default: the config's")
     _add_bits(plan)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,9 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..util.environment import environment
     from .evaluation.setup import asks_for_spec, spec_from
 
-    model = inspect(read_config(args.model), weight_bits=args.weight_bits)
+    model = _inspect(args)
     specs = {"packed": spec_from(args)} if asks_for_spec(args) else dict(PRESETS)
-    machines = {args.memory: parse_memory(args.memory)} if args.memory else machine_sizes()
+    machines = memory_of(args.memory) if args.memory else machine_sizes()
     table = {machine: rows(model, usable, specs) for machine, usable in machines.items()}
     names = [row.cache for row in next(iter(table.values()))]
     kinds = [layer.kind for layer in model.layers]
@@ -89,10 +91,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         + (f"; made for {model.positions:,} positions" if model.positions else "")
     )
     width = [max(len(name), 13) for name in names]
-    head = max(len(name) for name in (*table, "bytes per token", "memory"))
+    labels = {name: f"{name} ({usable / 1e9:.1f} GB to fill)" for name, usable in machines.items()}
+    head = max(len(name) for name in (*labels.values(), "bytes per token", "memory"))
     print(f"{'memory':<{head}}  " + "  ".join(f"{name:>{w}}" for name, w in zip(names, width)))
     for machine, line in table.items():
-        print(f"{machine:<{head}}  " + "  ".join(f"{_context(row.context):>{w}}" for row, w in zip(line, width)))
+        cells = (f"{_context(row.context):>{w}}" for row, w in zip(line, width))
+        print(f"{labels[machine]:<{head}}  " + "  ".join(cells))
     last = next(iter(table.values()))
     print(
         f"{'bytes per token':<{head}}  " + "  ".join(f"{row.bytes_per_token:>{w},.0f}" for row, w in zip(last, width))
@@ -112,11 +116,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def machine_sizes() -> dict[str, int]:
     """Bytes that a model may use on machines of the usual sizes."""
-    apple = {
-        f"Apple {size} GB": int(size * 10**9 * next(share for top, share in APPLE_SHARE if size <= top))
-        for size in APPLE_GB
-    }
-    return apple | {f"NVIDIA {size} GB": size * 10**9 - NVIDIA_RESERVED for size in NVIDIA_GB}
+    apple = dict(_apple(size) for size in APPLE_GB)
+    return apple | dict(_nvidia(size) for size in NVIDIA_GB)
+
+
+def memory_of(text: str) -> dict[str, int]:
+    """What `--memory` means, by its name in the table: of "apple 16GB" or "nvidia 24GB" the share that a model may use,
+    of a size alone all of it.
+
+    Raises:
+        ValueError: neither.
+    """
+    if found := re.fullmatch(r"\s*(apple|nvidia)\s+(\d+)\s*GB\s*", text, re.IGNORECASE):
+        return dict([_apple(int(found[2])) if found[1].lower() == "apple" else _nvidia(int(found[2]))])
+    return {text: parse_memory(text)}
+
+
+def _apple(size: int) -> tuple[str, int]:
+    usable = int(size * 10**9 * next(share for top, share in APPLE_SHARE if size <= top))
+    return f"Apple {size} GB", usable
+
+
+def _nvidia(size: int) -> tuple[str, int]:
+    usable = size * 10**9 - NVIDIA_RESERVED
+    return f"NVIDIA {size} GB", usable
+
+
+def _inspect(args: argparse.Namespace) -> Model:
+    """The model as transformers lays it out, or mlx-lm where torch is missing or `--engine mlx` asks for it."""
+    if args.engine == "mlx" or (args.engine is None and importlib.util.find_spec("torch") is None):
+        from ..models import shape_mlx
+
+        return shape_mlx.inspect(shape_mlx.read_config(args.model), weight_bits=args.weight_bits)
+    return inspect(read_config(args.model), weight_bits=args.weight_bits)
 
 
 def _context(tokens: int | None) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...cache import LayerCache, MLXArrays, PagePool, PendingTokens
 from ...codec import PAGE, Codec, CodecSpec
+from ...codec.spec import HEAD_DIMS
 from ...eviction import Evictor
 from ...ops.arrays import dtype_of
 from ...sparse import SparseLayer
@@ -27,6 +28,25 @@ class Seam:
     depth = 0
     making = 0
     """How many of those let mlx-lm itself make packed caches."""
+
+
+def packed_width(k_dim: int, v_dim: int) -> int:
+    """The head_dim of the packed cache of a layer: the smallest that holds its keys and its values. What is missing is
+    filled up with zeros, which cost as much memory as the rest.
+
+    Raises:
+        ValueError: none is so large.
+    """
+    fitting = [dim for dim in HEAD_DIMS if dim >= max(k_dim, v_dim)]
+    if not fitting:
+        raise ValueError(f"[mlx_lm] expected head_dims up to {max(HEAD_DIMS)}; got {k_dim} of keys, {v_dim} of values")
+    return min(fitting)
+
+
+def widened(x: mx.array, width: int) -> mx.array:
+    """x [..., dim] with zeros behind, [..., width]."""
+    missing = width - x.shape[-1]
+    return x if missing == 0 else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 class PackedKVCache:
@@ -72,6 +92,7 @@ class PackedKVCache:
         self.sparse = sparse
         self.cache: LayerCache | None = None
         self.batched = False
+        self.v_dim = 0  # of the model's values, which may be narrower than the packed ones
         self._reset(1)
 
     def _reset(self, rows: int) -> None:
@@ -106,6 +127,9 @@ class PackedKVCache:
             raise ValueError("[mlx_lm] expected mlx-lm under integrations.mlx.patched(); got it as it is")
         if self._pending is not None and not self._pending.appended:
             raise ValueError("[mlx_lm] expected attention after each update_and_fetch; got none: reset the cache")
+        self.v_dim = values.shape[3]
+        width = packed_width(keys.shape[3], self.v_dim)
+        keys, values = widened(keys, width), widened(values, width)
         if self.cache is None:
             self._start(keys)
         assert self.cache is not None
@@ -169,6 +193,10 @@ class PackedKVCache:
         if name == "shape":  # models look there for the number of positions
             batch, heads, _, dim = tokens.k.shape
             return batch, heads, self.size(), dim
+        if name == "dtype":
+            return tokens.k.dtype
+        if name == "astype":  # to itself: attention is computed in float32 whatever the keys are
+            return lambda dtype: tokens
         raise ValueError(f"[mlx_lm] expected a model that leaves keys to mlx-lm's attention; got one reading .{name}")
 
     def size(self) -> int:

@@ -33,12 +33,12 @@ from mlx_lm.models import cache as stock
 from ...cache import PendingTokens
 from ...cache.report import packed_entry, stock_entry, totals
 from ...codec import Codec, CodecSpec
-from ...codec.spec import FORMAT_VERSION, HEAD_DIMS
+from ...codec.spec import FORMAT_VERSION
 from ...eviction import Centres, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
 from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
-from .cache import Codecs, PackedKVCache, Seam, readable
+from .cache import Codecs, PackedKVCache, Seam, packed_width, readable, widened
 from .probe import ProbedStates, probe
 from .recurrent import SnapshotCache, trim_prompt_cache
 
@@ -130,10 +130,8 @@ def full_attention(model: Any) -> dict[int, LayerAttention]:
     """
     with patched():
         found = {i: layer for (i, _), layer in probe(model, _stock_prompt_cache, _packs).items()}
-    for i, layer in found.items():
-        if max(layer.k_dim, layer.v_dim) > max(HEAD_DIMS):
-            got = f"{layer.k_dim} of keys and {layer.v_dim} of values in layer {i}"
-            raise ValueError(f"[mlx_lm] expected head_dims up to {max(HEAD_DIMS)}; got {got}")
+    for layer in found.values():
+        packed_width(layer.k_dim, layer.v_dim)
     return found
 
 
@@ -202,15 +200,23 @@ def _rename(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
+def _attend(keys: Any, queries: Any, mask: Any, scale: float, sinks: Any) -> Any:
+    """Attention to packed keys by queries that may be narrower, and of another dtype."""
+    if isinstance(keys, ProbedStates):
+        return keys.attend(queries, mask, scale, sinks)
+    q = widened(queries.astype(keys.k.dtype), keys.k.shape[3])
+    logits = None if sinks is None else sinks.astype(mx.float32)
+    out = keys.attend(q, mask, scale, logits)[..., : keys.layer.v_dim]
+    return out.astype(queries.dtype)
+
+
 def _with_packed(attention: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attention)
     def scaled_dot_product_attention(
         queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any = None, sinks: Any = None
     ) -> Any:
-        if isinstance(keys, PendingTokens):
-            return keys.attend(queries, mask, scale, None if sinks is None else sinks.astype(mx.float32))
-        if isinstance(keys, ProbedStates):
-            return keys.attend(queries, mask, scale, sinks)
+        if isinstance(keys, PendingTokens | ProbedStates):
+            return _attend(keys, queries, mask, scale, sinks)
         return attention(queries, keys, values, cache, scale, mask, sinks)
 
     return scaled_dot_product_attention
