@@ -33,6 +33,8 @@ class Journal:
         self.known[name] = result
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            cut = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
             with self.file.open("a") as file:
+                file.write("\n" if cut and self.file.stat().st_size else "")
                 file.write(json.dumps([name, result]) + "\n")
         return result

@@ -64,6 +64,10 @@ def steps() -> list[Step]:
             "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
             "--block", "1000")  # fmt: skip
     humaneval = ("--only", *TASK_CACHES)
+    ruler = ("--dtype", "bfloat16", "--tasks", "ruler", "--lengths", "4096", "8192", "16384", "32000", "--samples", "5",
+             "--only", *TASK_CACHES[:3])  # fmt: skip
+    needles = ("--dtype", "bfloat16", "--tasks", "multi", "distractors", "varied", "--lengths", "8000", "16000",
+               "31000", "--only", *TASK_CACHES[:6])  # fmt: skip
     behind = ("--before", "16384", *humaneval)
     return [
         fidelity(QWEN, "", *field, seconds=60, lane=0),
@@ -76,6 +80,11 @@ def steps() -> list[Step]:
         fidelity(QWEN, "-bare", *field, bare, seconds=60, lane=0),
         Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 120, 1),
         Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 180, 2),
+        Step(f"ruler-{QWEN}", "long_tasks.py", QWEN, ruler, 200, 3),
+        Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 3),
+        Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
+        fidelity("smollm2", "", *field, seconds=40, lane=0),
+        fidelity("smollm2", "-fitted", *fitted, seconds=60, lane=0),
         fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=50, lane=0),
         fidelity(GEMMA, "-fitted", *fitted, seconds=40, lane=0),
     ]
@@ -83,7 +92,8 @@ def steps() -> list[Step]:
 
 def named(model: str, folder: Path) -> str:
     """The model's file, or the name that the package knows."""
-    return str(folder / f"{model}.gguf") if model in real_models.MODELS else model
+    file = folder / f"{model}.gguf"
+    return str(file) if file.is_file() or model in real_models.MODELS else model
 
 
 def command(step: Step, args: argparse.Namespace) -> list[str]:

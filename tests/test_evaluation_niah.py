@@ -148,6 +148,27 @@ def test_haystack_has_the_length_asked_for():
             niah.haystack(tokenizer, length, HAY)
 
 
+def test_haystacks_of_any_length_do_not_start_over():
+    tokenizer = tiny.tokenizer()
+    hay = niah.haystack(tokenizer, 900_000)
+    assert len(tokenizer(hay)["input_ids"]) == 900_000
+    shipped = [texts.read(name) for name in ("licences", "genesis")]
+    assert hay.startswith(shipped[0])
+    assert hay.count(shipped[1]) == 1
+    invented = hay[sum(map(len, shipped)) + 2 :].splitlines()[:-1]
+    sentences = [part for line in invented for part in line.split(". ")]
+    assert len(sentences) > 5_000
+    # Only the last of a paragraph keeps its full stop.
+    assert len(set(sentences)) == len(sentences)
+    niah.scatter(hay, [(0.99, Needle())])
+
+
+def test_a_mixed_text_does_not_start_over():
+    first = texts.read("genesis").splitlines()[200]
+    assert len(first) > 40
+    assert texts.enough("mixed", 2_000_000).count(first) == 1
+
+
 def test_a_model_without_chat_template_is_refused():
     with pytest.raises(ValueError, match=r"^\[niah\] expected a tokenizer with a chat template"):
         niah.prompt(tiny.tokenizer(chat=False), HAY)

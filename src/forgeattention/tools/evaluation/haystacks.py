@@ -45,21 +45,22 @@ def haystack(tokenizer: Any, length: int, text: str | None = None) -> str:
     Args:
         tokenizer: the model's tokenizer.
         length: tokens, at least 1.
-        text: what to take them from; the shipped licence texts if None.
+        text: what to take them from; if None the shipped licence texts and, where they end, others (`texts.endless`).
 
     Raises:
         ValueError: the text has fewer tokens.
     """
-    ids = tokenizer(texts.read("licences") if text is None else text, add_special_tokens=False)["input_ids"]
+    # No tokenizer in use makes tokens of more than 8 characters of such text on average.
+    text = texts.endless("licences", 8 * length) if text is None else text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not 1 <= length <= len(ids):
         raise ValueError(f"[niah] expected a haystack length from 1 to the text's {len(ids)} tokens; got {length}")
     return tokenizer.decode(ids[:length])
 
 
 def named(tokenizer: Any, name: str, length: int, seed: int = 0) -> str:
-    """The first `length` tokens of the text called `name` (`texts.enough`)."""
-    # No tokenizer in use makes tokens of more than 8 characters of such text on average.
-    return haystack(tokenizer, length, texts.enough(name, 8 * length, seed))
+    """The first `length` tokens of the text called `name` (`texts.endless`)."""
+    return haystack(tokenizer, length, texts.endless(name, 8 * length, seed))
 
 
 def place(hay: str, needle: Hidden, depth: float, *, lines: bool = False) -> str:

@@ -96,7 +96,7 @@ def answer(
     model: Any, tokenizer: Any, sample: Sample, cache: Any, *, block: int = 256, implementation: str | None = None
 ) -> str:
     """What the model says to a sample from an empty cache, greedily; without the prompt and the prefix."""
-    ids = _prompt(tokenizer, sample.text, sample.prefix)
+    ids = prompt(tokenizer, sample)
     with attention(model, implementation):
         reply = niah.answer(model, tokenizer, ids, cache, max_new_tokens=sample.max_new_tokens, block=block)
     return reply.text
@@ -122,6 +122,11 @@ def check(task: str) -> None:
     """Raise ValueError unless `task` is one of `TASKS`."""
     if task not in TASKS:
         raise ValueError(f"[ruler] expected a task in {tuple(TASKS)}; got {task!r}")
+
+
+def prompt(tokenizer: Any, sample: Sample) -> torch.Tensor:
+    """The tokens that a sample is asked by, the answer's opening included: int64 [1, tokens]."""
+    return _prompt(tokenizer, sample.text, sample.prefix)
 
 
 def _prompt(tokenizer: Any, text: str, prefix: str) -> torch.Tensor:

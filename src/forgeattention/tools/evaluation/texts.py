@@ -42,9 +42,9 @@ def read(name: str) -> str:
 def enough(name: str, chars: int, seed: int = 0) -> str:
     """A text of at least `chars` characters where `name` is generated without end; else all of `read(name)`.
 
-    "json" is one object a line, "table" a Markdown table, "mixed" takes turns between all kinds, prose and source
-    starting over at their end. Their numbers have neither four nor seven digits, so that none is a needle's. The same
-    seed gives the same text.
+    "json" is one object a line, "table" a Markdown table, "mixed" takes turns between all kinds; where prose and source
+    end there, invented sentences take their place. Numbers have neither four nor seven digits, so that none is a
+    needle's. The same seed gives the same text.
     """
     if name not in GENERATED or name == "code":
         return read(name)
@@ -54,6 +54,28 @@ def enough(name: str, chars: int, seed: int = 0) -> str:
         size += len(piece)
         if size >= chars:
             break
+    return "".join(pieces)
+
+
+def endless(name: str, chars: int, seed: int = 0) -> str:
+    """A text of at least `chars` characters that does not start over.
+
+    Where shipped prose or Python's source ends, the other shipped prose follows, then invented sentences of which no
+    two are alike. A file of one's own stays as it is.
+    """
+    text = enough(name, chars, seed)
+    if name not in (*TEXTS, "code"):
+        return text
+    for more in itertools.chain((read(other) for other in TEXTS if other != name), [""]):
+        if len(text) >= chars:
+            return text
+        text += f"\n{more}"
+    pieces, size = [text], len(text)
+    for paragraph in _sentences(seed):
+        if size >= chars:
+            break
+        pieces.append(paragraph)
+        size += len(paragraph)
     return "".join(pieces)
 
 
@@ -90,6 +112,16 @@ GOODS = (
 CITIES = ("Aarhus", "Bergen", "Cork", "Dresden", "Essen", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kiel", "Lund")
 
 
+DEEDS = (
+    "On day {day} {name} of {city} sold {count} crates of {goods} to {other} of {town} for {price} crowns.",
+    "{name} wrote from {city} that {count} barrels of {goods} had reached {town}, at {price} crowns each.",
+    "The warehouse in {city} lent {name} {count} sacks of {goods} until day {day}, and {other} signed for them.",
+    "A storm kept {count} boxes of {goods} in {city} on day {day}, so {name} bought others in {town} for {price}.",
+    "{name} and {other} shared {count} rolls of {goods} between {city} and {town}; the cart cost {price} crowns.",
+    "In {city} the price of {goods} rose to {price} crowns on day {day}; {name} had {count} pounds left in {town}.",
+)
+
+
 def _row(draw: random.Random) -> tuple[int, str, str, str, int, str]:
     return (
         draw.randrange(10000, 100000),
@@ -117,8 +149,28 @@ def _table(seed: int) -> Iterator[str]:
         yield "| " + " | ".join(map(str, _row(draw))) + " |\n"
 
 
+def _sentences(seed: int) -> Iterator[str]:
+    """Invented sentences, a paragraph of six a line, no sentence twice."""
+    draw, told = random.Random(f"sentences {seed}"), set[str]()
+    paragraph: list[str] = []
+    while True:
+        _, name, city, goods, count, price = _row(draw)
+        other, town, day = draw.choice(NAMES), draw.choice(CITIES), draw.randrange(1, 366)
+        sentence = draw.choice(DEEDS).format(
+            name=name, other=other, city=city, town=town, goods=goods, count=count, price=price, day=day
+        )
+        if sentence in told:
+            continue
+        told.add(sentence)
+        paragraph.append(sentence)
+        if len(paragraph) == 6:
+            yield " ".join(paragraph) + "\n"
+            paragraph = []
+
+
 def _mixed(seed: int) -> Iterator[str]:
-    prose = [itertools.cycle(read(name).splitlines(keepends=True)) for name in (*TEXTS, "code")]
+    more = _sentences(seed)
+    prose = [itertools.chain(read(name).splitlines(keepends=True), more) for name in (*TEXTS, "code")]
     for stream in itertools.cycle([*prose, _json(seed), _table(seed)]):
         size = 0
         while size < MIXED_CHARS:
