@@ -10,7 +10,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo eval test test-vllm lint format bench docs clean
+.PHONY: demo eval test test-vllm lint format bench docs site clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
@@ -44,6 +44,14 @@ bench: .venv/installed-demo
 
 docs: .venv/installed-test
 	$(BIN)/python docs/make_api.py
+
+# The pages as a site in build/site; a warning is an error. Pages link to each other as they do in the repository.
+site: | .venv/bin/python
+	rm -rf build/site-source && mkdir -p build/site-source/benchmarks
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs build/site-source
+	cp -r benchmarks/results build/site-source/benchmarks
+	$(BIN)/python -m pip install -q "mkdocs-material>=9.6"
+	$(BIN)/python -m mkdocs build
 
 # vLLM holds others of our requirements back, so it has an environment of its own; its list is whole, and leaves out what
 # vLLM names but text models do not need.
