@@ -135,6 +135,13 @@ def child(a: argparse.Namespace) -> None:
             record["step_ms"] = 1e3 * (record["whole_s"] - record["prefill_s"]) / (new - 1)
         record["new_tokens_per_s"] = count * new / record["whole_s"]
         say(**named, **record)
+    if a.profile:
+        count, prompt, _ = numbers(a.profile)
+        many = ids * (2 + (37 * count + prompt) // len(ids))
+        prompts = [many[37 * i : 37 * i + prompt] for i in range(count)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            seconds(prompts, 64)
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70))
 
 
 def run(a: argparse.Namespace, engine: str, graphs: str, extra: list[str], log: Path) -> list[dict[str, Any]]:
@@ -174,6 +181,7 @@ def main() -> None:
     parser.add_argument("--shape", default="", choices=["", "llama-8b"], help="random weights of this shape")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has vLLM")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for an engine")
+    parser.add_argument("--profile", default="", help="case whose kernels' times go to the log; 64 new tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -188,7 +196,9 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     shape = ["--shape", a.shape] if a.shape else []
     for engine in a.engines:
-        records += run(a, engine, a.graphs, ["--cases", a.cases, *shape], log)
+        profile = ["--profile", a.profile] if a.profile else []
+        if a.cases:
+            records += run(a, engine, a.graphs, ["--cases", a.cases, *shape, *profile], log)
         if a.equal:
             count, prompt, new = numbers(a.equal)
             memory = count // 4 * (prompt + new) * a.token_bytes
