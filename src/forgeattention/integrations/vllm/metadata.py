@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
 
-@dataclass
 class Metadata:
-    """A step of one group of layers.
+    """A step of one group of layers. What needs the host is worked out when asked for: a graph's replay never asks.
+
+    Args:
+        builder: what made it, which keeps the group's tables.
+        common: vLLM's CommonAttentionMetadata of the step.
 
     Attributes:
-        builder: what made it, which keeps the group's tables.
         rows, tokens: sequences of the step, and their new tokens.
         starts: int32 [rows + 1], where each row's new tokens start among the step's.
         lengths: int32 [rows], tokens of each row, the new ones included.
         table: int32 [rows, most blocks], the block table.
         slots: int64 [tokens], places of the new tokens in the group's blocks.
-        starts_host, lengths_host: the same on the host; lengths of rows with drafts are upper bounds.
         max_length: no row is longer.
-        decode_rows, decode_tokens: the first rows, which have so many new tokens each.
         step: made by the first layer that needs it.
     """
 
-    builder: Any
-    rows: int
-    tokens: int
-    starts: torch.Tensor
-    lengths: torch.Tensor
-    table: torch.Tensor
-    slots: torch.Tensor
-    starts_host: np.ndarray
-    lengths_host: np.ndarray
-    max_length: int
-    decode_rows: int
-    decode_tokens: int
-    step: Any = field(default=None, repr=False)
+    def __init__(self, builder: Any, common: Any) -> None:
+        self.builder, self._common = builder, common
+        self.rows: int = common.num_reqs
+        self.tokens: int = common.num_actual_tokens
+        self.starts: torch.Tensor = common.query_start_loc
+        self.lengths: torch.Tensor = common.seq_lens[: self.rows]
+        self.table: torch.Tensor = common.block_table_tensor
+        self.slots: torch.Tensor = common.slot_mapping
+        self.max_length: int = common.max_seq_len
+        self.step: Any = None
+
+    @cached_property
+    def starts_host(self) -> NDArray[np.int64]:
+        return self._common.query_start_loc_cpu.numpy().astype(np.int64)
+
+    @cached_property
+    def lengths_host(self) -> NDArray[np.int64]:
+        """Upper bounds for rows with drafts."""
+        return self._common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+
+    @cached_property
+    def decode_tokens(self) -> int:
+        """New tokens of each row that decodes: as many as the first row has."""
+        return int(self.starts_host[1]) if self.rows else 1
+
+    @cached_property
+    def decode_rows(self) -> int:
+        """The first rows, which have `decode_tokens` new tokens each, if those are few enough."""
+        if not 0 < self.decode_tokens <= self.builder.reorder_batch_threshold:
+            return 0
+        other = np.diff(self.starts_host) != self.decode_tokens
+        return int(np.argmax(other)) if other.any() else self.rows
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
@@ -59,27 +79,6 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         return AttentionCGSupport.NEVER if current_platform.is_cpu() else AttentionCGSupport.UNIFORM_BATCH
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
-        m = common_attn_metadata
-        if m.causal is not True:
+        if common_attn_metadata.causal is not True:
             raise ValueError("[vllm] expected causal attention; got another mask")
-        starts = m.query_start_loc_cpu.numpy().astype(np.int64)
-        new = np.diff(starts)
-        threshold = self.reorder_batch_threshold
-        assert threshold is not None
-        rows, tokens = 0, int(new[0]) if len(new) else 1
-        if 0 < tokens <= threshold:
-            rows = int(np.argmax(new != tokens)) if (new != tokens).any() else len(new)
-        return Metadata(
-            self,
-            m.num_reqs,
-            m.num_actual_tokens,
-            m.query_start_loc,
-            m.seq_lens[: m.num_reqs],
-            m.block_table_tensor,
-            m.slot_mapping,
-            starts,
-            m.seq_lens_cpu_upper_bound.numpy().astype(np.int64),
-            m.max_seq_len,
-            rows,
-            tokens,
-        )
+        return Metadata(self, common_attn_metadata)
