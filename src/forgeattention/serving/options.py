@@ -51,17 +51,17 @@ class ServerOptions:
             parser.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=help + shown, **options)
 
         add("device", "cpu or cuda")
-        add("dtype", "of weights", choices=("float32", "float16", "bfloat16"))
-        add("served_name", "the model's name in requests (default: that of --model)")
-        add("cache_memory", "of packed pages", metavar="SIZE")
+        add("dtype", "dtype of the weights", choices=("float32", "float16", "bfloat16"))
+        add("served_name", "the model's name in requests (default: the last part of --model)")
+        add("cache_memory", "memory for packed pages", metavar="SIZE")
         add("max_running", "requests decoded together", positive, metavar="N")
-        add("max_waiting", "requests that wait; more get status 429", positive, metavar="N")
-        add("max_body", "of a request", positive, metavar="BYTES")
+        add("max_waiting", "requests that may wait; further ones get status 429", positive, metavar="N")
+        add("max_body", "most bytes of a request's body", positive, metavar="BYTES")
         add("piece", "tokens of a prompt read between two steps", positive, metavar="TOKENS")
         add("prefixes", "prompt prefixes kept in memory", int, metavar="N")
-        add("prefix_folder", "where prefixes outlast the server (default: nowhere)", Path, metavar="FOLDER")
-        add("prefix_disk", "most that they take there", metavar="SIZE")
-        add("drain", "for running requests at the end", positive, metavar="SECONDS")
+        add("prefix_folder", "folder that keeps prefixes after the server ends (default: none)", Path, metavar="FOLDER")
+        add("prefix_disk", "most disk space for them", metavar="SIZE")
+        add("drain", "time for running requests when the server ends", positive, metavar="SECONDS")
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> ServerOptions:

@@ -55,17 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _leaf(commands, "demo", "demo:run", "a model answers from the exact and the packed cache")
     _add_model(demo)
     _add_bits(demo)
-    demo.add_argument("--length", type=int, default=2000, help="haystack tokens (default %(default)s)")
-    demo.add_argument("--output", type=Path, default=Path("demo"), help="folder of the reports (default %(default)s)")
+    demo.add_argument("--length", type=int, default=2000, help="tokens of the text to read (default %(default)s)")
+    demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for the report (default %(default)s)")
 
     generate = _leaf(commands, "generate", "generate:run", "continue a prompt with a packed cache")
     _add_model(generate)
     _add_bits(generate)
-    generate.add_argument("prompt", help="what the user says; - reads it from standard input")
+    generate.add_argument("prompt", help="the user's message; - reads it from standard input")
     generate.add_argument("--engine", choices=("hf", "mlx"), default="hf", help="transformers or mlx-lm (default hf)")
     generate.add_argument("--cache", choices=("packed", "exact"), default="packed")
     generate.add_argument(
-        "--prompt-cache", metavar="FILE", help="mlx: a conversation to go on from, if the file exists, and written back"
+        "--prompt-cache",
+        metavar="FILE",
+        help="mlx: continue the conversation in this file if it exists, and save it there",
     )
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -105,16 +107,22 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("records", type=Path, help="a file of bench decode --json")
     page.add_argument("--output", type=Path, default=Path("bench.html"), help="the page (default %(default)s)")
 
-    _add_eval(_branch(commands, "eval", "measure a packed cache against the exact one"))
+    _add_eval(_branch(commands, "eval", "measure the packed cache beside the exact one"))
 
-    plan = _leaf(commands, "plan", "plan:run", "the longest context that a memory size has room for")
-    plan.add_argument("--model", default="smollm2", help="as elsewhere, or a config.json; no weights are read")
+    plan = _leaf(commands, "plan", "plan:run", "the longest context that fits into a memory size")
+    plan.add_argument(
+        "--model", default="smollm2", help="smollm2, a folder, a hub id or a config.json; reads no weights"
+    )
     plan.add_argument(
         "--memory", metavar="SIZE",
-        help="what weights and cache may fill, 12GB or 12GiB, or a machine, 'apple 16GB'; default: the usual machines",
+        help="memory for weights and cache: 12GB, 12GiB or a machine, 'apple 16GB'; default: a table of machines",
     )  # fmt: skip
-    plan.add_argument("--engine", choices=("hf", "mlx"), help="who lays the model out (default hf, mlx without torch)")
-    plan.add_argument("--weight-bits", type=float, help="bits per parameter, scales included; default: the config's")
+    plan.add_argument(
+        "--engine",
+        choices=("hf", "mlx"),
+        help="which engine runs the model (default hf, or mlx where torch is missing)",
+    )
+    plan.add_argument("--weight-bits", type=float, help="bits per weight, scales included; default: the config's")
     _add_bits(plan)
 
     page = _leaf(commands, "report", "evaluation.commands_report:run", "one page about a model's cache")
@@ -123,52 +131,73 @@ def build_parser() -> argparse.ArgumentParser:
     _add_machine(page)
     page.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default %(default)s)")
     parts = ("niah", "kl", "memory", "speed")
-    page.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what is measured (default all)")
-    page.add_argument("--test", nargs="+", default=["single"], choices=TESTS, help="of needles (default single)")
+    page.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what to measure (default all)")
     page.add_argument(
-        "--lengths", type=int, nargs="+", default=[500, 1000, 2000], metavar="TOKENS", help="of haystacks"
+        "--test", nargs="+", default=["single"], choices=TESTS, help="kinds of needle test (default single)"
     )
-    page.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], metavar="SHARE", help="of needles")
-    page.add_argument("--text", default="genesis", help="for KL: genesis, licences, code or a text file")
+    page.add_argument(
+        "--lengths", type=int, nargs="+", default=[500, 1000, 2000], metavar="TOKENS", help="lengths of the haystacks"
+    )
+    page.add_argument(
+        "--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], metavar="SHARE", help="depths of the needles"
+    )
+    page.add_argument("--text", default="genesis", help="text for KL: genesis, licences, code or a text file")
     page.add_argument("--kl-length", type=int, default=2048, metavar="TOKENS", help="tokens read for KL")
     page.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS")
     for name in ("sparse", "eviction", "ruler", "induction"):
-        page.add_argument(f"--{name}", type=Path, metavar="FILE", help="rows of another run's JSON, for the page")
+        page.add_argument(f"--{name}", type=Path, metavar="FILE", help="JSON of an earlier run, shown on the page")
 
     calibrate = _leaf(commands, "calibrate", "calibrate:run", "move bits between a model's layers, once per model")
     _add_model(calibrate)
-    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="a safetensors file")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
     calibrate.add_argument("--preset", default=DEFAULT, choices=tuple(PRESETS))
     calibrate.add_argument("--bits", type=float, help="budget in effective bits per element (default: the preset's)")
     calibrate.add_argument(
-        "--text", default="licences", help="licences, genesis, code, a text file, or random (default %(default)s)"
+        "--text",
+        default="licences",
+        help="text to read: licences, genesis, code, random or a text file (default %(default)s)",
     )
-    calibrate.add_argument("--tokens", type=int, default=1024, help="how many are read (default %(default)s)")
+    calibrate.add_argument("--tokens", type=int, default=1024, help="tokens to read (default %(default)s)")
     calibrate.add_argument(
-        "--sparse", action="store_true", help="measure the heads' attention instead; --out is a JSON file of budgets"
+        "--sparse",
+        action="store_true",
+        help="measure attention per head instead, and write a JSON file of budgets to --out",
     )
-    calibrate.add_argument("--top-k", type=int, default=256, help="sparse: mean budget of a head (default %(default)s)")
-    calibrate.add_argument("--windows", type=int, default=2, help="sparse: pieces of each text (default %(default)s)")
     calibrate.add_argument(
-        "--every-head", action="store_true", help="sparse: no common budget for heads that share keys and values"
+        "--top-k", type=int, default=256, help="sparse: tokens that a head keeps on average (default %(default)s)"
     )
-    calibrate.add_argument("--image", type=Path, metavar="FILE", help="sparse: a PNG of layers by heads")
+    calibrate.add_argument(
+        "--windows", type=int, default=2, help="sparse: number of pieces of each text (default %(default)s)"
+    )
+    calibrate.add_argument(
+        "--every-head", action="store_true", help="sparse: a budget for each query head, not for each KV head"
+    )
+    calibrate.add_argument(
+        "--image", type=Path, metavar="FILE", help="sparse: draw the budgets, layers by heads, as a PNG"
+    )
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
 
     models = _branch(commands, "models", "models by name")
-    fetch = _leaf(models, "fetch", "cli:fetch", "install a model that is known by name")
+    fetch = _leaf(models, "fetch", "cli:fetch", "download a model that has a short name")
     fetch.add_argument("name", help="smollm2")
 
-    check = _leaf(commands, "selftest", "selftest:run", "is it right and fast here: a report, in under 10 minutes")
+    check = _leaf(
+        commands,
+        "selftest",
+        "selftest:run",
+        "check results and speed on this machine, and write a report; under 10 minutes",
+    )
     _add_model(check)
     check.add_argument(
         "--device", choices=("auto", "metal", "cuda", "mlx", "cpu"), default="auto",
-        help="auto is MLX's GPU, else torch's, else the processor",
+        help="auto takes MLX's GPU, else torch's, else the CPU",
     )  # fmt: skip
-    check.add_argument("--output", type=Path, default=Path("selftest"), help="the report's folder (default selftest)")
-    check.add_argument("--steps", nargs="+", choices=tuple(SELFTESTS), default=list(SELFTESTS), help="(default all)")
-    check.add_argument("--quick", action="store_true", help="one codec, small shapes: a minute on two cores")
+    check.add_argument("--output", type=Path, default=Path("selftest"), help="folder for the report (default selftest)")
+    check.add_argument(
+        "--steps", nargs="+", choices=tuple(SELFTESTS), default=list(SELFTESTS), help="what to check (default all)"
+    )
+    check.add_argument("--quick", action="store_true", help="one codec and small shapes: a minute on two cores")
 
     _leaf(commands, "doctor", "cli:doctor", "which backends work here, and why the others do not")
     return parser
@@ -181,16 +210,37 @@ def _add_eval(evaluate: Any) -> None:
         leaf.add_argument(
             "--text", default="genesis", help="genesis, licences, code or a text file (default %(default)s)"
         )
-        leaf.add_argument("--length", type=int, default=2048, help="tokens read in one piece (default %(default)s)")
-        leaf.add_argument("--windows", type=int, default=2, help="pieces (default %(default)s)")
-        leaf.add_argument("--block", type=int, default=128, help="tokens read at once (default %(default)s)")
+        leaf.add_argument("--length", type=int, default=2048, help="tokens of a piece (default %(default)s)")
+        leaf.add_argument("--windows", type=int, default=2, help="number of pieces (default %(default)s)")
+        leaf.add_argument("--block", type=int, default=128, help="tokens read per forward call (default %(default)s)")
         leaf.add_argument("--start", type=int, help="first position measured (default: half of a piece)")
-        leaf.add_argument("--parts", type=int, default=4, help="ranges of positions told apart (default %(default)s)")
-        leaf.add_argument("--layers", action="store_true", help="also the error of every layer's attention output")
+        leaf.add_argument(
+            "--parts",
+            type=int,
+            default=4,
+            help="ranges of positions that are reported separately (default %(default)s)",
+        )
+        leaf.add_argument(
+            "--layers", action="store_true", help="also measure the error of every layer's attention output"
+        )
 
-    niah = _leaf(evaluate, "niah", "evaluation.commands:run_niah", "needles in haystacks, strict")
-    niah.add_argument("--test", nargs="+", default=["single"], choices=(*TESTS, "ramp"), help="(default single)")
-    niah.add_argument("--lengths", type=int, nargs="+", default=[2000], metavar="TOKENS", help="(default 2000)")
+    niah = _leaf(
+        evaluate,
+        "niah",
+        "evaluation.commands:run_niah",
+        "find sentences that are hidden in long texts, judged strictly",
+    )
+    niah.add_argument(
+        "--test", nargs="+", default=["single"], choices=(*TESTS, "ramp"), help="kinds of test (default single)"
+    )
+    niah.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[2000],
+        metavar="TOKENS",
+        help="lengths of the haystacks (default 2000)",
+    )
     niah.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], metavar="SHARE")
     niah.add_argument(
         "--haystack",
@@ -200,20 +250,25 @@ def _add_eval(evaluate: Any) -> None:
     niah.add_argument(
         "--needle", metavar="TEXT", help="code word and number, or a sentence with --question and --answer"
     )
-    niah.add_argument("--question", metavar="TEXT", help="what is asked about a --needle of your own")
-    niah.add_argument("--answer", metavar="TEXT", help="the part of that --needle that must be said exactly")
-    niah.add_argument("--seed", type=int, default=0, help="of drawn needles and generated texts (default %(default)s)")
+    niah.add_argument("--question", metavar="TEXT", help="the question about your own --needle")
+    niah.add_argument("--answer", metavar="TEXT", help="the part of your --needle that the answer must contain")
+    niah.add_argument("--seed", type=int, default=0, help="seed of the needles and texts (default %(default)s)")
     niah.add_argument(
-        "--longest", type=int, metavar="TOKENS", help="ramp: where it ends (default: the model's positions)"
+        "--longest", type=int, metavar="TOKENS", help="ramp: the longest context (default: the model's limit)"
     )
-    niah.add_argument(
-        "--memory", metavar="SIZE", help="ramp: memory that weights and cache may fill (default: what is free)"
-    )
+    niah.add_argument("--memory", metavar="SIZE", help="ramp: memory for weights and cache (default: what is free)")
 
     ruler = _leaf(evaluate, "ruler", "evaluation.commands_synthetic:run_ruler", "RULER's 13 tasks")
     ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="niah_single_1 ... qa_2 (default: all 13)")
-    ruler.add_argument("--lengths", type=int, nargs="+", default=[2048], metavar="TOKENS", help="(default 2048)")
-    ruler.add_argument("--samples", type=int, default=5, help="per task and length (default %(default)s)")
+    ruler.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[2048],
+        metavar="TOKENS",
+        help="lengths of the contexts (default 2048)",
+    )
+    ruler.add_argument("--samples", type=int, default=5, help="samples per task and length (default %(default)s)")
     ruler.add_argument("--seed", type=int, default=0)
 
     induction = _leaf(
@@ -222,29 +277,35 @@ def _add_eval(evaluate: Any) -> None:
     )  # fmt: skip
     induction.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="TOKENS")
     induction.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
-    induction.add_argument("--needles", type=int, default=16, help="pairs hidden (default %(default)s)")
+    induction.add_argument("--needles", type=int, default=16, help="hidden pairs (default %(default)s)")
     induction.add_argument(
-        "--twin", type=float, default=0.8, help="cosine of a distractor beside every key (default 0.8)"
+        "--twin", type=float, default=0.8, help="cosine between each key and its distractor (default 0.8)"
     )
     induction.add_argument("--seed", type=int, default=0)
-    induction.add_argument("--no-exact", action="store_true", help="leave the exact cache out")
+    induction.add_argument("--no-exact", action="store_true", help="do not run the exact cache")
 
     for leaf in (kl, ppl, niah):
         leaf.add_argument(
-            "--sparse", metavar="RULE", help="what decode steps read: top_k=N, top_p=P or budgets=FILE; ,fast after it"
+            "--sparse",
+            metavar="RULE",
+            help="tokens that decode steps read: top_k=N, top_p=P or budgets=FILE, with ,fast for page means",
         )
         leaf.add_argument(
-            "--sparse-min", type=int, default=0, metavar="TOKENS", help="packed tokens from which on (default 0)"
+            "--sparse-min",
+            type=int,
+            default=0,
+            metavar="TOKENS",
+            help="packed tokens below which steps stay dense (default 0)",
         )
     for leaf in (niah, ruler):
-        leaf.add_argument("--block", type=int, default=256, help="tokens read at once (default %(default)s)")
-    niah.add_argument("--max-new-tokens", type=int, default=24, help="of an answer (default %(default)s)")
-    induction.add_argument("--block", type=int, default=2048, help="tokens read at once (default %(default)s)")
+        leaf.add_argument("--block", type=int, default=256, help="tokens read per forward call (default %(default)s)")
+    niah.add_argument("--max-new-tokens", type=int, default=24, help="most tokens of an answer (default %(default)s)")
+    induction.add_argument("--block", type=int, default=2048, help="tokens read per forward call (default %(default)s)")
     for leaf in (kl, ppl, niah):
         leaf.add_argument(
             "--evict", metavar="POLICY:SHARE[:WHERE]",
-            help="give up pages: v1, v2, v3, random or recency and the share kept, or window:TOKENS; and drop them or "
-            "demote them to host or disk (v3:0.9:host)",
+            help="evict pages: v1, v2, v3, random or recency with the share to keep, or window:TOKENS; drop them, or "
+            "move them to host or disk (v3:0.9:host)",
         )  # fmt: skip
     for leaf in (kl, ppl, niah, ruler):
         _add_model(leaf)
@@ -309,13 +370,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_bits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help=f"how the cache is coded (default {DEFAULT})")
-    parser.add_argument("--k-bits", type=int, choices=(2, 3, 4), help="bits per key element, in place of the preset's")
-    parser.add_argument(
-        "--v-bits", type=int, choices=(2, 3, 4), help="bits per value element, in place of the preset's"
-    )
+    parser.add_argument("--k-bits", type=int, choices=(2, 3, 4), help="bits per key element instead of the preset's")
+    parser.add_argument("--v-bits", type=int, choices=(2, 3, 4), help="bits per value element instead of the preset's")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights (default float32)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (default float32)"
+    )
     parser.add_argument("--backend", default="auto", help="kernels: auto, cpu, cuda, metal or reference (default auto)")
