@@ -65,6 +65,9 @@ class ForgeCache(Cache):
         eviction: how packed layers give up pages; None keeps all.
         sharding: the part of one very long row that this process keeps (`cache.sharded.Sharding`); None for all of
             it. Not with sparse or eviction.
+        graph: whether decode steps of the model replay a CUDA graph by themselves once several came in a row
+            (`.auto_graph`). Needs the model itself, on a CUDA device, and packed layers only. Copies of the cache run
+            without.
 
     Raises:
         ValueError: a layer number that is not in the model, eviction from a model whose rotation is not known, or
@@ -84,6 +87,7 @@ class ForgeCache(Cache):
         sparse_log: list[dict[str, float]] | None = None,
         eviction: Eviction | None = None,
         sharding: PageSharding | None = None,
+        graph: bool = False,
     ) -> None:
         check_strategies(sparse=sparse, eviction=eviction, sharding=sharding)
         self.sharding = sharding
@@ -124,6 +128,13 @@ class ForgeCache(Cache):
         self._setup(layers)
         if not self.packed:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
+        self.graph = None
+        if graph:
+            from .auto_graph import attach
+
+            if not isinstance(model, torch.nn.Module):
+                raise ValueError("[forge_cache] expected the model itself for graph=True; got its config")
+            self.graph = weakref.ref(attach(model, self))
 
     def _setup(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)

@@ -1,0 +1,150 @@
+"""Caches that replay CUDA graphs of a model's decode steps by themselves.
+
+`ForgeCache(model, graph=True)` puts a `Forward` before the model's forward, for as long as such a cache lives. Calls
+over other caches, and calls that are no decode steps, go to the model as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...codec import PAGE
+from .cache import ForgeCache
+from .graph import StepGraph
+
+log = logging.getLogger("forgeattention")
+
+PATIENCE = 8
+"""Decode steps in a row before one is captured: rows that come and go at every few steps are not worth it."""
+ROOM = 4096
+"""Tokens that a captured step can still take, at least; it is captured anew with twice the length after that."""
+
+
+class AutoGraph(StepGraph):
+    """Steps over one cache that are captured once there were several in a row."""
+
+    def __init__(self, model: Any, cache: ForgeCache, forward: Callable[..., Any]) -> None:
+        super().__init__(model, cache, 0, forward)
+        self._model = weakref.ref(model)
+        self._able = True
+        self._waiting = PATIENCE
+        self._weights: list[tuple[torch.Tensor, int]] = []
+        self.eager = 0
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output, by a replay where that is possible."""
+        given = self.arguments(args, kwargs)
+        if not self._wanted(given):
+            self.eager += 1
+            return self._forward(*args, **kwargs)
+        try:
+            return self.step(given["input_ids"], given.get("position_ids"))
+        except RuntimeError as error:
+            if self._replay is not None:
+                raise
+            log.warning("ForgeCache decodes without a CUDA graph: the model's step cannot be captured: %s", error)
+            self.forget()
+            self._able = False
+            self.eager += 1
+            return self._forward(*args, **kwargs)
+
+    def _wanted(self, given: dict[str, Any]) -> bool:
+        """Whether a call is to be replayed; captured steps that no longer fit are forgotten."""
+        if not self._able or torch.is_grad_enabled() or not self.serves(given) or not self._plain():
+            self._waiting = PATIENCE
+            return False
+        if self._replay is not None and not self.ready(given["input_ids"]):
+            self.forget()
+            self._waiting = PATIENCE
+        if self._waiting:
+            self._waiting -= 1
+            return False
+        longest = max(layer.cache.rows.most_packed for layer in self._cache.layers)
+        if self._replay is not None and longest + 2 * PAGE > self._steps[0].max_tokens:
+            self.forget()
+        if self._replay is None:
+            self._max_length = max(2 * longest, longest + ROOM)
+        return True
+
+    def _plain(self) -> bool:
+        """Whether the model has no hooks, which replays would not call, and the weights that were captured."""
+        model = self._model()
+        assert model is not None
+        if model.training or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+            return False
+        if self._replay is None:
+            self._weights = [(p, p.data_ptr()) for p in model.parameters()]
+        elif any(p.data_ptr() != at for p, at in self._weights):
+            self.forget()
+            return False
+        return True
+
+
+class Forward:
+    """What stands before a model's forward while caches replay graphs by themselves.
+
+    Attributes:
+        without_graphs: the model's forward.
+    """
+
+    def __init__(self, model: Any) -> None:
+        find, before = weakref.ref(model), vars(model).get("forward")
+
+        def without_graphs(*args: Any, **kwargs: Any) -> Any:
+            model = find()
+            return type(model).forward(model, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+        self.__signature__ = without_graphs.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+        self.__doc__ = model.forward.__doc__
+        self.without_graphs = without_graphs
+        self._model, self._before = find, before
+        self._graphs: weakref.WeakKeyDictionary[ForgeCache, AutoGraph] = weakref.WeakKeyDictionary()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        graph = self._graphs.get(cache) if isinstance(cache, ForgeCache) else None
+        if graph is None or torch.compiler.is_compiling():
+            return self.without_graphs(*args, **kwargs)
+        return graph.call(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model has its own forward again."""
+        copied = memo.get(id(self._model()))
+        return self if copied is None else type(copied).forward.__get__(copied)
+
+    def add(self, cache: ForgeCache) -> AutoGraph:
+        model = self._model()
+        graph = self._graphs[cache] = AutoGraph(model, cache, self.without_graphs)
+        weakref.finalize(cache, self._removed).atexit = False
+        return graph
+
+    def _removed(self) -> None:
+        """After a cache is gone: takes itself away with the last one."""
+        model = self._model()
+        if model is None or list(self._graphs) or vars(model).get("forward") is not self:
+            return
+        if self._before is None:
+            del model.forward
+        else:
+            model.forward = self._before
+
+
+def attach(model: Any, cache: ForgeCache) -> AutoGraph:
+    """Makes the model's decode steps over a cache replay a graph from some steps on.
+
+    Raises:
+        ValueError: a model on another device, or a cache with layers that a graph cannot hold.
+    """
+    forward = vars(model).get("forward")
+    if not isinstance(forward, Forward):
+        forward = Forward(model)
+        graph = forward.add(cache)
+        model.forward = forward
+        return graph
+    return forward.add(cache)
