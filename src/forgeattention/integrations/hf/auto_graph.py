@@ -16,7 +16,7 @@ import torch
 
 from ...codec import PAGE
 from .cache import ForgeCache
-from .graph import StepGraph
+from .graph import NotLogitsAlone, StepGraph
 
 log = logging.getLogger("forgeattention")
 
@@ -45,7 +45,7 @@ class AutoGraph(StepGraph):
             return self._forward(*args, **kwargs)
         try:
             return self.step(given["input_ids"], given.get("position_ids"))
-        except RuntimeError as error:
+        except (RuntimeError, NotLogitsAlone) as error:
             if self._replay is not None:
                 raise
             log.warning("ForgeCache decodes without a CUDA graph: the model's step cannot be captured: %s", error)
@@ -76,7 +76,7 @@ class AutoGraph(StepGraph):
         """Whether the model has no hooks, which replays would not call, and the weights that were captured."""
         model = self._model()
         assert model is not None
-        if model.training or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        if model.training or any(_has_hooks(module) for module in model.modules()):
             return False
         if self._replay is None:
             self._weights = [(p, p.data_ptr()) for p in model.parameters()]
@@ -84,6 +84,14 @@ class AutoGraph(StepGraph):
             self.forget()
             return False
         return True
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks besides those by which transformers collects outputs, which ask for nothing now."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks)
 
 
 class Forward:

@@ -35,6 +35,10 @@ _IGNORED = {"return_dict", "cache_position"}
 _CACHE = object()
 
 
+class NotLogitsAlone(ValueError):
+    """A model whose decode steps give more than a graph hands on."""
+
+
 class StepGraph:
     """A model's decode steps over one cache, captured once and replayed. The cache is not kept alive.
 
@@ -180,6 +184,9 @@ class StepGraph:
         finally:
             for layer in cache.layers:
                 layer.steps = None
+        more = [name for name, value in out.items() if name != "logits" and value is not cache]
+        if more:  # they would lie in memory that the next replay writes
+            raise NotLogitsAlone(f"[decode_graph] expected a model that gives logits alone; got {', '.join(more)}")
         # Kept without the cache, which would else never be given up.
         self._kind = type(out)
         self._out = {name: _CACHE if value is cache else value for name, value in out.items()}
