@@ -10,13 +10,16 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from ...codec import PAGE
-from .cache import ForgeCache
 from .graph import NotLogitsAlone, StepGraph
+
+if TYPE_CHECKING:
+    from .cache import ForgeCache
 
 log = logging.getLogger("forgeattention")
 
@@ -116,7 +119,7 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        graph = self._graphs.get(cache) if isinstance(cache, ForgeCache) else None
+        graph = self._graphs.get(cache) if isinstance(cache, Cache) else None
         if graph is None or torch.compiler.is_compiling():
             return self.without_graphs(*args, **kwargs)
         return graph.call(args, kwargs)

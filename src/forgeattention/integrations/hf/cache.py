@@ -32,6 +32,7 @@ from ...models.support import load_classes, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
+from .auto_graph import attach
 from .layer import Keep, PackedLayer
 
 log = logging.getLogger("forgeattention")
@@ -130,8 +131,6 @@ class ForgeCache(Cache):
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
         self.graph = None
         if graph:
-            from .auto_graph import attach
-
             if not isinstance(model, torch.nn.Module):
                 raise ValueError("[forge_cache] expected the model itself for graph=True; got its config")
             self.graph = weakref.ref(attach(model, self))

@@ -19,13 +19,15 @@ import logging
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...cache.steps import StaticSteps, most_lead
-from .cache import ForgeCache
 from .layer import PackedLayer
+
+if TYPE_CHECKING:
+    from .cache import ForgeCache
 
 log = logging.getLogger("forgeattention")
 
