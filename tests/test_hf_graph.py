@@ -100,7 +100,7 @@ def test_rows_that_leave_are_captured_anew(llama: Any) -> None:
     for cache in caches:
         llama(**inputs, past_key_values=cache)
         with Rerun(llama, cache, max_length=400) as steps:
-            run = llama if cache is caches[1] else steps._forward
+            run = llama if cache is caches[1] else steps.forward
             for _ in range(3):
                 run(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
             cache.reorder_cache(torch.tensor([2, 0]))

@@ -45,34 +45,34 @@ class AutoGraph(StepGraph):
         given = self.arguments(args, kwargs)
         if not self._wanted(given):
             self.eager += 1
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         try:
             return self.step(given["input_ids"], given.get("position_ids"))
         except (RuntimeError, NotLogitsAlone) as error:
-            if self._replay is not None:
+            if self.captured:
                 raise
             log.warning("ForgeCache decodes without a CUDA graph: the model's step cannot be captured: %s", error)
             self.forget()
             self._able = False
             self.eager += 1
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
 
     def _wanted(self, given: dict[str, Any]) -> bool:
         """Whether a call is to be replayed; captured steps that no longer fit are forgotten."""
         if not self._able or torch.is_grad_enabled() or not self.serves(given) or not self._plain():
             self._waiting = PATIENCE
             return False
-        if self._replay is not None and not self.ready(given["input_ids"]):
+        if self.captured and not self.ready(given["input_ids"]):
             self.forget()
             self._waiting = PATIENCE
         if self._waiting:
             self._waiting -= 1
             return False
-        longest = max(layer.cache.rows.most_packed for layer in self._cache.layers)
-        if self._replay is not None and longest + 2 * PAGE > self._steps[0].max_tokens:
+        longest = max(layer.cache.rows.most_packed for layer in self.cache.layers)
+        if self.captured and longest + 2 * PAGE > self.steps[0].max_tokens:
             self.forget()
-        if self._replay is None:
-            self._max_length = max(2 * longest, longest + ROOM)
+        if not self.captured:
+            self.max_length = max(2 * longest, longest + ROOM)
         return True
 
     def _plain(self) -> bool:
@@ -81,7 +81,7 @@ class AutoGraph(StepGraph):
         assert model is not None
         if model.training or any(_has_hooks(module) for module in model.modules()):
             return False
-        if self._replay is None:
+        if not self.captured:
             self._weights = [(p, p.data_ptr()) for p in model.parameters()]
         elif any(p.data_ptr() != at for p, at in self._weights):
             self.forget()

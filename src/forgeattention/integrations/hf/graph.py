@@ -51,6 +51,7 @@ class StepGraph:
 
     Attributes:
         replays: steps that were replayed.
+        steps: those of each layer, while a step is captured.
 
     Raises:
         ValueError: a model on another device, or layers that a graph cannot hold.
@@ -61,11 +62,11 @@ class StepGraph:
         if (reason := refusal(cache)) is not None:
             raise ValueError(f"[decode_graph] expected {reason}")
         self._find_cache = weakref.ref(cache)
-        self._max_length, self._forward = max_length, forward
+        self.max_length, self.forward = max_length, forward
         self._signature = inspect.signature(forward)
         kinds = {p.kind: name for name, p in self._signature.parameters.items()}
         self._more = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
-        self._steps: list[StaticSteps] = []
+        self.steps: list[StaticSteps] = []
         self._replay: Callable[[], None] | None = None
         self._ids: torch.Tensor | None = None
         self._positions: torch.Tensor | None = None
@@ -78,10 +79,15 @@ class StepGraph:
             raise ValueError(f"[decode_graph] expected a model on a CUDA device; got {model.device}")
 
     @property
-    def _cache(self) -> ForgeCache:
+    def cache(self) -> ForgeCache:
         cache = self._find_cache()
         assert cache is not None
         return cache
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a step to replay."""
+        return self._replay is not None
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
@@ -90,7 +96,7 @@ class StepGraph:
 
     def serves(self, given: dict[str, Any]) -> bool:
         """Whether a call is a decode step: one new, real token of every row, and nothing asked for but logits."""
-        ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), self._cache
+        ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), self.cache
         if given.get("past_key_values") is not cache or ids is None or ids.shape[1] != 1:
             return False
         if any(layer.cache is None or layer.cache.batch != ids.shape[0] for layer in cache.layers):
@@ -106,7 +112,7 @@ class StepGraph:
     def _fits(self, mask: torch.Tensor) -> bool:
         """Whether a mask says that the new token is real and of the earlier ones what was said before. Waits for the
         device, as `generate` does after every step anyway."""
-        layer = self._cache.layers[0]
+        layer = self.cache.layers[0]
         if mask.ndim != 2 or mask.shape[1] != layer.seen + 1:
             self._real = None
             return False
@@ -122,13 +128,13 @@ class StepGraph:
     def ready(self, ids: torch.Tensor) -> bool:
         """Whether a step of these rows is captured."""
         captured = self._replay is not None and self._ids is not None and self._ids.shape == ids.shape
-        return captured and all(steps.current for steps in self._steps)
+        return captured and all(steps.current for steps in self.steps)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, ids: torch.Tensor, positions: torch.Tensor | None) -> Any:
         """The model's output after one token of every row, ids [batch, 1], by a replay."""
-        cache = self._cache
+        cache = self.cache
         if positions is None:
             positions = torch.full(ids.shape, cache.layers[0].seen, dtype=torch.int64, device=ids.device)
         if not self.ready(ids):
@@ -136,12 +142,12 @@ class StepGraph:
         assert self._ids is not None
         assert self._positions is not None
         assert self._replay is not None
-        for steps in self._steps:
+        for steps in self.steps:
             steps.prepare()
         self._ids.copy_(ids)
         self._positions.copy_(positions)
         self._replay()
-        for layer, steps in zip(cache.layers, self._steps, strict=True):
+        for layer, steps in zip(cache.layers, self.steps, strict=True):
             steps.advance()
             layer.record(1, None)
         self.replays += 1
@@ -150,33 +156,33 @@ class StepGraph:
 
     def forget(self) -> None:
         """Drops the captured graph and the pages that were taken ahead for it."""
-        for steps in self._steps:
+        for steps in self.steps:
             steps.close()
-        self._steps, self._replay, self._out, self._real = [], None, None, None
+        self.steps, self._replay, self._out, self._real = [], None, None, None
 
     def _prepare(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        layers = self._cache.layers
+        layers = self.cache.layers
         self.forget()
         self._ids, self._positions = ids.clone(), positions.expand(ids.shape).clone()
         for i, layer in enumerate(layers):
             layer.cache.make_room(1)  # a run whose lengths are put back must not move tokens
             # Layers take turns at coding pages, so that no step codes those of all layers.
             lead = 1 + i * most_lead(layer.cache.codec.spec.window) // len(layers)
-            self._steps.append(StaticSteps(layer.cache, self._max_length, lead))
-        for steps in self._steps:
+            self.steps.append(StaticSteps(layer.cache, self.max_length, lead))
+        for steps in self.steps:
             steps.prepare()
         try:
             self._replay = self._record()
         finally:
             self._rewind()
-        log.info("decode step of %d rows captured for up to %d tokens", ids.shape[0], self._steps[0].max_tokens)
+        log.info("decode step of %d rows captured for up to %d tokens", ids.shape[0], self.steps[0].max_tokens)
 
     def _run(self) -> None:
-        cache = self._cache
-        for layer, steps in zip(cache.layers, self._steps, strict=True):
+        cache = self.cache
+        for layer, steps in zip(cache.layers, self.steps, strict=True):
             layer.steps = steps
         try:
-            out = self._forward(
+            out = self.forward(
                 input_ids=self._ids,
                 position_ids=self._positions,
                 past_key_values=cache,
@@ -194,7 +200,7 @@ class StepGraph:
         self._out = {name: _CACHE if value is cache else value for name, value in out.items()}
 
     def _rewind(self) -> None:
-        for steps in self._steps:
+        for steps in self.steps:
             steps.rewind()
 
     def _record(self) -> Callable[[], None]:
@@ -234,7 +240,7 @@ class DecodeGraph(StepGraph):
         self.eager = 0
 
     def __enter__(self) -> DecodeGraph:
-        @functools.wraps(self._forward)
+        @functools.wraps(self.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._call(args, kwargs)
 
@@ -254,7 +260,7 @@ class DecodeGraph(StepGraph):
         given = self.arguments(args, kwargs)
         if not self.serves(given):
             self.eager += 1
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         return self.step(given["input_ids"], given.get("position_ids"))
 
 
