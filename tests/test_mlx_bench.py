@@ -83,6 +83,7 @@ def test_the_table(record: Any, monkeypatch: Any, capsys: Any) -> None:
 
 def test_the_fastest_plan_is_kept(monkeypatch: Any, tmp_path: Any, capsys: Any) -> None:
     monkeypatch.setenv("FORGEATTENTION_CACHE", str(tmp_path))
+
     def turns(calls: Any, x: Any) -> Any:
         for call in calls.values():
             assert call(x).shape == (2, 8, 1, 64)

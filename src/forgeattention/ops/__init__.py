@@ -2,6 +2,7 @@
 
 from .attention import decode_attention, merge, prefill_attention
 from .pages import append_tokens, compact, decode_pages, encode
+from .prepared import PreparedDecode
 from .registry import report
 from .scores import qk_scores, value_sum
 from .sparse import page_scores, page_select, sparse_attention, sparse_scores, sparse_threshold
@@ -12,6 +13,7 @@ from .threads import get_num_threads, set_num_threads
 __all__ = [
     "ExactTokens",
     "PageTable",
+    "PreparedDecode",
     "Scores",
     "Threshold",
     "append_step",

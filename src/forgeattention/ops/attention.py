@@ -50,6 +50,20 @@ def decode_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit together, or lengths out of range.
     """
+    scale = check_decode(q, codec, table, exact, scale, causal, sink_logits)
+    return launch("decode_attention", q, backend)(q, codec, table, exact, scale, causal, sink_logits)
+
+
+def check_decode(
+    q: Array,
+    codec: Codec,
+    table: PageTable | None,
+    exact: ExactTokens | None,
+    scale: float,
+    causal: bool,
+    sink_logits: Array | None,
+) -> float:
+    """Raises ValueError for arguments that `decode_attention` refuses; gives the scale as a float."""
     op = "decode_attention"
     check_codec(op, codec)
     check_queries(op, q, codec)
@@ -64,7 +78,7 @@ def decode_attention(
         raise fail(op, "exact tokens for more than one causal query", None)
     if sink_logits is not None:
         check_index(op, "sink_logits", sink_logits, "float32", (q.shape[1],))
-    return launch(op, q, backend)(q, codec, table, exact, scale, causal, sink_logits)
+    return scale
 
 
 def _prefill_fake(q: Any, *_: Any, **__: Any) -> tuple[Any, Any]:

@@ -77,20 +77,27 @@ def check_table(op: str, table: Any, batch: int | None, like: Any = None) -> Non
         array = getattr(table, name)
         if like is not None and array is not None and device_of(array) != device_of(like):
             raise fail(op, f"table.{name} on {device_of(like)}", device_of(array))
-    table.checked.append(seen)
+    table.checked.add(seen)
 
 
 def check_exact(op: str, exact: Any, codec: Codec, q: Any) -> None:
     """An ExactTokens that belongs to the queries q."""
     if not isinstance(exact, ExactTokens):
         raise fail(op, "an ExactTokens", type(exact).__name__)
-    check_vectors(op, "exact.k", exact.k, codec, 4, codec.kv_heads)
-    if exact.v.shape != exact.k.shape or dtype_of(exact.v) != dtype_of(exact.k):
-        raise fail(op, f"exact.v {describe(exact.k)} like exact.k", describe(exact.v))
-    batch, capacity = q.shape[0], exact.k.shape[2]
-    if exact.k.shape[0] != batch:
-        raise fail(op, f"exact.k of {batch} rows", exact.k.shape[0])
-    check_index(op, "exact.lengths", exact.lengths, "int32", (batch,))
+    batch = q.shape[0]
+    seen = batch, codec.kv_heads, codec.head_dim, device_of(q)
+    if seen not in exact.checked:
+        check_vectors(op, "exact.k", exact.k, codec, 4, codec.kv_heads)
+        if exact.v.shape != exact.k.shape or dtype_of(exact.v) != dtype_of(exact.k):
+            raise fail(op, f"exact.v {describe(exact.k)} like exact.k", describe(exact.v))
+        if exact.k.shape[0] != batch:
+            raise fail(op, f"exact.k of {batch} rows", exact.k.shape[0])
+        check_index(op, "exact.lengths", exact.lengths, "int32", (batch,))
+        for name in ("k", "v", "lengths"):
+            if device_of(getattr(exact, name)) != seen[3]:
+                raise fail(op, f"exact.{name} on {seen[3]}", device_of(getattr(exact, name)))
+        exact.checked.add(seen)
+    capacity = exact.k.shape[2]
     if not 0 <= exact.max_length <= capacity:
         raise fail(op, f"exact.max_length within the capacity {capacity}", exact.max_length)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .arrays import Array
 
@@ -10,6 +11,9 @@ from .arrays import Array
 @dataclass(frozen=True, eq=False)
 class PageTable:
     """The packed tokens of a batch of sequences in one layer.
+
+    What a table says of its arrays is checked at its first use, and backends keep what they derive of them: the arrays'
+    contents may change, but not where they lie. Keep a table as long as it holds; making one anew costs its checks.
 
     Attributes:
         base: uint8 array that holds the pages and fixes their device, or None when `offsets` are absolute addresses
@@ -26,13 +30,17 @@ class PageTable:
     lengths: Array
     max_length: int
     uniform: bool = False
-    checked: list[tuple[int | None, str]] = field(default_factory=list, init=False, repr=False)
-    """Rows and device that an op found this table to fit: a table is used by many calls and never changes."""
+    checked: set[Any] = field(default_factory=set, init=False, repr=False)
+    """What the table was found to fit."""
+    views: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """By backend, its description of the arrays."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExactTokens:
     """The exact tokens of a batch: each row's sinks, then its recent tokens, the newest last.
+
+    Kept and checked as a `PageTable` is.
 
     Attributes:
         k, v: [batch, kv_heads, capacity, head_dim] in the model's dtype, any strides with a contiguous last axis.
@@ -44,6 +52,26 @@ class ExactTokens:
     v: Array
     lengths: Array
     max_length: int
+    checked: set[Any] = field(default_factory=set, init=False, repr=False)
+    """What the tokens were found to fit."""
+    views: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """By backend, its description of the arrays."""
+
+    def grown(self, max_length: int) -> ExactTokens:
+        """The same arrays after tokens were appended in place, with what is known of them.
+
+        Args:
+            max_length: the new upper bound of `lengths`.
+
+        Raises:
+            ValueError: more than the capacity.
+        """
+        if not 0 <= max_length <= self.k.shape[2]:
+            raise ValueError(f"[exact_tokens] expected max_length within {self.k.shape[2]}; got {max_length}")
+        new = object.__new__(ExactTokens)
+        new.__dict__.update(self.__dict__)
+        new.__dict__["max_length"] = max_length
+        return new
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from ...ops.table import ExactTokens, PageTable
 from ...ops.threads import get_num_threads
 from ..merge import merge_in
 from .native import native, native_codec
-from .views import DTYPES, address, flat, table_view, view_of
+from .views import address, dtype_code, exact_view, flat, table_view, view_of
 
 
 def decode_attention(
@@ -25,7 +25,7 @@ def decode_attention(
     causal: bool,
     sink_logits: Any | None,
 ) -> tuple[Any, Any]:
-    return _attention("decode_attention", q, codec, table, exact, scale, causal, sink_logits, dtype_of(q))
+    return _attention("decode_attention", q, codec, table, exact, scale, causal, sink_logits, None)
 
 
 def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> tuple[Any, Any]:
@@ -41,27 +41,31 @@ def _attention(
     scale: float,
     causal: bool,
     sink_logits: Any | None,
-    dtype: str,
+    dtype: str | None,
 ) -> tuple[Any, Any]:
+    """The result's `dtype` is float32 or, if None, that of q."""
     shape = tuple(q.shape)
-    out, lse = empty_like(q, shape, dtype), empty_like(q, shape[:3], "float32")
-    exact_view = None
-    if exact is not None:
-        lengths = flat(op, "exact.lengths", exact.lengths)
-        exact_view = (view_of(op, "exact.k", exact.k), view_of(op, "exact.v", exact.v), lengths, exact.max_length)
+    if is_torch(q):
+        torch = sys.modules["torch"]
+        same = dtype is None and q.is_contiguous()
+        out = torch.empty_like(q) if same else torch.empty(shape, dtype=torch.float32 if dtype else q.dtype)
+        lse = torch.empty(shape[:3], dtype=torch.float32)
+        addresses = out.data_ptr(), lse.data_ptr()
+    else:
+        out, lse = empty_like(q, shape, dtype or dtype_of(q)), empty_like(q, shape[:3], "float32")
+        addresses = address(out), address(lse)
     native.attention(
         op,
         native_codec(codec),
         shape[:3],
         view_of(op, "q", q),
         None if table is None else table_view(op, table),
-        exact_view,
+        None if exact is None else exact_view(op, exact),
         scale,
         causal,
         0 if sink_logits is None else flat(op, "sink_logits", sink_logits),
-        DTYPES[dtype],
-        address(out),
-        address(lse),
+        dtype_code(out),
+        *addresses,
         get_num_threads(),
     )
     return out, lse

@@ -49,7 +49,13 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
     held = lengths.numpy() if is_torch(lengths) else lengths
-    n = k.shape[2]
+    n, first = k.shape[2], held[:1]
+    if len(first) and (held == first).all():
+        if first[0] + n <= to_k.shape[2]:
+            at = slice(first[0], first[0] + n)
+            to_k[:, :, at], to_v[:, :, at] = k, v
+            held += n
+        return
     for row in np.flatnonzero(held + n <= to_k.shape[2]):
         at = slice(held[row], held[row] + n)
         to_k[row, :, at], to_v[row, :, at] = k[row], v[row]

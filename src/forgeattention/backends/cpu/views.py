@@ -6,9 +6,10 @@ from typing import Any
 
 from ...ops.arrays import FLOATS, dtype_of, is_torch
 from ...ops.checks import fail
-from ...ops.table import PageTable
+from ...ops.table import ExactTokens, PageTable
 
 DTYPES = {name: i for i, name in enumerate(FLOATS)}
+_codes: dict[Any, int] = {}
 
 
 def address(x: Any) -> int:
@@ -25,11 +26,20 @@ def strides_of(x: Any) -> tuple[int, ...]:
 
 def view_of(op: str, name: str, x: Any) -> tuple[int, int, int, int, int]:
     """(address, dtype, three strides) of an array of three or four axes; a missing first axis has stride 0."""
-    strides = strides_of(x)
+    torch = is_torch(x)
+    strides = x.stride() if torch else strides_of(x)
     if strides[-1] != 1 and x.shape[-1] > 1:
         raise fail(op, f"{name} with a contiguous last axis", f"strides {list(strides)}")
     lead = strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
-    return address(x), DTYPES[dtype_of(x)], lead[0], lead[1], lead[2]
+    return x.data_ptr() if torch else address(x), dtype_code(x), lead[0], lead[1], lead[2]
+
+
+def dtype_code(x: Any) -> int:
+    """The native module's number of an array's dtype."""
+    code = _codes.get(x.dtype)
+    if code is None:
+        code = _codes[x.dtype] = DTYPES[dtype_of(x)]
+    return code
 
 
 def flat(op: str, name: str, x: Any) -> int:
@@ -47,9 +57,22 @@ def bytes_of(op: str, name: str, x: Any | None) -> tuple[int, int]:
 
 
 def table_view(op: str, table: PageTable) -> tuple[int, int, int, int, int, int]:
-    base, size = bytes_of(op, "table.base", table.base)
-    strides = strides_of(table.offsets)
-    if table.offsets.shape[1] > 1 and strides[1] != 1:
-        raise fail(op, "table.offsets with a contiguous last axis", f"strides {list(strides)}")
-    lengths = flat(op, "table.lengths", table.lengths)
-    return base, size, address(table.offsets), strides[0], lengths, table.max_length
+    """What the native module is told of a table, found out at its first use."""
+    view = table.views.get("cpu")
+    if view is None:
+        base, size = bytes_of(op, "table.base", table.base)
+        strides = strides_of(table.offsets)
+        if table.offsets.shape[1] > 1 and strides[1] != 1:
+            raise fail(op, "table.offsets with a contiguous last axis", f"strides {list(strides)}")
+        lengths = flat(op, "table.lengths", table.lengths)
+        view = table.views["cpu"] = base, size, address(table.offsets), strides[0], lengths, table.max_length
+    return view
+
+
+def exact_view(op: str, exact: ExactTokens) -> tuple[Any, Any, int, int]:
+    """What the native module is told of exact tokens, found out at their first use."""
+    view = exact.views.get("cpu")
+    if view is None:
+        lengths = flat(op, "exact.lengths", exact.lengths)
+        view = exact.views["cpu"] = view_of(op, "exact.k", exact.k), view_of(op, "exact.v", exact.v), lengths
+    return *view, exact.max_length

@@ -92,7 +92,7 @@ class DecodeLaunch:
         macros = plan.macros(codec, *dtypes, exact_block)
         self.kernel = nvrtc.kernel("decode_attention", macros, device, plan.shared_bytes)
         self.threads = 32 * plan.warps
-        self.width = codec.format.padded_dim
+        self.width, self.kv_heads = codec.format.padded_dim, codec.kv_heads
         own = {} if exact_block else {"exact_blocks": 0, "exact_stride": 0}
         self.pack = params.DECODE_ATTENTION.packer(
             k_transform=constants.attend[0],
@@ -108,6 +108,19 @@ class DecodeLaunch:
             v_unit=constants.units[1],
             **own,
         )
+        self._cuts: dict[tuple[int, int, int], tuple[int, tuple[int, int, int]]] = {}
+
+    def cut(self, batch: int, max_length: int, max_exact: int) -> tuple[int, tuple[int, int, int]]:
+        """Partial results of a row and KV head, and the grid."""
+        key = batch, max_length, max_exact
+        found = self._cuts.get(key)
+        if found is None:
+            if len(self._cuts) > 4096:
+                self._cuts.clear()
+            kv_heads = self.kv_heads
+            found = self.plan.slots(max_length, max_exact), self.plan.grid(batch, kv_heads, max_length)
+            self._cuts[key] = found
+        return found
 
 
 def decode_attention(
@@ -126,44 +139,62 @@ def decode_attention(
     lse = torch.empty((batch, q_heads, n), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out, lse
-    exact_k, exact_v = (q, q) if exact is None else (aligned_rows(exact.k), aligned_rows(exact.v))
+    tokens, _copies = (_NO_EXACT, None) if exact is None else _exact_members(exact)
+    exact_dtype = q.dtype if exact is None else exact.k.dtype
     with on_device(device):
         constants = constants_of(codec, device)
-
-        def make() -> DecodeLaunch:
-            dtypes = dtype_of(q), dtype_of(exact_k)
-            return DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
-
-        launch = constants.launch(("decode_attention", q_heads, n, q.dtype, exact_k.dtype), make)
+        key = "decode_attention", q_heads, n, q.dtype, exact_dtype
+        launch = constants.launches.get(key)
+        if launch is None:
+            dtypes = dtype_of(q), dtype_name(exact_dtype)
+            launch = DecodeLaunch(codec, constants, q_heads // kv_heads, n, dtypes, device.index)
+            constants.launches[key] = launch
         stream = current_stream(device)
-        heads = batch * kv_heads * launch.plan.blocks
         max_length = 0 if table is None else table.max_length
-        slots = launch.plan.slots(max_length, 0 if exact is None else exact.max_length)
+        slots, grid = launch.cut(batch, max_length, 0 if exact is None else exact.max_length)
+        heads = batch * kv_heads * launch.plan.blocks
         parts = heads * slots * launch.plan.queries  # a vector, its maximum and its sum each
         part = partials(device, stream, parts * (launch.width + 2))
         packed = launch.pack(
             q=q.data_ptr(),
-            base=0 if table is None else address(table.base),
-            offsets=0 if table is None else table.offsets.data_ptr(),
-            lengths=0 if table is None else table.lengths.data_ptr(),
-            exact_k=0 if exact is None else exact_k.data_ptr(),
-            exact_v=0 if exact is None else exact_v.data_ptr(),
-            exact_lengths=0 if exact is None else exact.lengths.data_ptr(),
-            sink_logits=address(sink_logits),
+            sink_logits=0 if sink_logits is None else sink_logits.data_ptr(),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             part=part,
             part_ml=part + 4 * parts * launch.width,
             counter=counters(device, stream, heads),
             q_stride=q.stride()[:3],
-            k_stride=exact_k.stride()[:3],
-            v_stride=exact_v.stride()[:3],
             out_stride=out.stride()[:3],
-            max_pages=0 if table is None else table.offsets.stride(0),
             causal=causal,
             slots=slots,
             max_length=max_length,
             scale_log2=scale * LOG2E,
+            **(_NO_TABLE if table is None else table_members(table)),
+            **tokens,
         )
-        launch.kernel.launch(launch.plan.grid(batch, kv_heads, max_length), launch.threads, stream, packed)
+        launch.kernel.launch(grid, launch.threads, stream, packed)
     return out, lse
+
+
+_NO_TABLE = {"base": 0, "offsets": 0, "lengths": 0, "max_pages": 0}
+_NO_EXACT = {"exact_k": 0, "exact_v": 0, "exact_lengths": 0, "k_stride": (0, 0, 0), "v_stride": (0, 0, 0)}
+
+
+def _exact_members(exact: ExactTokens) -> tuple[dict[str, Any], Any]:
+    """Exact tokens' members of Params, found out at their first use; and the copies of tokens whose rows do not lie as
+    the kernel reads them, which are made anew at each use."""
+    view, copies = exact.views.get("cuda"), None
+    if view is None:
+        k, v = aligned_rows(exact.k), aligned_rows(exact.v)
+        view = {
+            "exact_k": k.data_ptr(),
+            "exact_v": v.data_ptr(),
+            "exact_lengths": exact.lengths.data_ptr(),
+            "k_stride": k.stride()[:3],
+            "v_stride": v.stride()[:3],
+        }
+        if k is exact.k and v is exact.v:
+            exact.views["cuda"] = view
+        else:
+            copies = k, v
+    return view, copies

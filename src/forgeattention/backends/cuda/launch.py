@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ...codec.codec import Codec
+from ...ops.table import PageTable
 from . import nvrtc
 from .macros import Side
 from .params import TRANSFORM
@@ -38,12 +39,13 @@ class Constants:
             queries and outputs.
         centred: those of `attend` without the centres.
         units: of the codebooks of keys and of values.
+        launches: what launches of one kind have in common, by what the kinds differ in.
     """
 
     def __init__(self, codec: Codec, device: Any) -> None:
         self._device = device
         self._keep: list[Any] = []
-        self._launches: dict[Any, Any] = {}
+        self.launches: dict[Any, Any] = {}
         sides = codec.k_transform, codec.v_transform
         encode, attend = ([self._members(Side.of(codec, t, e)) for t in sides] for e in (True, False))
         self.encode, self.attend = ([TRANSFORM.pack(**members) for members in side] for side in (encode, attend))
@@ -51,10 +53,10 @@ class Constants:
         self.units = codec.k_codebook.unit, codec.v_codebook.unit
 
     def launch(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What launches of one kind have in common, made once; `key` is what the kinds differ in."""
-        found = self._launches.get(key)
+        """That of `launches`, made once."""
+        found = self.launches.get(key)
         if found is None:
-            found = self._launches[key] = make()
+            found = self.launches[key] = make()
         return found
 
     def _put(self, array: Any) -> int:
@@ -129,3 +131,16 @@ def aligned_rows(x: Any) -> Any:
     size = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s % size == 0 for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1)
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def table_members(table: PageTable) -> dict[str, int]:
+    """A table's members of a kernel's parameters, found out at its first use."""
+    view = table.views.get("cuda")
+    if view is None:
+        view = table.views["cuda"] = {
+            "base": address(table.base),
+            "offsets": table.offsets.data_ptr(),
+            "lengths": table.lengths.data_ptr(),
+            "max_pages": table.offsets.stride(0),
+        }
+    return view
