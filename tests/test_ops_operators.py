@@ -148,8 +148,11 @@ def arguments(name: str, case: Case) -> list[Any]:
         "encode": ((k, v, codec, out, at), {}),
         "append_step": (
             (
-                *torch.zeros(2, 3, 2, 70, 64), *torch.tensor([[0, 69, 66], [0, 0, 64]], dtype=torch.int32),
-                torch.arange(6).reshape(3, 2), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32),
+                *torch.zeros(2, 3, 2, 70, 64),
+                *torch.tensor([[0, 69, 66], [0, 0, 64]], dtype=torch.int32),
+                torch.arange(6).reshape(3, 2),
+                torch.zeros(3, dtype=torch.int64),
+                torch.zeros(3, dtype=torch.int32),
                 *torch.randn(2, 3, 2, 1, 64),
             ),
             {"sinks": 1, "encode_at": 67},

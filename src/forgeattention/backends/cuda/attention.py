@@ -15,7 +15,6 @@ from ..merge import merge_in
 from . import nvrtc, params, plans
 from .launch import (
     Constants,
-    address,
     aligned_rows,
     constants_of,
     counters,
@@ -23,6 +22,7 @@ from .launch import (
     limits,
     on_device,
     partials,
+    table_members,
 )
 from .macros import merge_macros
 
