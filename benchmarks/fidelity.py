@@ -31,6 +31,7 @@ import torch
 from candidates import EXACT
 from fidelity_measure import Row, compare, documents, greedy
 from fidelity_summary import describe, save, summary
+from real_models import identity
 
 from forgeattention import models
 from forgeattention.tools.evaluation import niah
@@ -183,7 +184,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 file.write(json.dumps(rows) + "\n")
 
     if args.workers == 1:
-        _start(args)
+        if left:
+            _start(args)
         for item in left:
             finish(*_measure(item))
     else:
@@ -228,7 +230,7 @@ def main() -> None:
     args.windows = args.windows or (1 if args.set == "quick" else 4)
     args.length = args.length or (1152 if args.set == "quick" else 2048)
     start = time.time()
-    result = run(args) | {"seconds": time.time() - start, "cpu_seconds": sum(os.times()[:4])}
+    result = run(args) | identity(args.model) | {"seconds": time.time() - start, "cpu_seconds": sum(os.times()[:4])}
     save(result, args.json, args.plot)
 
 

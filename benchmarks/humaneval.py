@@ -30,6 +30,7 @@ import candidates as caches
 import fitted_caches
 import journal
 import torch
+from real_models import identity
 
 from forgeattention import models
 from forgeattention.tools.evaluation import texts
@@ -204,7 +205,7 @@ def main() -> int:
         )
     if args.json:
         setting = {"dtype": args.dtype, "device": args.device, "new_tokens": NEW_TOKENS}
-        write_json(args.json, {"model": Path(args.model).stem, "setting": setting, "rows": rows, "env": environment()})
+        write_json(args.json, {**identity(args.model), "setting": setting, "rows": rows, "env": environment()})
     return failed
 
 

@@ -17,6 +17,7 @@ import candidates as caches
 import journal
 import torch
 from fidelity_measure import documents
+from real_models import identity
 
 from forgeattention import models
 from forgeattention.util.environment import environment
@@ -100,7 +101,7 @@ def main() -> int:
     if args.json:
         kept = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
         setting = {"dtype": args.dtype, "device": args.device, "new_tokens": args.new_tokens}
-        write_json(args.json, {"model": Path(args.model).stem, "setting": setting, "rows": kept, "env": environment()})
+        write_json(args.json, {**identity(args.model), "setting": setting, "rows": kept, "env": environment()})
     return failed
 
 

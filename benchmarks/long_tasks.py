@@ -25,6 +25,7 @@ import fitted_caches
 import journal
 import torch
 from humaneval import shared_tokens
+from real_models import identity
 
 from forgeattention import models
 from forgeattention.tools.evaluation import needles, niah, ruler
@@ -173,7 +174,7 @@ def main() -> int:
         setting = {"dtype": args.dtype, "device": args.device, "samples": args.samples}
         write_json(
             args.json,
-            {"model": Path(args.model).stem, "setting": setting, "rows": summary(rows), "env": environment()},
+            {**identity(args.model), "setting": setting, "rows": summary(rows), "env": environment()},
         )
     return failed
 

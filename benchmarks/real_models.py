@@ -20,6 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from forgeattention.models.names import resolve
 from forgeattention.util.folders import cache_folder
 
 
@@ -81,8 +82,22 @@ def find(name: str, folder: Path | None = None) -> Path | None:
 
 def intact(path: Path, model: RealModel) -> bool:
     """Whether a file is the model's."""
+    return sha256(path) == model.sha256
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(model: str) -> dict[str, str]:
+    """What results say of a model: its name and, where it is one file, that file's sha256."""
+    source = resolve(model)
+    if source.kind != "gguf":
+        return {"model": source.location}
+    path = Path(source.location)
+    return {"model": path.stem if model != "smollm2" else "smollm2", "sha256": sha256(path)}
 
 
 def fetch(name: str, folder: Path | None = None) -> Path:

@@ -83,6 +83,7 @@ def steps() -> list[Step]:
         Step(f"ruler-{QWEN}", "long_tasks.py", QWEN, ruler, 200, 3),
         Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 3),
         Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
+        Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 300, 2),
         fidelity("smollm2", "", *field, seconds=40, lane=0),
         fidelity("smollm2", "-fitted", *fitted, seconds=60, lane=0),
         fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=50, lane=0),

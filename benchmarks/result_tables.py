@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import result_speed
+import result_tasks
 from result_format import table
 
 
@@ -17,6 +18,8 @@ def fidelity(result: dict[str, Any]) -> str:
     head = ["cache", "bits"]
     if measured := any("kl" in row for row in rows):
         head += ["KL", "same top token"]
+    if parts := any("kl_99" in row for row in rows):
+        head += ["KL median", "99 %", "99.9 %"]
     if "perplexity" in rows[0]:
         head.append(f"perplexity (exact {exact['perplexity']:.3f})")
     if needles:
@@ -31,6 +34,8 @@ def fidelity(result: dict[str, Any]) -> str:
         line = [f"**`{name.removeprefix('preset ')}`**" if own else name, f"{row['effective_bits']:.4f}"]
         if measured:
             line += [f"{row['kl']:.4f}", f"{row['same_top']:.1%}"] if "kl" in row else ["", ""]
+        if parts:
+            line += [f"{row[name]:.4f}" if name in row else "" for name in ("kl_median", "kl_99", "kl_999")]
         if "perplexity" in row:
             line.append(f"{row['perplexity']:.3f}")
         if needles:
@@ -209,6 +214,7 @@ def eviction_time(content: Any) -> str:
 
 
 RENDERERS: dict[str, Callable[[Any], str]] = {
+    **result_tasks.RENDERERS,
     "canaries": canaries,
     "context_parallel": result_speed.context_parallel,
     "cuda_model": result_speed.cuda_model,
