@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -24,9 +27,9 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded_after("import forgeattention").isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("name", ["CodecSpec", "PRESETS", "SparseSpec", "Eviction"])
-def test_settings_need_no_framework(name):
-    assert loaded_after(f"from forgeattention import {name}").isdisjoint({"torch", "transformers", "mlx"})
+def test_settings_need_no_framework():
+    statement = "from forgeattention import PRESETS, CodecSpec, Eviction, SparseSpec"
+    assert loaded_after(statement).isdisjoint({"torch", "transformers", "mlx"})
 
 
 @pytest.mark.parametrize("name", [n for n in forgeattention.__all__ if n != "__version__"])
@@ -48,3 +51,19 @@ def test_importing_the_cache_registers_forge():
         "assert 'forge' in AttentionInterface() and 'forge' in AttentionMaskInterface()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_torch_that_is_too_old_is_named():
+    code = (
+        "import torch\ntorch.__version__ = type(torch.__version__)('2.8.0+cu128')\n"
+        "try:\n    from forgeattention import ForgeCache\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[forgeattention] expected torch 2.9 or newer; got 2.8.0+cu128: upgrade torch")
+
+
+def test_no_extra_makes_pip_replace_an_installed_torch():
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    named = [need for needs in extras.values() for need in needs if re.match(r"torch\b", need)]
+    assert named == ["torch"]
