@@ -31,11 +31,13 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/wrap.py --check *.md docs/*.md
 	$(BIN)/mypy
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/wrap.py *.md docs/*.md
 
 # Attention of one new token beside torch's on this machine. benchmarks/ has the other measurements.
 bench: .venv/installed-demo

@@ -25,9 +25,12 @@ import result_format
 import result_tables
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+import wrap  # noqa: E402
+
 PARTS, RESULTS, PAGE = ROOT / "docs/results", ROOT / "benchmarks/results", ROOT / "docs/results.md"
 HEAD = (
-    "<!-- Made by `python benchmarks/make_results.py` from docs/results/*.md and benchmarks/results/*.json. "
+    "<!-- Made by `python benchmarks/make_results.py` from docs/results/*.md and benchmarks/results/*.json.\n"
     "Edit those, not this page: a table is a line `{{ KIND FILE }}` there, a new section a new file there. -->\n"
     "# Results\n"
 )
@@ -68,7 +71,7 @@ def fill(text: str) -> str:
 def page() -> str:
     """What docs/results.md should hold."""
     parts = sorted(PARTS.glob("*.md"))
-    return "\n".join([HEAD, *(fill(part.read_text()).strip() + "\n" for part in parts)])
+    return wrap.wrap("\n".join([HEAD, *(fill(part.read_text()).strip() + "\n" for part in parts)]))
 
 
 def main() -> int:
