@@ -7,6 +7,7 @@ left. Exact and simulated caches are `row_states.RowStates`. On a GPU the decode
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,15 @@ def answers(
                     break
     tokens = torch.stack(out, 1).tolist()
     return [_cut(text, stops) for text in tokens]
+
+
+def answers_anyway(*args: Any, **options: Any) -> tuple[list[list[int]], bool]:
+    """`answers`, without a graph where that fails, which is told; and whether it was with one."""
+    try:
+        return answers(*args, **options), True
+    except RuntimeError:
+        traceback.print_exc()
+        return answers(*args, **options, graph=False), False
 
 
 def _over(text: list[int], stops: set[int], ended: Ended | None) -> bool:

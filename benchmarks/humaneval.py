@@ -140,7 +140,7 @@ def measure(
         return "```" in tokenizer.decode(tokens)
 
     begun = time.perf_counter()
-    new = batch_decode.answers(
+    new, graph = batch_decode.answers_anyway(
         model,
         [prompt[shared:] for prompt in prompts],
         candidate,
@@ -161,6 +161,7 @@ def measure(
         "failed": [problem["task_id"] for problem, good in zip(asked, passed, strict=True) if not good],
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
         "seconds": seconds,
+        "graph": graph,
         "answers": answers,
     }
 
@@ -188,9 +189,11 @@ def main() -> int:
         every += fitted_caches.candidates(model, tokenizer)
     chosen = caches.chosen(every, args.only)
     rows, failed = [], 0
-    for candidate in chosen:
+    # One that was begun before and did not end may have taken the device down with it: it comes last.
+    for candidate in sorted(chosen, key=lambda c: done.get(f"begun: {c.name}") is not None):
         row = done.get(candidate.name)
         if row is None:
+            done.add(f"begun: {candidate.name}", True)
             try:
                 row = measure(model, tokenizer, asked, candidate, args.before, args.workers)
             except Exception:  # the other caches are measured all the same; the exit code says that one is missing

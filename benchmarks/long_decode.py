@@ -50,7 +50,7 @@ def likelihood(model: Any, prompt: torch.Tensor, answer: list[int]) -> float:
 
 def measure(model: Any, prompts: list[torch.Tensor], candidate: Any, count: int, exact: Any) -> dict[str, Any]:
     """One cache; `exact`: the exact cache's answers, None if these are they."""
-    answers = batch_decode.answers(model, prompts, candidate, count, stop=False)
+    answers, graph = batch_decode.answers_anyway(model, prompts, candidate, count, stop=False)
     same = [first_other(a, b) for a, b in zip(answers, answers if exact is None else exact, strict=True)]
     agreed = min(AGREEMENT, count)
     mean = [sum(x) / len(x) for x in (
@@ -61,7 +61,7 @@ def measure(model: Any, prompts: list[torch.Tensor], candidate: Any, count: int,
     return {
         "cache": candidate.name, "bits": candidate.effective_bits, "task": "long decode", "length": count,
         "of": len(answers), "first_other": same, "agreement": mean[0] / agreed, "repetition": mean[1],
-        "log_likelihood": mean[2], "answers": answers,
+        "log_likelihood": mean[2], "graph": graph, "answers": answers,
     }  # fmt: skip
 
 

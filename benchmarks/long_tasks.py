@@ -107,11 +107,11 @@ def ask(model: Any, tokenizer: Any, question: Question, candidate: Any) -> dict[
     shared = shared_tokens(prompts) if question.hay and len(prompts) > 1 else 0
     begun = time.perf_counter()
     front, rest = prompts[0][:shared] if shared else None, [p[shared:] for p in prompts]
-    new = batch_decode.answers(model, rest, candidate, question.new_tokens, shared=front)
+    new, graph = batch_decode.answers_anyway(model, rest, candidate, question.new_tokens, shared=front)
     said = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
     row: dict[str, Any] = {
         "cache": candidate.name, "bits": candidate.effective_bits, "task": question.task, "length": question.length,
-        "of": len(said), "seconds": time.perf_counter() - begun, "answers": said,
+        "of": len(said), "seconds": time.perf_counter() - begun, "graph": graph, "answers": said,
     }  # fmt: skip
     if question.hay:
         decoys = question.decoys or [()] * len(said)

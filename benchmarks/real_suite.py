@@ -64,7 +64,7 @@ def steps() -> list[Step]:
             "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
             "--block", "1000")  # fmt: skip
     humaneval = ("--only", *TASK_CACHES)
-    ruler = ("--dtype", "bfloat16", "--tasks", "ruler", "--lengths", "4096", "8192", "16384", "32000", "--samples", "5",
+    ruler = ("--dtype", "bfloat16", "--tasks", "ruler", "--lengths", "4096", "16384", "32000", "--samples", "4",
              "--only", *TASK_CACHES[:3])  # fmt: skip
     needles = ("--dtype", "bfloat16", "--tasks", "multi", "distractors", "varied", "--lengths", "8000", "16000",
                "31000", "--only", *TASK_CACHES[:6])  # fmt: skip
@@ -73,17 +73,17 @@ def steps() -> list[Step]:
         fidelity(QWEN, "", *field, seconds=60, lane=0),
         Step(f"humaneval-{QWEN}", "humaneval.py", QWEN, humaneval, 150, 1),
         Step(f"humaneval-{QWEN}-16k", "humaneval.py", QWEN, behind, 240, 2),
+        Step(f"ruler-{QWEN}", "long_tasks.py", QWEN, ruler, 200, 3),
         fidelity(QWEN, "-fitted", *fitted, seconds=60, lane=0),
-        fidelity(SMALL_QWEN, "", *field, seconds=40, lane=0),
-        fidelity(GEMMA, "", *field, seconds=30, lane=0),
+        Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 0),
+        Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
         fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=90, lane=0),
         fidelity(QWEN, "-bare", *field, bare, seconds=60, lane=0),
+        Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 300, 1),
+        fidelity(SMALL_QWEN, "", *field, seconds=40, lane=0),
+        fidelity(GEMMA, "", *field, seconds=30, lane=0),
         Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 120, 1),
         Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 180, 2),
-        Step(f"ruler-{QWEN}", "long_tasks.py", QWEN, ruler, 200, 3),
-        Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 3),
-        Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
-        Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 300, 2),
         fidelity("smollm2", "", *field, seconds=40, lane=0),
         fidelity("smollm2", "-fitted", *fitted, seconds=60, lane=0),
         fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=50, lane=0),
