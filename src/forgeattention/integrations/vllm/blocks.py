@@ -32,6 +32,11 @@ class ExactSpec(SlidingWindowSpec):
     sink_blocks: int = 0
     slack: int = 1
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """Of the tokens before a step, those whose blocks a worker may not forget (vLLM 0.33): the sinks come first."""
+        return 1 << 40
+
     def first_kept(self, tokens: int) -> int:
         """First token after the sinks that stays exact in a sequence of so many."""
         return max(tokens - (self.sliding_window - PAGE), 0) // PAGE * PAGE

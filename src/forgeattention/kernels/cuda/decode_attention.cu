@@ -302,12 +302,13 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
         if (page + i * STRIDE + j < end) found[i][j] = load_early(offsets + page + i * STRIDE + j);
   };
   const Cut longest(p, p.max_length, 0);
-  find(longest);
+  constexpr bool GUESS = FORGE_EXACT_BLOCK == 0;  // a paged engine's graph is launched for longer rows than there are
+  if constexpr (GUESS) find(longest);
   Ring<GROUPS, PAGES, K_BYTES, V_BYTES> ring;
   ring.init(sh.ring + warp * GROUPS * PAGES * RECORD, sh.barriers + warp * GROUPS * 2, lane);
   const Cut cut(p, it.length, it.exact);
   if (it.chunk >= cut.chunks) return;
-  if (cut.pages != longest.pages) find(cut);
+  if (!GUESS || cut.pages != longest.pages) find(cut);
   // Tasks of exact tokens, to the last warps first: they have the fewest pages.
   int task = it.chunk + (WARPS - 1 - warp) * cut.chunks;
   exact::Task tokens;
