@@ -58,7 +58,9 @@ def steps() -> list[Step]:
     """All steps, those of most worth first."""
     two = ("--windows", "2", "--batch", "2")
     field, bare = ("--field", *two), "--no-exact-tokens"
-    fitted = (*field, "--fitted", "--only", "OSCAR*", "small*", "balanced*")
+    fitted = (*field, "--fitted", "--only", "OSCAR INT2", "small, queries seen", "balanced, queries seen",
+              "small, calibrated*")  # fmt: skip
+    turned = (*field, "--fitted", "--only", "small, OSCAR*", "balanced, OSCAR*")
     some = ("--field", "--only", "exact", "preset*", "KIVI 2-bit, groups of 32", "KVarN K4V2, tiles of 128",
             "KIVI 4-bit, groups of 32", "TurboQuant 4-bit (vLLM), 2 + 2 layers exact",
             "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
@@ -77,6 +79,7 @@ def steps() -> list[Step]:
         fidelity(QWEN, "-fitted", *fitted, seconds=60, lane=0),
         Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 0),
         Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
+        fidelity(QWEN, "-turned", *turned, seconds=50, lane=0),
         fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=90, lane=0),
         fidelity(QWEN, "-bare", *field, bare, seconds=60, lane=0),
         Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 300, 1),
