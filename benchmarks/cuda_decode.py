@@ -23,18 +23,25 @@ from forgeattention import ops
 from forgeattention.backends.cuda import nvrtc, plans
 from forgeattention.backends.cuda.launch import limits
 from forgeattention.codec import Codec, CodecSpec
+from forgeattention.codec.presets import PRESETS
 from forgeattention.ops.table import ExactTokens, PageTable
 
-# batch, q_heads, kv_heads, head_dim, context
+# batch, q_heads, kv_heads, head_dim, context, query tokens
 SHAPES = [
-    (1, 32, 8, 128, 32768),
-    (1, 32, 8, 128, 131072),
-    (1, 32, 8, 128, 524288),
-    (8, 32, 8, 128, 32768),
-    (8, 32, 8, 128, 131072),
-    (16, 9, 3, 64, 8192),
-    (1, 64, 8, 128, 131072),
-    (1, 28, 4, 128, 131072),
+    (1, 32, 8, 128, 32768, 1),
+    (1, 32, 8, 128, 131072, 1),
+    (1, 32, 8, 128, 524288, 1),
+    (8, 32, 8, 128, 32768, 1),
+    (8, 32, 8, 128, 131072, 1),
+    (16, 9, 3, 64, 8192, 1),
+    (1, 64, 8, 128, 131072, 1),
+    (1, 28, 4, 128, 131072, 1),
+    (8, 4, 1, 256, 32768, 1),
+    (64, 32, 8, 128, 2048, 1),
+    (256, 32, 8, 128, 1024, 1),
+    (1, 32, 8, 128, 131072, 2),
+    (1, 32, 8, 128, 131072, 4),
+    (1, 32, 8, 128, 131072, 8),
 ]
 SINKS_AND_WINDOW = 132 + 31
 L2_TIMES = 3
@@ -81,7 +88,7 @@ def copy_bandwidth() -> float:
 
 
 def packed_calls(
-    codec: Codec, batch: int, q_heads: int, context: int, copies: int
+    codec: Codec, batch: int, q_heads: int, context: int, copies: int, n: int = 1
 ) -> tuple[list[Callable[[], Any]], Any]:
     """Calls over `copies` caches of encoded random vectors, and what is needed to check the first."""
     kv_heads, d = codec.kv_heads, codec.head_dim
@@ -90,22 +97,22 @@ def packed_calls(
     step = min(pages, 4096)
     generator = torch.Generator("cuda").manual_seed(1)
     for start in range(0, copies * pages, step):
-        n = min(step, copies * pages - start)
+        count = min(step, copies * pages - start)
         if start == 0:  # fresh vectors for the first pages, then copies of their records
             k, v = (
-                torch.randn(kv_heads, 64 * n, d, device="cuda", dtype=torch.float16, generator=generator)
+                torch.randn(kv_heads, 64 * count, d, device="cuda", dtype=torch.float16, generator=generator)
                 for _ in range(2)
             )
-            ops.encode(k, v, codec, buffer, torch.arange(n, device="cuda") * codec.page_bytes)
+            ops.encode(k, v, codec, buffer, torch.arange(count, device="cuda") * codec.page_bytes)
             del k, v
         else:
-            buffer[start * codec.page_bytes : (start + n) * codec.page_bytes] = buffer[: n * codec.page_bytes]
+            buffer[start * codec.page_bytes : (start + count) * codec.page_bytes] = buffer[: count * codec.page_bytes]
     order = torch.arange(copies * pages, device="cuda")
     if SCATTERED:
         order = torch.randperm(copies * pages, generator=torch.Generator().manual_seed(2)).cuda()
     offsets = (order * codec.page_bytes).reshape(copies, batch, context // 64)
     lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    q = torch.randn(batch, q_heads, 1, d, device="cuda", dtype=torch.float16, generator=generator)
+    q = torch.randn(batch, q_heads, n, d, device="cuda", dtype=torch.float16, generator=generator)
     ek, ev = (
         torch.randn(batch, kv_heads, 200, d, device="cuda", dtype=torch.float16, generator=generator) for _ in range(2)
     )
@@ -113,7 +120,7 @@ def packed_calls(
     exact = ExactTokens(ek, ev, recent, SINKS_AND_WINDOW)
     tables = [PageTable(buffer, offsets[i].contiguous(), lengths, context) for i in range(copies)]
     scale = 1 / math.sqrt(d)
-    calls = [lambda t=t: ops.decode_attention(q, codec, t, exact, scale) for t in tables]
+    calls = [lambda t=t: ops.decode_attention(q, codec, t, exact, scale, causal=False) for t in tables]
     return calls, (q, tables[0], exact, scale)
 
 
@@ -128,16 +135,16 @@ def relative_error(codec: Codec, setup: Any, out: torch.Tensor) -> float:
         keys = torch.cat([k[0, h], exact.k[0, h, :recent].float()]).double()
         values = torch.cat([v[0, h], exact.v[0, h, :recent].float()]).double()
         rows = slice(h * group, (h + 1) * group)
-        want = torch.softmax(scale * q[0, rows, 0].double() @ keys.T, -1) @ values
-        error += float((out[0, rows, 0].double() - want).square().sum())
+        want = torch.softmax(scale * q[0, rows].double() @ keys.T, -1) @ values
+        error += float((out[0, rows].double() - want).square().sum())
         norm += float(want.square().sum())
     return math.sqrt(error / norm)
 
 
-def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copies: int) -> dict[str, float]:
+def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, n: int, copies: int) -> dict[str, float]:
     """FP16 attention over as many tokens; copies share their values only if memory is short."""
     tokens = context + SINKS_AND_WINDOW
-    q = torch.randn(batch, q_heads, 1, d, device="cuda", dtype=torch.float16)
+    q = torch.randn(batch, q_heads, n, d, device="cuda", dtype=torch.float16)
     kv = [
         tuple(torch.randn(batch, kv_heads, tokens, d, device="cuda", dtype=torch.float16) for _ in range(2))
         for _ in range(copies)
@@ -148,8 +155,8 @@ def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copi
         ("sdpa_cudnn_fp16", SDPBackend.CUDNN_ATTENTION),
     ):
         for fold in (False, True):
-            # Folding the group into the query length is the same result for one query, and faster in some kernels.
-            queries = q.reshape(batch, kv_heads, q_heads // kv_heads, d) if fold else q
+            # Folding the group into the query length is the same result, as nothing is masked, and often faster.
+            queries = q.reshape(batch, kv_heads, q_heads // kv_heads * n, d) if fold else q
             try:
                 with sdpa_kernel(backend):
                     calls = [lambda k=k, v=v, x=queries, gqa=not fold: sdpa(x, k, v, enable_gqa=gqa) for k, v in kv]
@@ -160,25 +167,25 @@ def peers_us(batch: int, q_heads: int, kv_heads: int, d: int, context: int, copi
 
 
 def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[str, float] | None) -> dict[str, Any]:
-    batch, q_heads, kv_heads, d, context = shape
+    batch, q_heads, kv_heads, d, context, n = shape
     codec = Codec(spec, d, kv_heads)
     nbytes = batch * context // 64 * codec.page_bytes
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(1, min(8, math.ceil(L2_TIMES * l2 / nbytes)))
-    calls, setup = packed_calls(codec, batch, q_heads, context, copies)
+    calls, setup = packed_calls(codec, batch, q_heads, context, copies, n)
     error = relative_error(codec, setup, calls[0]()[0])
     us = in_graph(calls, max(1, 16 // copies))
     single = median_us(lambda: calls[0](), 1, 50)
     if peers is None:
         fp16_copies = max(1, min(4, math.ceil(L2_TIMES * l2 / (batch * context * kv_heads * d * 4))))
         peers = peers_us(*shape, fp16_copies)
-    plan = plans.decode_plan(codec.format, kv_heads, q_heads // kv_heads, limits(0))
+    plan = plans.decode_plan(codec.format, kv_heads, q_heads // kv_heads * n, limits(0))
     kernel = nvrtc.kernel("decode_attention", plan.macros(codec, "float16", "float16"), 0, plan.shared_bytes)
     best = min(peers.values()) if peers else math.nan
     return {
         "op": "decode_attention",
         "device": torch.cuda.get_device_name(),
-        "shape": dict(zip(("batch", "q_heads", "kv_heads", "head_dim", "context"), shape, strict=True), q_len=1),
+        "shape": dict(zip(("batch", "q_heads", "kv_heads", "head_dim", "context", "q_len"), shape, strict=True)),
         "k_bits": spec.k_bits,
         "v_bits": spec.v_bits,
         "k_code": spec.k_code,
@@ -204,7 +211,8 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
 SPECS = {
     "scalar": CodecSpec(k_code="scalar", v_code="scalar", scales="log8"),
     "trellis8_k": CodecSpec(k_code="trellis8", v_code="scalar", scales="log8"),
-    "trellis8_kv": CodecSpec(k_code="trellis8", v_code="trellis8", scales="log8"),
+    "small": PRESETS["small"],
+    "fidelity": PRESETS["fidelity"],
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forgeattention.backends.cuda import plans
+from forgeattention.backends.cuda.encoder import encode_plan
 from forgeattention.backends.cuda.macros import TYPES, merge_macros, rotation_macros
 from forgeattention.backends.cuda.nvrtc import Macros
 from forgeattention.codec import Codec, CodecSpec
@@ -98,8 +99,8 @@ def kernels(case: Case, kv_heads: int = 2) -> list[tuple[str, Macros]]:
         ("page_tables", ()),
         ("paged_append", ()),
         ("compact", ()),
-        ("encode", plans.encode_macros(codec, case.dtype)),
-        ("encode_layers", plans.encode_macros(codec, case.dtype)),
+        ("encode", encode_plan(codec).macros(codec, case.dtype)),
+        ("encode_layers", encode_plan(codec).macros(codec, case.dtype)),
         ("decode_pages", plans.decode_pages_macros(codec, "float32", False)),
         ("decode_pages", plans.decode_pages_macros(codec, "float16", True)),
         ("merge", merge_macros(case.head_dim, case.dtype)),

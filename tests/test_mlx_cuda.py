@@ -29,7 +29,7 @@ from forgeattention.ops import ExactTokens, PageTable  # noqa: E402
 KV = 2
 NUMPY = {"u8": "uint8", "i64": "int64", "int": "int32", "u32": "int32", "float": "float32", "float2": "float32"}
 """Dtypes of arrays by C types; void stands for the floats."""
-OPTIONAL = {"sink_logits", "exact_blocks", "slots"} | {
+OPTIONAL = {"sink_logits", "exact_blocks", "slots", "feedback"} | {
     f"{side}transform.{name}" for side in ("", "k_", "v_") for name in ("signs", "in_matrix", "out_matrix", "mu")
 }
 KERNELS = {"decode_attention", "decode_pages", "compact", "encode", "qk_scores", "value_sum"}

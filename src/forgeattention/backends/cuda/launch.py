@@ -20,6 +20,7 @@ import torch
 from ...codec.codec import Codec
 from ...ops.table import PageTable
 from . import nvrtc
+from .encoder import feedback_words
 from .macros import Side
 from .params import TRANSFORM
 from .plans import LIMITS, Limits
@@ -40,6 +41,7 @@ class Constants:
         centred: those of `attend` without the centres.
         units: of the codebooks of keys and of values.
         launches: what launches of one kind have in common, by what the kinds differ in.
+        feedback: where a shaped codec's feedback lies, or 0; words between heads, 0 if all share one.
     """
 
     def __init__(self, codec: Codec, device: Any) -> None:
@@ -51,6 +53,10 @@ class Constants:
         self.encode, self.attend = ([TRANSFORM.pack(**members) for members in side] for side in (encode, attend))
         self.centred = [TRANSFORM.pack(**{**members, "mu": 0, "mu_stride": 0}) for members in attend]
         self.units = codec.k_codebook.unit, codec.v_codebook.unit
+        self.feedback = 0, 0
+        if codec.shaping is not None:
+            words = feedback_words(codec)
+            self.feedback = self._put(words.view(np.float32)), words.shape[1] if len(words) > 1 else 0
 
     def launch(self, key: Any, make: Callable[[], Any]) -> Any:
         """That of `launches`, made once."""

@@ -6,11 +6,10 @@ backend codes them (pages.py).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,9 +25,8 @@ from ..mlx.arrays import page_places, some_exact, some_table, store_pages
 from ..mlx.codec import packed_queries, unpacked_values
 from ..mlx.merge import merge
 from . import nvrtc, params, plans
+from .encoder import encode_plan, feedback_words
 from .macros import Side
-
-log = logging.getLogger("forgeattention")
 
 DEVICE = 0
 LOG2E = math.log2(math.e)
@@ -96,6 +94,7 @@ class _Constants:
     Attributes:
         encode, attend: the transforms of keys and of values, members of `params.TRANSFORM`: for what encodes, and for
             queries and outputs.
+        feedback: of shaped keys, or None, and the words between heads, 0 if all share one.
         known: plans and macros of decode launches.
         nothing: no packed and no exact tokens, by batch.
     """
@@ -103,6 +102,10 @@ class _Constants:
     def __init__(self, codec: Codec) -> None:
         sides = codec.k_transform, codec.v_transform
         self.encode, self.attend = ([_members(Side.of(codec, t, encodes)) for t in sides] for encodes in (True, False))
+        self.feedback: tuple[Any, int] = None, 0
+        if codec.shaping is not None:
+            words = feedback_words(codec)
+            self.feedback = mx.array(words.view(np.int32)), words.shape[1] if len(words) > 1 else 0
         self.known: dict[Any, tuple[plans.DecodePlan, nvrtc.Macros]] = {}
         self.nothing: dict[int, tuple[PageTable, ExactTokens]] = {}
 
@@ -257,22 +260,17 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     return k, v
 
 
-@lru_cache
-def _warn_of_plain_codes() -> None:
-    log.warning("CUDA pages are coded without refinement and noise shaping: as readable, less faithful than the CPU's")
-
-
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     """See `forgeattention.ops.encode`. Waits for the GPU, to know that every vector could be coded."""
-    if codec.spec.refine or codec.shaping is not None:
-        _warn_of_plain_codes()
     where = page_places(out, offsets, codec)
     pages, dim = len(where), codec.head_dim
-    k_side, v_side = _constants_of(codec).encode
+    constants, plan = _constants_of(codec), encode_plan(codec, limits())
+    k_side, v_side = constants.encode
+    feedback, feedback_stride = constants.feedback
     strides = PAGE * dim, k.shape[1] * dim, dim
     records, bad = Launch(
         "encode",
-        plans.encode_macros(codec, dtype_of(k)),
+        plan.macros(codec, dtype_of(k)),
         {
             "k": k,
             "v": v,
@@ -283,12 +281,14 @@ def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
             "v_stride": strides,
             "slots": None,
             "exact_block": 0,
+            "feedback": feedback,
+            "feedback_stride": feedback_stride,
             **_units(codec),
         },
         {"base": ((pages, codec.page_bytes), "uint8"), "bad": ((1,), "int32")},
         (pages, codec.kv_heads, 1),
         256,
-        plans.encode_layout(codec.format).bytes,
+        plan.shared_bytes,
         zeroed=True,
     ).run()
     if bad.item():

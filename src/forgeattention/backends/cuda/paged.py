@@ -19,6 +19,7 @@ from ...ops.page_tables import Blocks, Geometry, fills
 from ...ops.table import PageTable
 from . import nvrtc, pages, params, plans
 from .attention import LOG2E, DecodeLaunch
+from .encoder import encode_plan
 from .launch import address, constants_of, current_stream, limits, on_device
 
 _pack_page_tables = params.PAGE_TABLES.packer()
@@ -158,12 +159,11 @@ class LayerEncoder:
         self.layers, self._tables = tuple(layers), tables
         first = layers[0]
         self._heads, self._device = first.codec.kv_heads, first.tokens.device
-        kinds: dict[nvrtc.Macros, list[bytes]] = {}
+        kinds: dict[tuple[nvrtc.Macros, int], list[bytes]] = {}
         dtype = dtype_of(first.tokens)
         for each in layers:
             block, token, head = each.tokens.stride()[:3]
             keys, values = each.tokens.chunk(2, -1)
-            pages.warn_of_plain_codes(each.codec)
             constants = constants_of(each.codec, self._device)
             told = params.ENCODE.pack(
                 k=keys.data_ptr(),
@@ -177,15 +177,17 @@ class LayerEncoder:
                 k_stride=(block, head, token),
                 v_stride=(block, head, token),
                 exact_block=each.tokens.shape[1],
+                feedback=constants.feedback[0],
+                feedback_stride=constants.feedback[1],
                 k_unit=constants.units[0],
                 v_unit=constants.units[1],
             )
-            kinds.setdefault(plans.encode_macros(each.codec, dtype), []).append(told)
-        shared = plans.encode_layout(first.codec.format).bytes
+            plan = encode_plan(each.codec, limits(self._device.index))
+            kinds.setdefault((plan.macros(each.codec, dtype), plan.shared_bytes), []).append(told)
         with on_device(self._device):
             self._launches = [
                 (nvrtc.kernel("encode_layers", macros, self._device.index, shared), len(told), self._put(told))
-                for macros, told in kinds.items()
+                for (macros, shared), told in kinds.items()
             ]
 
     def _put(self, told: list[bytes]) -> Any:
@@ -256,8 +258,8 @@ def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
     with on_device(device):
         nvrtc.kernel("page_tables", (), device.index, 0)
         nvrtc.kernel("paged_append", (), device.index, 0)
-        shared = plans.encode_layout(codec.format).bytes
-        nvrtc.kernel("encode_layers", plans.encode_macros(codec, dtype), device.index, shared)
+        plan = encode_plan(codec, limits(device.index))
+        nvrtc.kernel("encode_layers", plan.macros(codec, dtype), device.index, plan.shared_bytes)
         for n in decode_tokens:
             _decode_launch(codec, q_heads, n, tokens.dtype, tokens)
         # These two by running them for no page at all.

@@ -6,8 +6,6 @@ sets a flag on the device, which `encode_failed` reads.
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable
 from . import nvrtc, params, plans
-from .launch import address, constants_of, current_stream, on_device
-
-log = logging.getLogger("forgeattention")
+from .encoder import encode_plan
+from .launch import address, constants_of, current_stream, limits, on_device
 
 _bad: dict[int, Any] = {}
 
@@ -38,17 +35,6 @@ def encode_failed(device: Any) -> bool:
     if failed:
         flag.zero_()
     return failed
-
-
-def warn_of_plain_codes(codec: Codec) -> None:
-    """Says once that pages are coded less faithfully than the codec asks for."""
-    if codec.spec.refine or codec.shaping is not None:
-        _warn_once()
-
-
-@lru_cache
-def _warn_once() -> None:
-    log.warning("CUDA pages are coded without refinement and noise shaping: as readable, less faithful than the CPU's")
 
 
 _pack_append_tokens = params.APPEND_TOKENS.packer()
@@ -72,7 +58,6 @@ def encode_rows(k: Any, v: Any, codec: Codec, offsets: Any, out: Any | None = No
             row whose offset is negative is left out.
         out: uint8, or None.
     """
-    warn_of_plain_codes(codec)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     with on_device(k.device):
         launch = constants_of(codec, k.device).launch(
@@ -95,11 +80,18 @@ class _EncodeLaunch:
 
     def __init__(self, codec: Codec, dtype: str, device: Any) -> None:
         constants = constants_of(codec, device)
-        shared = plans.encode_layout(codec.format).bytes
-        self.kernel = nvrtc.kernel("encode", plans.encode_macros(codec, dtype), device.index, shared)
-        (k, v), (k_unit, v_unit) = constants.encode, constants.units
+        plan = encode_plan(codec, limits(device.index))
+        self.kernel = nvrtc.kernel("encode", plan.macros(codec, dtype), device.index, plan.shared_bytes)
+        (k, v), (k_unit, v_unit), (feedback, stride) = constants.encode, constants.units, constants.feedback
         self.pack = params.ENCODE.packer(
-            k_transform=k, v_transform=v, k_unit=k_unit, v_unit=v_unit, slots=0, exact_block=0
+            k_transform=k,
+            v_transform=v,
+            k_unit=k_unit,
+            v_unit=v_unit,
+            feedback=feedback,
+            feedback_stride=stride,
+            slots=0,
+            exact_block=0,
         )
 
 

@@ -101,9 +101,11 @@ ENCODE = Struct(
         "[pages, 64] tokens in blocks, -1 - (block * exact_block + place) (page_tables.cu); or null",
     ),
     ("bad", "int*", "set to 1 where a value is not finite or a scale overflows; such a page is then undefined"),
+    ("feedback", "const u32*", "[heads, feedback_stride] of shaped keys (key_search.cuh), or null"),
     ("k_transform v_transform", TRANSFORM, ""),
     ("k_stride v_stride", "i64[3]", "elements: page (with slots: block), head, token"),
     ("exact_block", "i64", "tokens of a block, with slots"),
+    ("feedback_stride", "i64", "words between heads of feedback, 0 if all share one"),
     ("k_unit v_unit", "float", ""),
 )
 

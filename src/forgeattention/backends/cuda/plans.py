@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...codec.codec import Codec
-from ...codec.spec import PAGE, SCALE_RULES, PageFormat
+from ...codec.spec import PAGE, PageFormat
 from .macros import ROTATIONS, TYPES, macros, page_macros
 from .nvrtc import Macros
 from .structs import SharedLayout
@@ -29,27 +29,6 @@ def scores_warps(fmt: PageFormat) -> int:
 def value_sum_shared_bytes(fmt: PageFormat) -> int:
     """A record for each warp; after the last page, the sums of eight queries in its place."""
     return scores_warps(fmt) * max(fmt.record_bytes, 8 * (fmt.padded_dim + 1) * 4)
-
-
-def encode_layout(fmt: PageFormat) -> SharedLayout:
-    """Shared memory of encode; what lies there is said at `Shared` in encode.cu."""
-    d = fmt.padded_dim
-    each = 4 * PAGE
-    return SharedLayout(
-        y=each * (d + 1), mean=4 * d, norm=each, inverse=each, scale=each, edges=4 * 32, reduce=4 * 8, levels=PAGE * d
-    )
-
-
-def encode_macros(codec: Codec, dtype: str) -> Macros:
-    spec = codec.spec
-    return page_macros(
-        codec,
-        FORGE_TYPE=TYPES[dtype],
-        FORGE_KEY_MEAN=int(spec.key_mean),
-        FORGE_K_RULE=SCALE_RULES.index(spec.k_scale_rule),
-        FORGE_V_RULE=SCALE_RULES.index(spec.v_scale_rule),
-        **encode_layout(codec.format).macros,
-    )
 
 
 def decode_pages_layout(fmt: PageFormat) -> SharedLayout:

@@ -69,6 +69,26 @@ __device__ __forceinline__ u32 half2(float a, float b) {
   return d;
 }
 
+// ---- pairs of fp16
+#define FORGE_HALF2(name, instruction)                                           \
+  __device__ __forceinline__ u32 name(u32 a, u32 b) {                            \
+    u32 d;                                                                       \
+    asm(instruction ".f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));            \
+    return d;                                                                    \
+  }
+FORGE_HALF2(hadd2, "add.rn")
+FORGE_HALF2(hsub2, "sub.rn")
+FORGE_HALF2(hmul2, "mul.rn")
+FORGE_HALF2(hmin2, "min")
+FORGE_HALF2(hmax2, "max")
+FORGE_HALF2(hlt2, "set.lt.u32")  // all bits of a half where a < b
+#undef FORGE_HALF2
+__device__ __forceinline__ u32 hfma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 __device__ __forceinline__ u32 bfloat2(float a, float b) {
   u32 d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));

@@ -1,33 +1,50 @@
 // Encode: 64 tokens of one KV head to a page record, from the model's dtype. One CTA per page and head.
 //
-// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm).
-// The meaning of every step is reference/pages.py.
-#include "page.cuh"
+// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm),
+// FORGE_REFINE (several scales are tried), FORGE_SHAPED (keys with feedback), FORGE_PAIRS (half of the multiples tried of keys),
+// FORGE_KEY_WARPS (that search keys), FORGE_SHARED_BYTES. The meaning of every step is reference/pages.py.
+#include "key_search.cuh"
 #include "transform.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
+constexpr bool SEARCHED = FORGE_K_CODE != forge::SCALAR || FORGE_SHAPED;  // keys by key_search.cuh
+constexpr int LINES = DIM < THREADS ? DIM : THREADS;  // pairs of units of values that are searched at once
 
+// Shared memory; backends/cuda/encoder.py counts its bytes.
 struct Shared {
-  float* y;         // [64][ROW] rotated vectors
-  signed char* levels;  // [64][DIM] of the last quantisation
   float* mean;      // [DIM] key mean in steps, then as rounded
   float* norm;      // [64] root mean square
   float* inverse;   // [64] its inverse, 0 for 0
   float* scale;     // [64]
-  float* edges;     // [2][4][4] trellis: between the levels of a subset; of K, then V
   float* reduce;    // [WARPS]
-  __device__ __forceinline__ Shared(u8* at) {
-    y = (float*)(at + FORGE_AT_Y);
-    mean = (float*)(at + FORGE_AT_MEAN);
-    norm = (float*)(at + FORGE_AT_NORM);
-    inverse = (float*)(at + FORGE_AT_INVERSE);
-    scale = (float*)(at + FORGE_AT_SCALE);
-    edges = (float*)(at + FORGE_AT_EDGES);
-    reduce = (float*)(at + FORGE_AT_REDUCE);
-    levels = (signed char*)(at + FORGE_AT_LEVELS);
+  uint2* bins;      // [256] of the side at work
+  u8* best;         // [64] multiple that is kept
+  u8* u;            // keys that are searched: [CHAINS][U_ROW] halves, then areas and results; vectors stand where areas do
+  float* y;         // [64][ROW] rotated vectors
+  signed char* bytes;  // [64][DIM] levels of values on paths, or codes of scalars
+  u32* x;           // [32][LINES] values on paths
+  u32* choices;     // [16][LINES]
+  __device__ __forceinline__ Shared(u8* at, bool searched) {
+    bins = (uint2*)at;
+    mean = (float*)(bins + paths::BINS);
+    norm = mean + DIM;
+    inverse = norm + forge::PAGE;
+    scale = inverse + forge::PAGE;
+    reduce = scale + forge::PAGE;
+    best = (u8*)(reduce + WARPS);
+    u = best + forge::PAGE;
+    y = (float*)(u + (searched ? keys::U_BYTES : 0));
+    bytes = (signed char*)(y + forge::PAGE * ROW);
+    x = (u32*)(bytes + forge::PAGE * DIM);
+    choices = x + 32 * LINES;
   }
 };
+constexpr int FIXED_BYTES = 8 * paths::BINS + 4 * (DIM + 3 * forge::PAGE + WARPS) + forge::PAGE;
+constexpr int Y_BYTES = 4 * forge::PAGE * ROW, VECTOR_BYTES = Y_BYTES + forge::PAGE * DIM + (FORGE_V_CODE == forge::SCALAR ? 0 : 4 * 48 * LINES);
+constexpr int SEARCH_BYTES = keys::KEY_WARPS * keys::Area::BYTES + keys::Results::BYTES;
+constexpr int KEY_BYTES = SEARCHED ? keys::U_BYTES + (SEARCH_BYTES > Y_BYTES ? SEARCH_BYTES : Y_BYTES) : 0;
+static_assert(FIXED_BYTES + (KEY_BYTES > VECTOR_BYTES ? KEY_BYTES : VECTOR_BYTES) == FORGE_SHARED_BYTES, "the launcher counts other sizes");
 
 __device__ __forceinline__ float block_max(float x, float* reduce) {
   x = warp_max(x);
@@ -66,158 +83,14 @@ __device__ __forceinline__ bool rotate(const Params& p, const void* x, const i64
   return bad;
 }
 
-// Trellis search over the 32 codes of a unit (Viterbi 1967). The path is a circle; the best one starts and ends in one of STATES
-// states. Costs of half the circle before and after the seam rank these states, and the two best are searched in full:
-// within 0.3 % of the least squared error of all states.
-// value(i) is code i's number in units of level 1. The codes are taken in runs that share a word of choices; a run is a real
-// loop, so that the compiler does not spread 32 steps over more registers than there are.
-template <int BITS, int STATES, int COUNT, class Value>
-struct Trellis {
-  static constexpr int W = 1 << (BITS - 1), HALF = STATES / 2;  // levels of a subset
-  static constexpr int RUN = 32 / STATES;
-  static constexpr u32 TAPS1 = STATES == 4 ? 5 : 11, TAPS0 = STATES == 4 ? 2 : 4;
-  const int (&levels)[COUNT];
-  Value value;
+template <int BITS, int CODE, int COUNT>
+__device__ __forceinline__ void make_bins(const int (&levels)[COUNT], const Shared& sh) {
+  if (threadIdx.x < paths::BINS) sh.bins[threadIdx.x] = paths::bin<BITS, CODE>(levels, (int)threadIdx.x - 128);
+}
 
-  static __device__ __forceinline__ u32 subset(u32 path) { return (__popc(path & TAPS1) & 1) << 1 | (__popc(path & TAPS0) & 1); }
-  // Least squared error of code i within each subset.
-  __device__ __forceinline__ void errors(int i, float (&best)[4]) const {
-    const float x = value(i);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      float level = levels[c];
-#pragma unroll
-      for (int w = 1; w < W; ++w) level = x > 0.5f * (levels[4 * w + c] + levels[4 * w - 4 + c]) ? levels[4 * w + c] : level;
-      best[c] = (x - level) * (x - level);
-    }
-  }
-  // Costs after code i from those before it; the bit of the result at a state says which predecessor it has.
-  __device__ __forceinline__ u32 step(int i, float (&cost)[STATES]) const {
-    float best[4], next[STATES];
-    u32 choices = 0;
-    errors(i, best);
-#pragma unroll
-    for (int after = 0; after < STATES; ++after) {
-      const int from = after >> 1, u = after & 1;
-      const float a = cost[from] + best[subset(from << 1 | u)], b = cost[from + HALF] + best[subset((from + HALF) << 1 | u)];
-      next[after] = fminf(a, b);
-      if (b < a) choices |= 1u << after;
-    }
-#pragma unroll
-    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
-    return choices;
-  }
-  __device__ __forceinline__ void step_back(int i, float (&cost)[STATES]) const {
-    float best[4], next[STATES];
-    errors(i, best);
-#pragma unroll
-    for (int s = 0; s < STATES; ++s) {
-      const int to = (s << 1) & (STATES - 1);
-      next[s] = fminf(cost[to] + best[subset(s << 1)], cost[to | 1] + best[subset(s << 1 | 1)]);
-    }
-#pragma unroll
-    for (int s = 0; s < STATES; ++s) cost[s] = next[s];
-  }
-  // Least cost of a path from `seam` to itself, and its choices, STATES bits a code.
-  __device__ __forceinline__ float around(int seam, u32 (&choices)[STATES]) const {
-    float cost[STATES];
-#pragma unroll
-    for (int s = 0; s < STATES; ++s) cost[s] = s == seam ? 0.f : 1e30f;
-#pragma unroll
-    for (int word = 0; word < STATES; ++word) {
-      choices[word] = 0;
-#pragma unroll 1
-      for (int k = 0; k < RUN; ++k) choices[word] |= step(word * RUN + k, cost) << (k * STATES);
-    }
-    float out = cost[0];
-#pragma unroll
-    for (int s = 1; s < STATES; ++s) out = s == seam ? cost[s] : out;
-    return out;
-  }
-  // Calls put(i, code, level index) for i = 31 .. 0.
-  template <class Put>
-  __device__ __forceinline__ void search(const float* edges, Put put) const {
-    float before[STATES], after[STATES];
-#pragma unroll
-    for (int s = 0; s < STATES; ++s) before[s] = after[s] = 0.f;
-#pragma unroll 1
-    for (int i = 16; i < 32; ++i) {
-      step(i, before);
-      step_back(31 - i, after);
-    }
-    int seam = 0, second = 1;
-    float least = before[0] + after[0], next = 1e30f;
-#pragma unroll
-    for (int s = 1; s < STATES; ++s) {
-      const float c = before[s] + after[s];
-      if (c < least) {
-        next = least, second = seam;
-        least = c, seam = s;
-      } else if (c < next) {
-        next = c, second = s;
-      }
-    }
-    u32 choices[STATES], other[STATES];
-    const float cost = around(seam, choices);
-    if (around(second, other) < cost) {
-      seam = second;
-#pragma unroll
-      for (int s = 0; s < STATES; ++s) choices[s] = other[s];
-    }
-    u32 state = seam;
-#pragma unroll
-    for (int word = STATES - 1; word >= 0; --word)
-#pragma unroll 1
-      for (int k = RUN - 1; k >= 0; --k) {
-        const int i = word * RUN + k;
-        const u32 from = (state >> 1) + (choices[word] >> (k * STATES + state) & 1) * HALF;
-        const u32 u = state & 1, c = subset(from << 1 | u);
-        const float x = value(i);
-        u32 w = 0;
-#pragma unroll
-        for (int e = 0; e < W - 1; ++e) w += x > edges[4 * c + e];
-        put(i, w << 1 | u, w << 2 | c);
-        state = from;
-      }
-  }
-};
-
-// 32 codes to the words of a unit; the codes arrive in descending order of i.
-template <int BITS, int CODE>
-struct Packer {
-  u32 words[BITS];
-  __device__ __forceinline__ Packer() {
-#pragma unroll
-    for (int b = 0; b < BITS; ++b) words[b] = 0;
-  }
-  // The compiler knows i of scalar codes, not of trellis codes.
-  __device__ __forceinline__ void put(int i, u32 code) {
-    const int n = i & 3, shift = i & ~3;
-    if constexpr (CODE != forge::SCALAR) {
-      words[0] |= (code & 1) << i;
-      if constexpr (BITS == 2) {
-        words[1] |= (code >> 1) << i;
-      } else {
-        const u32 level = (code >> 1) << (shift + (n < 2 ? 2 : 0));
-        words[1] |= n & 1 ? 0 : level;
-        words[2] |= n & 1 ? level : 0;
-      }
-    } else if constexpr (BITS == 4) {
-      words[n] |= code << shift;
-    } else if constexpr (BITS == 2) {
-      words[n >> 1] |= code << (shift + 2 * (n & 1));
-    } else if (n < 3) {
-      words[n < 3 ? n : 0] |= code << shift;
-    } else {
-#pragma unroll
-      for (int b = 0; b < 3; ++b) words[b] |= (code >> b & 1) << (shift + 3);
-    }
-  }
-};
-
-// Quantises the vectors in shared memory (keys minus their mean row) and writes codes; leaves norms, levels and scales.
-template <bool KEYS, int BITS, int CODE, int RULE, int COUNT>
-__device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
+// Root mean squares of the vectors in shared memory (keys minus their mean row).
+template <bool KEYS>
+__device__ __forceinline__ void measure(float step, const Shared& sh, int warp, int lane) {
   for (int token = warp; token < forge::PAGE; token += WARPS) {
     float sum = 0.f;
 #pragma unroll
@@ -233,48 +106,116 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
       sh.inverse[token] = n > 0.f ? 1.f / n : 0.f;
     }
   }
-  __syncthreads();
+}
+
+// Scalar codes, each token at the best of several scales; writes codes, leaves scales. Barriers before and after.
+template <bool KEYS, int BITS, int RULE, int COUNT>
+__device__ __forceinline__ void quantize_scalar(const int (&levels)[COUNT], float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
   const float inverse_unit = 1.f / unit;
-  for (int unit_at = warp; unit_at < UNITS; unit_at += WARPS) {
-    auto where = [&](int i, int& token, int& channel) {
-      if constexpr (KEYS) {
-        token = forge::k_token(DIM, lane, unit_at, i & 3);
-        channel = forge::k_channel(DIM, lane, unit_at, i & 3, i >> 2);
-      } else {
-        token = forge::v_token(lane, i & 3, i >> 2);
-        channel = forge::v_channel(lane, unit_at, i >> 2);
-      }
-    };
-    auto value = [&](int i) {
-      int token, c;
-      where(i, token, c);
-      return (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * (sh.inverse[token] * inverse_unit);
-    };
-    Packer<BITS, CODE> packer;
-    auto put = [&](int i, u32 code, u32 index) {
-      int token, c;
-      where(i, token, c);
-      packer.put(i, code);
-      int level = levels[0];
+  for (int token = warp; token < forge::PAGE; token += WARPS) {
+    const float n = sh.norm[token], inverse = sh.inverse[token];
+    float u[E], uu = 0.f, fit = 1.f, least = 0.f, kept = 0.f;
+    u32 best = 0;  // E codes of four bits
+    static_assert(E <= 16, "codes of a lane fit two words");
+    u32 more = 0;
 #pragma unroll
-      for (int l = 1; l < COUNT; ++l) level = index == l ? levels[l] : level;
-      sh.levels[token * DIM + c] = (signed char)level;
-    };
-    if constexpr (CODE == forge::SCALAR) {
+    for (int k = 0; k < E; ++k) {
+      const int c = 32 * k + lane;
+      u[k] = (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * inverse;
+      uu = fmaf(u[k], u[k], uu);
+    }
+    uu = warp_sum(uu);
+#pragma unroll 1
+    for (int round = 0; round < (FORGE_REFINE ? 6 : 1); ++round) {
+      const float factor = round == 0 ? 1.f : fit * (0.85f + 0.05f * round);
+      float uc = 0.f, cc = 0.f;
+      u32 found[2] = {0, 0};
 #pragma unroll
-      for (int i = 31; i >= 0; --i) {
-        const float x = value(i);
+      for (int k = 0; k < E; ++k) {
+        const float x = u[k] * factor * inverse_unit;
         u32 code = 0;
+        float level = levels[0];
 #pragma unroll
-        for (int l = 1; l < COUNT; ++l) code += x > 0.5f * (levels[l] + levels[l - 1]);
-        put(i, code, code);
+        for (int l = 1; l < COUNT; ++l) {
+          const bool above = x > 0.5f * (levels[l] + levels[l - 1]);
+          code += above;
+          level = above ? (float)levels[l] : level;
+        }
+        found[k / 8] |= code << (4 * (k % 8));
+        uc = fmaf(u[k], level * unit, uc);
+        cc = fmaf(level * unit, level * unit, cc);
       }
-    } else {
-      const Trellis<BITS, CODE == forge::TRELLIS4 ? 4 : 8, COUNT, decltype(value)> trellis{levels, value};
-      trellis.search(sh.edges + (KEYS ? 0 : 16), put);
+      uc = warp_sum(uc), cc = warp_sum(cc);
+      if (round == 0 && uc > 0.f) fit = cc / uc;
+      const float scale = keys::gain<RULE>(uu, uc, cc), error = uu - 2.f * scale * uc + scale * scale * cc;
+      if (round == 0 || error < least) least = error, kept = scale, best = found[0], more = found[1];
     }
 #pragma unroll
-    for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, BITS, lane, unit_at, b)) = packer.words[b];
+    for (int k = 0; k < E; ++k) sh.bytes[token * DIM + 32 * k + lane] = (signed char)((k < 8 ? best : more) >> (4 * (k % 8)) & 15);
+    if (lane == 0) sh.scale[token] = n * kept;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * UNITS; i += THREADS) {
+    const int at = i & 31, which = i >> 5;
+    u32 nibbles[4] = {0, 0, 0, 0}, words[BITS];
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int token = KEYS ? forge::k_token(DIM, at, which, k) : forge::v_token(at, k, e);
+        const int c = KEYS ? forge::k_channel(DIM, at, which, k, e) : forge::v_channel(at, which, e);
+        nibbles[k] |= (u32)sh.bytes[token * DIM + c] << (4 * e);
+      }
+    keys::pack_unit<BITS, forge::SCALAR>(nibbles, words);
+#pragma unroll
+    for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, BITS, at, which, b)) = words[b];
+  }
+  __syncthreads();
+}
+
+// Values on trellis paths, a thread two units: writes codes, leaves levels and scales. Barriers before and after.
+template <int BITS, int CODE, int RULE>
+__device__ __forceinline__ void quantize_paths(float unit, u8* codes, const Shared& sh, int warp, int lane) {
+  using Path = paths::Trellis<CODE>;
+  // Sixteen tokens share the choice of a scale, which gains little over the best for all.
+  const float multiple = (FORGE_REFINE ? 0.97f : 1.f) / (16.f * unit);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 32 * UNITS / 2; i += THREADS) {
+    const int at = i & 31, which = i >> 5;
+    u32* const x = sh.x + threadIdx.x;
+    u32* const choices = sh.choices + threadIdx.x;
+    const auto number = [&](int i, int h) {
+      const int token = forge::v_token(at, i & 3, i >> 2);
+      return sh.y[token * ROW + forge::v_channel(at, which + h * (UNITS / 2), i >> 2)] * (sh.inverse[token] * multiple);
+    };
+#pragma unroll 4
+    for (int i = 0; i < 32; ++i) x[i * LINES] = half2(number(i, 0), number(i, 1));
+    const auto value = [&](int i) { return x[i * LINES]; };
+    const auto none = [](int, u32 (&)[8]) {};
+    const u32 seam = Path::seam(sh.bins, value);
+    Path::template search<false>(sh.bins, seam, choices, nullptr, LINES, value, none, none, [](int, int, u32 (&)[8]) {});
+#pragma unroll 1
+    for (int h = 0; h < 2; ++h) {
+      const u32 bits = Path::path(seam, choices, LINES, h);
+      u32 c1, c0, nibbles[4], words[BITS];
+      Path::subsets(bits, c1, c0);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) nibbles[n] = bits >> n & 0x11111111u;
+#pragma unroll 1
+      for (int e = 0; e < 8; ++e)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int i = 4 * e + n;
+          const u32 place = paths::bins_of(x[i * LINES]) >> (16 * h) & 255;
+          const uint2 found = sh.bins[place];
+          const u32 c = 8 * ((c1 >> i & 1) << 1 | (c0 >> i & 1));
+          nibbles[n] |= (found.y >> c & 255) << (4 * e);
+          sh.bytes[forge::v_token(at, n, e) * DIM + forge::v_channel(at, which + h * (UNITS / 2), e)] = (signed char)((int)(found.x >> c & 255) - 128);
+        }
+      keys::pack_unit<BITS, CODE>(nibbles, words);
+#pragma unroll
+      for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, BITS, at, which + h * (UNITS / 2), b)) = words[b];
+    }
   }
   __syncthreads();
   for (int token = warp; token < forge::PAGE; token += WARPS) {
@@ -283,15 +224,35 @@ __device__ __forceinline__ void quantize(const int (&levels)[COUNT], float unit,
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       const int c = 32 * k + lane;
-      const float u = (sh.y[token * ROW + c] - (KEYS ? sh.mean[c] * step : 0.f)) * inverse, level = sh.levels[token * DIM + c] * unit;
+      const float u = sh.y[token * ROW + c] * inverse, level = sh.bytes[token * DIM + c] * unit;
       uu = fmaf(u, u, uu);
       uc = fmaf(u, level, uc);
       cc = fmaf(level, level, cc);
     }
     uu = warp_sum(uu), uc = warp_sum(uc), cc = warp_sum(cc);
-    const float gain = RULE == 2 ? sqrtf(uu / cc) : RULE == 1 ? uc / cc : uu / (uc > 0.f ? uc : 1.f);
-    if (lane == 0) sh.scale[token] = n * gain;
+    if (lane == 0) sh.scale[token] = n * keys::gain<RULE>(uu, uc, cc);
   }
+  __syncthreads();
+}
+
+// Keys by the search: takes the vectors from shared memory, writes codes, leaves scales. Barriers before and after.
+template <int RULE>
+__device__ __forceinline__ void quantize_keys(const u32* feedback, float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
+  unsigned short* const u = (unsigned short*)sh.u;
+  for (int i = threadIdx.x; i < keys::CHAINS * keys::LENGTH; i += THREADS) {
+    const int chain = i / keys::LENGTH, at = i % keys::LENGTH, part = at >> 5, n = at & 3, e = at >> 2 & 7;
+    const int reader = (chain & 7) * 4 + part / keys::RUN, which = (chain >> 3) * keys::RUN + part % keys::RUN;
+    const int token = forge::k_token(DIM, reader, which, n), c = forge::k_channel(DIM, reader, which, n, e);
+    u[chain * keys::U_ROW + at] = (unsigned short)float_to_half((sh.y[token * ROW + c] - sh.mean[c] * step) * sh.inverse[token]);
+  }
+  __syncthreads();
+  u8* const areas = sh.u + keys::U_BYTES;
+  const keys::Results results(areas + keys::KEY_WARPS * keys::Area::BYTES);
+  keys::search<RULE>(feedback, sh.bins, unit, u, sh.norm, areas, results, warp, lane);
+  __syncthreads();
+  keys::choose(results, sh.best, sh.scale);
+  __syncthreads();
+  keys::write(results, sh.best, codes);
   __syncthreads();
 }
 
@@ -321,38 +282,38 @@ __device__ __forceinline__ float header_byte(float mean, u32 header, int channel
   return x > 127.f ? x - 2.f : x;
 }
 
-// One page of one head, by a CTA.
+// One page of one KV head, by a CTA.
 __device__ __forceinline__ void encode_page(const Params& p, int page, int head, u8* shared) {
-  const Shared sh(shared);
+  Shared sh(shared, false);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const i64 offset = __ldg(p.offsets + page);
   if (offset < 0) return;
   u8* record = p.base + offset + (i64)head * RECORD;
-  if (threadIdx.x < 32) {
-    const int c = threadIdx.x >> 2 & 3, e = threadIdx.x & 3;
-    const bool keys = threadIdx.x < 16;
-    float edge = 1e30f;
-#pragma unroll
-    for (int i = 0; i + 4 < K_COUNT; ++i)
-      if (keys && i == 4 * e + c) edge = 0.5f * (K_LEVELS[i + 4] + K_LEVELS[i]);
-#pragma unroll
-    for (int i = 0; i + 4 < V_COUNT; ++i)
-      if (!keys && i == 4 * e + c) edge = 0.5f * (V_LEVELS[i + 4] + V_LEVELS[i]);
-    sh.edges[threadIdx.x] = edge;
-  }
+  make_bins<FORGE_V_BITS, FORGE_V_CODE>(V_LEVELS, sh);
   bool bad = rotate(p, p.v, p.v_stride, p.v_transform, page, head, sh, warp, lane);
   if (__syncthreads_or(bad)) {
     if (threadIdx.x == 0) *p.bad = 1;
     return;
   }
-  quantize<false, FORGE_V_BITS, FORGE_V_CODE, FORGE_V_RULE>(V_LEVELS, p.v_unit, 0.f, record + K_BYTES, sh, warp, lane);
-  int v_base = 0;
+  measure<false>(0.f, sh, warp, lane);
+  __syncthreads();
+  if constexpr (FORGE_V_CODE == forge::SCALAR) {
+    quantize_scalar<false, FORGE_V_BITS, FORGE_V_RULE>(V_LEVELS, p.v_unit, 0.f, record + K_BYTES, sh, warp, lane);
+  } else {
+    quantize_paths<FORGE_V_BITS, FORGE_V_CODE, FORGE_V_RULE>(p.v_unit, record + K_BYTES, sh, warp, lane);
+  }
+  int v_base = 0, k_base = 0;
   if constexpr (FORGE_SCALES == forge::LOG8) v_base = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
   bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
-  __syncthreads();
+  make_bins<FORGE_K_BITS, FORGE_K_CODE>(K_LEVELS, sh);
 
-  bad |= rotate(p, p.k, p.k_stride, p.k_transform, page, head, sh, warp, lane);
-  __syncthreads();
+  sh = Shared(shared, SEARCHED);
+  const auto rotate_keys = [&]() {
+    __syncthreads();
+    bad |= rotate(p, p.k, p.k_stride, p.k_transform, page, head, sh, warp, lane);
+    __syncthreads();
+  };
+  rotate_keys();
   float top = 0.f;
   for (int c = threadIdx.x; c < DIM; c += THREADS) {
     float sum = 0.f;
@@ -365,42 +326,52 @@ __device__ __forceinline__ void encode_page(const Params& p, int page, int head,
   const u32 step_bits = float_to_half(top / 126.5f);
   const float step = half_to_float(step_bits);
   bad |= (step_bits & 0x7C00u) == 0x7C00u;
-  // Thread c keeps the exact means of channels c and c + THREADS, so that the row can be rounded twice.
+  // Thread c keeps the exact means of channels c and c + THREADS, so that the row can be rounded again.
   float exact[(DIM + THREADS - 1) / THREADS];
-  auto round = [&](u32 header) {
+#pragma unroll
+  for (int i = 0; i < (DIM + THREADS - 1) / THREADS; ++i) {
+    const int c = threadIdx.x + i * THREADS;
+    exact[i] = c < DIM ? (step > 0.f ? sh.mean[c] / step : sh.mean[c]) : 0.f;
+  }
+  const auto round = [&]() {
+    const u32 header = step_bits | (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24;
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < (DIM + THREADS - 1) / THREADS; ++i) {
       const int c = threadIdx.x + i * THREADS;
       if (c < DIM) sh.mean[c] = header_byte(exact[i], header, c);
     }
     __syncthreads();
+    measure<true>(step, sh, warp, lane);
+    __syncthreads();
   };
-#pragma unroll
-  for (int i = 0; i < (DIM + THREADS - 1) / THREADS; ++i) {
-    const int c = threadIdx.x + i * THREADS;
-    exact[i] = c < DIM ? (step > 0.f ? sh.mean[c] / step : sh.mean[c]) : 0.f;
-  }
-  __syncthreads();
-  round(step_bits);
-  quantize<true, FORGE_K_BITS, FORGE_K_CODE, FORGE_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
-  int k_base = 0;
+  // The base of the scales stands in low bits of the row, on which the residual depends: it is guessed from the vectors' norms,
+  // with room for what those bits and the search may add, and raised where a scale does not fit after all.
+  round();
   if constexpr (FORGE_SCALES == forge::LOG8) {
-    // The base follows from the residual, and its bits move some bytes of the row by a step: hence the margin, and another go
-    // where a scale does not fit after all.
-    int needed = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce) * 1.0442737824274138f);  // 2^(1/16)
-    do {
-      k_base = needed;
-      round(step_bits | (u32)(k_base & 255) << 16 | (u32)(v_base & 255) << 24);
-      quantize<true, FORGE_K_BITS, FORGE_K_CODE, FORGE_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
-      needed = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
-    } while (needed > k_base);
+    const float room = 1.02f * (FORGE_REFINE ? 1.189207115f : 1.0442737824f);  // 2^(1/4), 2^(1/16)
+    k_base = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.norm[threadIdx.x] : 0.f, sh.reduce) * room);
+    round();
+  }
+  for (;;) {
+    if constexpr (SEARCHED) {
+      quantize_keys<FORGE_K_RULE>(p.feedback + head * p.feedback_stride, p.k_unit, step, record, sh, warp, lane);
+    } else {
+      quantize_scalar<true, FORGE_K_BITS, FORGE_K_RULE>(K_LEVELS, p.k_unit, step, record, sh, warp, lane);
+    }
+    if constexpr (FORGE_SCALES != forge::LOG8) break;
+    const int needed = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+    if (needed <= k_base) break;
+    k_base = needed;
+    if constexpr (SEARCHED) rotate_keys();
+    round();
   }
   bad |= store_scales(record + SCALE_OFFSET_K, k_base, sh);
   for (int c = threadIdx.x; c < DIM; c += THREADS) record[MEAN_OFFSET + c] = (u8)(signed char)(int)sh.mean[c];
   if (bad) *p.bad = 1;
 }
 
-FORGE_KERNEL(THREADS, 2) encode(FORGE_PARAMS p) {
+FORGE_KERNEL(THREADS, 1) encode(FORGE_PARAMS p) {
   extern __shared__ __align__(16) u8 shared[];
   encode_page(p, blockIdx.x, blockIdx.y, shared);
 }

@@ -7,7 +7,7 @@
 #define FORGE_PARAMS const Params&
 #include "encode.cu"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) encode_layers(const __grid_constant__ LayersParams q) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_layers(const __grid_constant__ LayersParams q) {
   extern __shared__ __align__(16) u8 shared[];
   __shared__ __align__(16) u8 own[sizeof(Params)];
   const int per_fill = q.count * q.kv_heads, items = *q.fills * per_fill;
