@@ -98,10 +98,13 @@ _replaced: list[Any] = []
 
 def constants_of(codec: Codec, device: Any) -> Constants:
     """The codec's constants on a device, made once."""
-    per_device = _constants.setdefault(codec, {})
-    if device not in per_device:
-        per_device[device] = Constants(codec, device)
-    return per_device[device]
+    per_device = _constants.get(codec)
+    if per_device is None:
+        per_device = _constants[codec] = {}
+    found = per_device.get(device)
+    if found is None:
+        found = per_device[device] = Constants(codec, device)
+    return found
 
 
 def _scratch_of(kept: dict[tuple[int, int], Any], device: Any, stream: int, count: int, dtype: Any) -> Any:
