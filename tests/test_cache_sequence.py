@@ -72,7 +72,7 @@ def test_rows_of_other_lengths() -> None:
     for row, plain in enumerate(rows):
         plain.append([t for t, real in zip(listed(k, v, row), keep[row]) if real])
     assert_agrees(cache, rows)
-    assert not cache.uniform
+    assert not cache.rows.uniform
     for step in range(70):
         new = tokens(3, 1 + step % 3, seed=step)
         cache.append(*new)

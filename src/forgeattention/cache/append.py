@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,17 +53,18 @@ def check_append(cache: LayerCache, k: Any, v: Any, keep: Keep | None) -> Callab
     batch, heads, _, dim = buffer.shape
     n = k.shape[2] if len(k.shape) == 4 else 0
     want = (batch, heads, n, dim)
+    owns = cache.arrays.owns
     for name, x in (("k", k), ("v", v)):
         if x.shape != want and tuple(x.shape) != want:
             shape = f"[{batch}, {heads}, n, {dim}]"
             raise ValueError(f"[cache.append] expected {name} {shape}; got {list(x.shape)}")
-        if not cache.arrays.owns(x) or x.dtype != buffer.dtype:
+        if not owns(x) or x.dtype != buffer.dtype:
             raise ValueError(f"[cache.append] expected {name} in {cache.dtype} on the cache's device; got {x.dtype}")
     if keep is not None and (keep.shape != (batch, n) or keep.dtype != np.bool_):
         got = f"{keep.dtype} {list(keep.shape)}"
         raise ValueError(f"[cache.append] expected keep bool [{batch}, {n}]; got {got}")
-    if not cache.arrays.on_host and n <= STEP_TOKENS:
-        return lambda: n
+    if n <= STEP_TOKENS and (not cache.arrays.on_host or math.isfinite(float(k.sum()) + float(v.sum()))):
+        return partial(int, n)
     finite = cache.arrays.finite((k, v))
 
     def confirm() -> int:

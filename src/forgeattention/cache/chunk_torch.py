@@ -89,7 +89,7 @@ def chunk(
         [batch, q_heads, m, head_dim] in q's dtype: for a padded query what it sees of the real tokens before it, zero
         where there are none.
     """
-    if keep is None and past.uniform:
+    if keep is None and past.rows.uniform:
         return _chunk(past, past.table, past.exact, q, k, v, scale, sinks)
     out = torch.zeros_like(q)
     for row in range(past.batch):

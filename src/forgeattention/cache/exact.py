@@ -25,6 +25,7 @@ class ExactBuffer:
         self.arrays = arrays
         self.k, self.v = k, v
         self._steps: Any = None
+        self._last: ExactTokens | None = None
 
     @classmethod
     def empty(cls, arrays: Arrays, shape: tuple[int, int, int, int], dtype: str) -> ExactBuffer:
@@ -42,7 +43,13 @@ class ExactBuffer:
 
     def tokens(self, rows: RowTable) -> ExactTokens:
         """What the ops are told of these tokens."""
-        return ExactTokens(self.k, self.v, rows.device_exact, rows.most_exact)
+        last, most = self._last, rows.most_exact
+        if last is None or last.lengths is not rows.device_exact:
+            last = ExactTokens(self.k, self.v, rows.device_exact, most)
+        elif last.max_length != most:
+            last = last.grown(most)
+        self._last = last
+        return last
 
     def row_tokens(self, rows: RowTable, row: int) -> ExactTokens:
         """The same of one row, as a batch of one."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..codec import PAGE, Codec
-from ..ops.arrays import FLOATS, dtype_of
+from ..ops.arrays import FLOATS, dtype_of, is_torch
 from ..ops.table import ExactTokens, PageTable
 from .append import STEP_TOKENS, Keep, append, append_rows, check_append, check_step
 from .arrays import Arrays, arrays_of
@@ -20,7 +20,7 @@ from .edit import check_join, fork_rows, join_rows, trim_rows
 from .exact import ExactBuffer
 from .pool import Ids, PagePool
 from .rows import I64, RowTable
-from .strategies import PageEviction, PageSharding, SparseReading
+from .strategies import PageEviction, PageSharding, SparseReading, check_strategies
 
 
 class LayerCache:
@@ -84,6 +84,7 @@ class LayerCache:
         self.sparse = sparse
         self.sharding = sharding
         self.sparse_step: Any = None
+        self._prepared: tuple[Any, ops.PreparedDecode] | None = None
         capacity = codec.spec.sinks + codec.spec.window + PAGE
         self.buffer = ExactBuffer.empty(arrays, (batch, codec.kv_heads, capacity, codec.head_dim), dtype)
         if eviction is not None:
@@ -133,11 +134,6 @@ class LayerCache:
     def exact_lengths(self) -> I64:
         """Exact tokens of each row, sinks and recent, on the host, [batch]."""
         return self.rows.exact.copy()
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows hold the same numbers of packed and exact tokens."""
-        return self.rows.uniform
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +192,13 @@ class LayerCache:
         if self.eviction is not None:
             self.eviction.prepare(self, q, scale, k.shape[2], keep)
         if self.is_step(k.shape[2], keep):
-            self.append(k, v, None, confirm)
+            rows, n = self.rows, k.shape[2]
+            if self.eviction is None and rows.most_exact + n < self.buffer.k.shape[2]:
+                confirm()
+                self.buffer.write(rows, k, v)
+                rows.grow(n)
+            else:
+                self.append(k, v, None, confirm)
             return self.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sink_logits)[0]
         # The device attends to the past while what was asked of the new values comes back.
         out = self.attend_chunk(q, k, v, scale, keep=keep, sink_logits=sink_logits)
@@ -279,9 +281,14 @@ class LayerCache:
         return out, lse
 
     def _attend(self, q: Any, table: Any, exact: Any, scale: float, causal: bool, sink_logits: Any) -> tuple[Any, Any]:
-        return ops.decode_attention(
-            q, self.codec, table, exact, scale, causal=causal, sink_logits=sink_logits, backend=self.backend
-        )
+        # Steps are alike, so that most are checked by one look at what the last was.
+        asked = q.shape[1:], q.dtype, q.device if is_torch(q) else None, scale, causal, sink_logits is None, self.codec
+        if self._prepared is None or self._prepared[0] != asked or sink_logits is not None:
+            prepared = ops.PreparedDecode(
+                q, self.codec, table, exact, scale, causal=causal, sink_logits=sink_logits, backend=self.backend
+            )
+            self._prepared = asked, prepared
+        return self._prepared[1](q, table, exact)
 
     def attend_packed(self, q: Any, table: PageTable | None, scale: float) -> tuple[Any, Any] | None:
         """`ops.prefill_attention` of q over `table`, this cache's or one row's packed tokens; None without any."""
@@ -390,10 +397,3 @@ class LayerCache:
         self.arrays.assign(offsets, self.pool.addresses(pages)[:, None])
         lengths = self.arrays.zeros((len(pages),), "int32") + PAGE
         return ops.decode_pages(self.codec, PageTable(self.pool.base, offsets, lengths, PAGE), backend=self.backend)
-
-
-def check_strategies(*, sparse: Any, eviction: Any, sharding: Any) -> None:
-    """Raises ValueError for strategies that do not go together."""
-    others = [name for name, x in (("eviction", eviction), ("sparse", sparse)) if x is not None]
-    if sharding is not None and others:
-        raise ValueError(f"[cache] expected sharding alone; got it with {' and '.join(others)}")

@@ -52,6 +52,7 @@ class RowTable:
         self.page_table = arrays.zeros(ids.shape, "int64")
         arrays.assign(self.page_table, pool.addresses(ids))
         self._layout = pool.layout
+        self._addressable = arrays.addressable
         self._stale = True
         self._table: PageTable | None = None
         self.set_lengths(exact, packed, seen)
@@ -74,7 +75,8 @@ class RowTable:
     @property
     def table(self) -> PageTable | None:
         """The packed tokens of all rows, or None without any."""
-        self.sync()
+        if self._stale or self._layout != self.pool.layout or not self._addressable:
+            self.sync()
         return self._table
 
     def sync(self) -> None:
@@ -123,10 +125,10 @@ class RowTable:
 
     def grow(self, n: int) -> None:
         """Adds n exact tokens to every row."""
+        exact, seen, most = self.exact + n, self.seen + n, self.most_exact + n
         self._stale = True
         self.device_exact += n
-        self.count(n)
-        self._stale = False
+        self.exact, self.seen, self.most_exact, self._stale = exact, seen, most, False
 
     def count(self, n: int) -> None:
         """Takes note of n exact tokens in every row that the device has already."""

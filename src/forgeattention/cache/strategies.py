@@ -96,3 +96,10 @@ class PageSharding(Protocol):
 
     def attend_packed(self, cache: LayerCache, q: Any, table: PageTable | None, scale: float) -> Any:
         """Attention over the row's packed tokens, joined over the processes; None where no process has any."""
+
+
+def check_strategies(*, sparse: Any, eviction: Any, sharding: Any) -> None:
+    """Raises ValueError for strategies that do not go together."""
+    others = [name for name, x in (("eviction", eviction), ("sparse", sparse)) if x is not None]
+    if sharding is not None and others:
+        raise ValueError(f"[cache] expected sharding alone; got it with {' and '.join(others)}")

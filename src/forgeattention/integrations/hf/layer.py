@@ -84,7 +84,8 @@ class PackedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         k, v = key_states.detach(), value_states.detach()
         # Under autocast keys and values come in several dtypes; a stock cache keeps that of its first keys too.
-        k, v = (x if x.dtype == self.dtype else x.to(self.dtype) for x in (k, v))
+        if k.dtype != self.dtype or v.dtype != self.dtype:
+            k, v = k.to(self.dtype), v.to(self.dtype)
         pending = PendingTokens(self, k, v)
         return pending, pending
 
