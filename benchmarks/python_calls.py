@@ -1,9 +1,9 @@
 """Python calls of a decode step, per layer: what runs on the host between two kernels.
 
-    python benchmarks/python_calls.py [--json OUT] [--tokens 200] [--layers 4]
+    python benchmarks/python_calls.py [--json OUT] [--tokens 200]
 
-Counts calls of Python functions of this package (and of transformers' cache) with sys.setprofile, in the steps of a tiny
-model on the CPU backend. A step in which no page fills is counted, as 63 of 64 are.
+Counts calls of Python functions of this package (and of transformers' cache) with sys.setprofile, in the steps of a
+tiny model on the CPU backend. A step in which no page fills is counted, as 63 of 64 are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import forgeattention
 from forgeattention.integrations.hf.cache import ForgeCache
+from forgeattention.util.environment import environment
 
 HOME = str(Path(forgeattention.__file__).parent)
 LAYERS = 2, 6
@@ -74,8 +75,10 @@ def main() -> None:
     for name, count in sorted(per_layer.items(), key=lambda x: -x[1]):
         print(f"{count:6.2f}  {name}")
     print(f"{sum(per_layer.values()):6.2f}  calls per layer, in {len(files)} files")
+    total = sum(per_layer.values())
+    result = {"tokens": args.tokens, "calls_per_layer": total, "files": len(files), "calls": per_layer}
     if args.json is not None:
-        args.json.write_text(json.dumps({"calls_per_layer": sum(per_layer.values()), "calls": per_layer}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"env": environment(), **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -145,3 +145,40 @@ def test_a_pool_too_small_for_the_file(tmp_path: Path) -> None:
     save(tmp_path / "cache", layers(), "m")
     with pytest.raises(ValueError, match=r"\[page_pool\] expected at most 2 pages; got"):
         read(tmp_path / "cache", max_pages=2)
+
+
+def forged(path: Path, change: Any) -> None:
+    """A saved file with other contents under a checksum that fits them."""
+    with safe_open(path, "np") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    del metadata["sha256"]
+    metadata["sha256"] = storage._checksum(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+FORGERIES: dict[str, Any] = {
+    "a length": lambda t, m: t["0.lengths"].__setitem__((0, 0), 50),
+    "packed": lambda t, m: t["0.lengths"].__setitem__((1, 1), 100),
+    "more pages": lambda t, m: t["0.lengths"].__setitem__((1, 1), 640),
+    "seen": lambda t, m: t["0.lengths"].__setitem__((2, 1), 3),
+    "negative": lambda t, m: t["0.lengths"].__setitem__((0, 2), -1),
+    "page number": lambda t, m: t["0.table"].__setitem__((1, 0), 1000),
+    "table's dtype": lambda t, m: t.__setitem__("0.table", t["0.table"].astype(np.float32)),
+    "table's shape": lambda t, m: t.__setitem__("0.table", t["0.table"][:, :1].copy()),
+    "starts": lambda t, m: t["0.starts"].__setitem__((1, 1), 0),
+    "tokens": lambda t, m: t.__setitem__("0.k", t["0.k"][:, :, :-1].copy()),
+    "no values": lambda t, m: t.pop("0.v"),
+    "dtype": lambda t, m: m.__setitem__("dtypes", '{"0": "float64", "5": "float32"}'),
+    "deep JSON": lambda t, m: m.__setitem__("extra", "[" * 100000 + "]" * 100000),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_contents_that_no_cache_holds_are_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "cache"
+    save(path, layers(), "m")
+    read(path)
+    forged(path, FORGERIES[what])
+    with pytest.raises(ValueError, match=r"\[cache.load\] expected"):
+        read(path)

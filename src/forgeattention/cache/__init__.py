@@ -5,7 +5,7 @@ from .arrays import Arrays, MLXArrays, NumpyArrays, TorchArrays, arrays_of
 from .layer import LayerCache
 from .pending import PendingTokens
 from .pool import PagePool
-from .storage import load, save
+from .storage import load, save, saved_extra
 from .transfer import export_pages, export_row, import_pages, import_row
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "import_row",
     "load",
     "save",
+    "saved_extra",
 ]

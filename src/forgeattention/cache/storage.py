@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from ..codec import PAGE, Codec
 from ..codec.spec import FORMAT_VERSION
 from .arrays import Arrays
+from .checks import check_parts
 from .layer import LayerCache
 from .pool import PagePool
 
@@ -96,26 +97,48 @@ def load(
     Raises:
         ValueError: a file that is damaged or not of this format, another format version, model or codec.
     """
+    metadata, tensors = _read(path, with_tensors=True)
+    claimed = metadata.pop("sha256", None)
+    _expect("checksum", claimed, _checksum(tensors, metadata))
+    _expect("model", model, metadata.get("model"))
+    saved, dtypes, extra = (_json(metadata, name) for name in ("codecs", "dtypes", "extra"))
+    _expect("codecs", {str(n): c.fingerprint for n, c in codecs.items()}, saved)
+    _expect("layers with a dtype", sorted(saved), sorted(dtypes) if isinstance(dtypes, dict) else dtypes)
+    layers = {}
+    for number, codec in codecs.items():
+        told = {"backend": backend, **({} if options is None else options[number])}
+        parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
+        check_parts(parts, codec, dtypes[str(number)])
+        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, told)
+    return layers, extra
+
+
+def saved_extra(path: str | os.PathLike[str]) -> Any:
+    """The `extra` of a saved cache, without its layers and before its checksum is looked at.
+
+    Raises:
+        ValueError: a file that is not of this format.
+    """
+    return _json(_read(path, with_tensors=False)[0], "extra")
+
+
+def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str], Tensors]:
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"[cache.load] expected a complete safetensors file; got {path}: {error}") from None
     _expect("format", FORMAT, metadata.get("format"))
     _expect("format version", str(FORMAT_VERSION), metadata.get("version"))
-    claimed = metadata.pop("sha256", None)
-    _expect("checksum", claimed, _checksum(tensors, metadata))
-    _expect("model", model, metadata.get("model"))
-    saved = {int(n): f for n, f in json.loads(metadata["codecs"]).items()}
-    _expect("codecs", {n: c.fingerprint for n, c in codecs.items()}, saved)
-    dtypes = json.loads(metadata["dtypes"])
-    layers = {}
-    for number, codec in codecs.items():
-        told = {"backend": backend, **({} if options is None else options[number])}
-        parts = {part: tensors[f"{number}.{part}"] for part in PARTS}
-        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, told)
-    return layers, json.loads(metadata["extra"])
+    return metadata, tensors
+
+
+def _json(metadata: Mapping[str, str], name: str) -> Any:
+    try:
+        return json.loads(metadata[name])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"[cache.load] expected {name} as JSON; got {type(error).__name__}") from None
 
 
 def _expect(what: str, expected: Any, got: Any) -> None:

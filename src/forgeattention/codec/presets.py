@@ -13,3 +13,16 @@ PRESETS: dict[str, CodecSpec] = {
     # Keys 4-bit scalar, values 3-bit trellis.
     "fidelity": CodecSpec(k_bits=4, v_code="trellis8"),
 }
+
+
+def spec_of(spec: CodecSpec | str | None) -> CodecSpec:
+    """A spec, given as itself, by the name of a preset, or as None for the default.
+
+    Raises:
+        ValueError: a name that no preset has.
+    """
+    if isinstance(spec, CodecSpec):
+        return spec
+    if spec is not None and spec not in PRESETS:
+        raise ValueError(f"[codec_spec] expected a CodecSpec or one of {', '.join(PRESETS)}; got {spec!r}")
+    return PRESETS[DEFAULT if spec is None else spec]

@@ -15,7 +15,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
@@ -26,6 +26,7 @@ from ...cache.layer import check_strategies
 from ...cache.report import packed_entry, stock_entry, totals
 from ...cache.strategies import PageSharding
 from ...codec import Codec, CodecSpec
+from ...codec.presets import spec_of
 from ...eviction import Eviction, Evictor, attention_fraction, rope_of
 from ...models.fingerprint import fingerprint
 from ...models.support import load_classes, unserved
@@ -55,7 +56,7 @@ class ForgeCache(Cache):
 
     Args:
         model: the model, whose weights then fit the codecs of the keys (`models.weights`), or its config alone.
-        spec: how the cache is coded.
+        spec: how the cache is coded: a spec, or the name of one of `PRESETS`.
         codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
         exact_layers: layers to leave to the stock cache.
         max_pages: most pages of one layer, or None.
@@ -78,7 +79,7 @@ class ForgeCache(Cache):
     def __init__(
         self,
         model: Any,
-        spec: CodecSpec | None = None,
+        spec: CodecSpec | str | None = None,
         *,
         codecs: Mapping[int, Codec] | None = None,
         exact_layers: Iterable[int] = (),
@@ -92,7 +93,7 @@ class ForgeCache(Cache):
     ) -> None:
         check_strategies(sparse=sparse, eviction=eviction, sharding=sharding)
         self.sharding = sharding
-        self.spec = CodecSpec() if spec is None else spec
+        self.spec = spec_of(spec)
         self.max_pages = max_pages
         self.backend = backend
         config: Any = model.config if isinstance(model, torch.nn.Module) else model
@@ -127,6 +128,9 @@ class ForgeCache(Cache):
             rope = rope_of(config) if eviction.policy.scored else None
             self._evicting = {"rope": rope, "fraction": attention_fraction(config)}
         self._setup(layers)
+        if sparse is not None and sparse.min_context:
+            least = sparse.min_context
+            log.warning("rows are read whole until they have %d packed tokens (SparseSpec.min_context)", least)
         if not self.packed:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
         self.graph = None
@@ -234,6 +238,9 @@ class ForgeCache(Cache):
         for i in self.packed:
             self.layers[i].join(other.layers[i])
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("[forge_cache] expected ForgeCache.save(path, model); got pickle, which cannot follow pages")
+
     def __copy__(self) -> ForgeCache:
         return self.fork()
 
@@ -250,24 +257,32 @@ class ForgeCache(Cache):
         layers = {i: self.layers[i].cache for i in self.packed}
         if any(cache is None for cache in layers.values()):
             raise ValueError("[cache.save] expected tokens in every layer; got an empty cache")
-        storage.save(path, layers, fingerprint(model), {str(i): self.layers[i].state() for i in self.packed})
+        extra = {"spec": self.spec.to_json(), "layers": {str(i): self.layers[i].state() for i in self.packed}}
+        storage.save(path, layers, fingerprint(model), extra)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: Any, spec: CodecSpec | None = None, **options: Any
+        cls, path: str | os.PathLike[str], model: Any, spec: CodecSpec | str | None = None, **options: Any
     ) -> ForgeCache:
-        """Reads a saved cache; `spec` and `options` as when it was made.
+        """Reads a saved cache.
+
+        Args:
+            path, model: of the cache.
+            spec: None for that in the file; another is refused.
+            options: as when the cache was made.
 
         Raises:
             ValueError: a damaged file, or another format version, model or codec.
         """
+        if spec is None:
+            spec = CodecSpec.from_json(storage.saved_extra(path)["spec"])
         self = cls(model, spec, **options)
         self._all_packed_or_raise("load")
         text = model.config.get_text_config(decoder=True)
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
         shape = dim or text.hidden_size // text.num_attention_heads, heads
         codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
-        layers, states = storage.load(
+        layers, extra = storage.load(
             path,
             codecs,
             fingerprint(model),
@@ -276,7 +291,7 @@ class ForgeCache(Cache):
             options={i: self.layer_options(self.layers[i]) for i in self.packed},
         )
         for i, cache in layers.items():
-            self.layers[i].restore(cache, states[str(i)])
+            self.layers[i].restore(cache, extra["layers"][str(i)])
         return self
 
     @classmethod

@@ -33,6 +33,7 @@ from mlx_lm.models import cache as stock
 from ...cache import PendingTokens
 from ...cache.report import packed_entry, stock_entry, totals
 from ...codec import Codec, CodecSpec
+from ...codec.presets import spec_of
 from ...codec.spec import FORMAT_VERSION
 from ...eviction import Centres, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
@@ -62,7 +63,7 @@ class NothingToPack(ValueError):
 
 def make_prompt_cache(
     model: Any,
-    spec: CodecSpec | None = None,
+    spec: CodecSpec | str | None = None,
     *,
     codecs: Mapping[int, Codec] | None = None,
     fitted: bool = True,
@@ -80,7 +81,7 @@ def make_prompt_cache(
 
     Args:
         model: mlx-lm's model.
-        spec: how the cache is coded.
+        spec: how the cache is coded: a spec, or the name of one of `PRESETS`.
         codecs: codecs of single layers, for what a spec cannot say (custom matrices, centres).
         fitted: fit the other layers' codecs to the model's weights where these are found (`models.weights`).
         max_pages: most pages of one layer, or None.
@@ -96,13 +97,14 @@ def make_prompt_cache(
     """
     if sparse is not None and sparse.budgets is not None:
         raise ValueError("[mlx_lm] expected top_k or top_p; got budgets, which are measured on transformers' models")
+    spec = spec_of(spec)
     made, layers = _stock_prompt_cache(model), full_attention(model)
     own, given = dict(codecs or {}), set(codecs or {})
     if not layers or not given <= layers.keys():
         what = f"full-attention layers, {sorted(given)} among them" if given else "a full-attention layer"
         raise NothingToPack(f"[mlx_lm] expected {what}; got {sorted(layers)} of {len(made)}")
     if fitted:
-        own = weight_codecs(model, CodecSpec() if spec is None else spec, layers) | own
+        own = weight_codecs(model, spec, layers) | own
     shared: Codecs = {}
     rope = rope_of(model.args) if eviction is not None and eviction.policy.scored else None
     fraction = len(layers) / len(made)
