@@ -13,7 +13,6 @@ def cache_folder(kind: str) -> Path:
     A folder of $FORGEATTENTION_CACHE if that is set, else of forgeattention under $XDG_CACHE_HOME or ~/.cache. The
     folder need not exist yet.
     """
-    root = os.environ.get("FORGEATTENTION_CACHE")
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgeattention"
-    return Path(root) / kind
+    if folder := os.environ.get("FORGEATTENTION_CACHE"):
+        return Path(folder) / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgeattention" / kind
