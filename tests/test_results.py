@@ -11,8 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import make_results
+import plot_tasks
 import result_speed
 import result_tables
+import result_tasks
 
 ROOT = make_results.ROOT
 
@@ -50,3 +52,39 @@ def test_the_fastest_peer_of_a_shape_is_the_one_compared_with() -> None:
     ]
     last = result_speed.decode(records).splitlines()[-1]
     assert last == "| 1 x 4K, 8/2, 64 | b | 20.0 | 10.0, 2.00x, 50% | 16.0, 1.25x, 50% |"
+
+
+def test_tables_of_tasks() -> None:
+    rows = [
+        {"cache": "preset balanced", "bits": 3.125, "passed": 99, "of": 164, "failed": ["b", "c"]},
+        {"cache": "exact", "bits": 16.0, "passed": 100, "of": 164, "failed": ["a", "b"]},
+    ]
+    lines = result_tasks.humaneval({"rows": rows}).splitlines()
+    assert lines[2] == "| exact | 16.000 | 100 of 164 | 61.0% |  |"
+    assert lines[3] == "| **`balanced`** | 3.125 | 99 of 164 | 60.4% | 1 lost, 1 won |"
+    scores = [
+        {"cache": cache, "bits": bits, "task": task, "length": length, "of": 2, "score": score}
+        for cache, bits, add in (("exact", 16.0, 0.0), ("a", 3.0, -10.0))
+        for task, base in (("vt", 50.0), ("cwe", 80.0))
+        for length, score in ((4096, base + add), (16384, base + add - 20))
+    ]
+    assert result_tasks.by_length({"rows": scores}).splitlines()[2:] == [
+        "| exact | 16.000 | 65.0 | 45.0 |",
+        "| a | 3.000 | 55.0 | 35.0 |",
+    ]
+    # A length that one cache was not asked at counts for none.
+    cut = [row for row in scores if (row["cache"], row["task"], row["length"]) != ("a", "vt", 16384)]
+    assert result_tasks.by_task({"rows": cut}).splitlines()[2] == "| vt | 4,096 | 50.0 | 40.0 |"
+    found = [{"cache": "a", "bits": 3.0, "task": "multi", "length": 8000, "of": 5, "passed": n} for n in (4, 5)]
+    assert result_tasks.by_length({"rows": found}).splitlines()[2] == "| a | 3.000 | 9 of 10 |"
+    assert plot_tasks.means(found) == {"a": {8000: 90.0}}
+
+
+def test_a_table_by_position() -> None:
+    parts = [{"start": 1000, "stop": 2000, "kl": 0.001}, {"start": 2000, "stop": 4000, "kl": 0.002}]
+    rows = [{"name": "preset small", "effective_bits": 2.125, "by_position": parts}]
+    assert result_tasks.by_position({"rows": rows}).splitlines() == [
+        "| cache | bits | 1,000 to 2,000 | 2,000 to 4,000 |",
+        "|---|---|---|---|",
+        "| **`small`** | 2.125 | 0.0010 | 0.0020 |",
+    ]
