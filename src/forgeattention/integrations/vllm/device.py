@@ -36,6 +36,10 @@ class Workspace:
         count = torch.Size(shape).numel()
         return self._buffers[name][: count * dtype.itemsize].view(dtype).view(shape)
 
+    def zero(self, name: str) -> None:
+        """Sets a buffer to zero."""
+        self._buffers[name].zero_()
+
 
 _workspaces: dict[int, Workspace] = {}
 
@@ -96,6 +100,7 @@ class DeviceStep:
             packed.starts, packed.lengths, packed.table, exact.table, packed.decode_rows, fill_exact=self._together
         )
         self._space = workspace_of(builder.vllm_config)
+        self._space.zero("counters")  # as every launch leaves them; vLLM's sleep mode may not have kept them
         self._past: Past | None = None
 
     def append(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
