@@ -206,9 +206,9 @@ class Named:
 
 def test_the_end_of_a_turn_and_of_a_document_end_a_reply():
     qwen = Named({"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}, 151645)
-    assert names.end_tokens(qwen) == [151645, 151643]
-    assert names.end_tokens(Named({"<bos>": 2, "<eos>": 1, "<end_of_turn>": 106}, 1)) == [1, 106]
-    assert names.end_tokens(Named({"<s>": 1}, None)) == []
+    assert names.end_tokens(qwen, 151645) == [151645, 151643]
+    assert names.end_tokens(Named({"<bos>": 2, "<eos>": 1, "<end_of_turn>": 106}, 1), [1]) == [1, 106]
+    assert names.end_tokens(Named({"<s>": 1}, None), None) == []
 
 
 def test_smollm2_ends_at_both_of_its_end_tokens(smollm2):

@@ -233,16 +233,20 @@ def _state_rope_theta(config: Path) -> None:
         config.write_text(json.dumps({**fields, "rope_theta": theta}, indent=2) + "\n")
 
 
-def end_tokens(tokenizer: Any) -> list[int]:
-    """All tokens that end what a model says: the tokenizer's own first, then the control tokens of `END_TOKENS`."""
+def end_tokens(tokenizer: Any, own: int | list[int] | None) -> list[int]:
+    """All tokens that end what a model says: its own first, then the control tokens of `END_TOKENS`.
+
+    The tokenizer's end token is no help: of a GGUF file, transformers 5.17 takes another token for it than 5.23 does.
+    """
     control = set(tokenizer.added_tokens_encoder) | set(tokenizer.all_special_tokens)
     known = [tokenizer.convert_tokens_to_ids(text) for text in END_TOKENS if text in control]
-    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    first = [] if own is None else [own] if isinstance(own, int) else own
     return list(dict.fromkeys([*first, *known]))
 
 
 def _set_end_tokens(model: Any, tokenizer: Any) -> None:
-    model.config.eos_token_id = model.generation_config.eos_token_id = end_tokens(tokenizer)
+    every = end_tokens(tokenizer, model.config.eos_token_id)
+    model.config.eos_token_id = model.generation_config.eos_token_id = every
 
 
 def _finish_tokenizer(tokenizer: Any, path: Path) -> None:
