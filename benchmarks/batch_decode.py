@@ -36,6 +36,7 @@ def answers(
     stop: bool = True,
     ended: Ended | None = None,
     block: int = BLOCK,
+    graph: bool = True,
 ) -> list[list[int]]:
     """Greedy answers.
 
@@ -48,6 +49,7 @@ def answers(
         stop: end answers at the model's end tokens.
         ended: whether an answer, given its tokens so far, needs no more.
         block: tokens read at once.
+        graph: replay decode steps as a CUDA graph, on a GPU.
 
     Returns:
         The new tokens of every prompt, without the end token.
@@ -57,7 +59,8 @@ def answers(
     stops = set(torch.tensor(model.generation_config.eos_token_id).reshape(-1).tolist()) if stop else set()
     out: list[torch.Tensor] = []
     done = [False] * rows
-    with contextlib.closing(run(model, prompts, candidate, count, shared, block)) as steps:
+    graph = graph and model.device.type == "cuda"
+    with contextlib.closing(run(model, prompts, candidate, count, shared, block, graph)) as steps:
         for new in steps:
             out.append(new.clone())
             if len(out) == count:
@@ -94,7 +97,7 @@ def _read(model: Any, ids: torch.Tensor, cache: Any, block: int) -> None:
 
 
 def _packed(
-    model: Any, prompts: Sequence[torch.Tensor], candidate: Candidate, count: int, shared: Any, block: int
+    model: Any, prompts: Sequence[torch.Tensor], candidate: Candidate, count: int, shared: Any, block: int, graph: bool
 ) -> Iterator[torch.Tensor]:
     """New tokens [rows] of every step, with a packed cache of this package."""
     device, rows = model.device, len(prompts)
@@ -119,8 +122,7 @@ def _packed(
                 position_ids=at, use_cache=True, logits_to_keep=1,
             ).logits  # fmt: skip
         at = positions[:, -1:] + 1
-        graph = DecodeGraph(model, cache, before + longest + count + 1) if device.type == "cuda" else None
-        with graph or contextlib.nullcontext():
+        with DecodeGraph(model, cache, before + longest + count + 1) if graph else contextlib.nullcontext():
             while True:
                 new = logits[:, -1].float().argmax(-1)
                 yield new
@@ -131,7 +133,7 @@ def _packed(
 
 
 def _states(
-    model: Any, prompts: Sequence[torch.Tensor], candidate: Candidate, count: int, shared: Any, block: int
+    model: Any, prompts: Sequence[torch.Tensor], candidate: Candidate, count: int, shared: Any, block: int, graph: bool
 ) -> Iterator[torch.Tensor]:
     """The same with an exact or simulated cache."""
     device, rows = model.device, len(prompts)
@@ -167,7 +169,7 @@ def _states(
         cache.end_of_prompts()
         ids, at = torch.zeros(rows, 1, dtype=torch.int64, device=device), torch.zeros(rows, 1, dtype=torch.int64)
         at = at.to(device)
-        graph: Any = None
+        replayed: Any = None
         held: Any = None
         while True:
             new = logits.float().argmax(-1)
@@ -175,12 +177,12 @@ def _states(
             cache.code()
             ids.copy_(new[:, None])
             at.copy_(cache.lengths[:, None] + cache.before)
-            if device.type != "cuda":
+            if not graph:
                 logits = _step(model, ids, cache, at)
             else:
-                if graph is None:
-                    graph, held = _capture(model, ids, cache, at)
-                graph.replay()
+                if replayed is None:
+                    replayed, held = _capture(model, ids, cache, at)
+                replayed.replay()
                 logits = held
             cache.advance()
 

@@ -38,7 +38,7 @@ from forgeattention.tools.evaluation.streaming import tokenise
 from forgeattention.util.environment import environment
 from forgeattention.util.files import write_json
 
-NEW_TOKENS = 512
+NEW_TOKENS = 400
 SECONDS, MEGABYTES = 10, 2048
 FENCE = "\n```"
 RUNNER = """
