@@ -204,7 +204,7 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
         "ctas_per_sm": kernel.occupancy(32 * plan.warps),
         "warps_per_cta": plan.warps,
         "pages": plan.pages,
-        "groups": plan.groups,
+        "stages": plan.stages,
     }
 
 

@@ -135,16 +135,16 @@ def test_plan_fits_the_device(case: Case) -> None:
         for kv_heads in (1, 2, 3, 8, 32):
             limits = plans.Limits(108, shared, per_processor)
             plan = plans.decode_plan(fmt, kv_heads, case.group * case.n, limits)
-            assert plan.queries * plan.blocks >= case.group * case.n
+            assert plan.query_tile * plan.query_tiles >= case.group * case.n
             assert plan.shared_bytes <= shared
             assert plan.ctas * (plan.shared_bytes + 1024) <= per_processor
-            assert plan.groups * plan.pages * fmt.record_bytes >= plan.queries * (4 * fmt.padded_dim + 40)
+            assert plan.stages * plan.pages * fmt.record_bytes >= plan.query_tile * (4 * fmt.padded_dim + 40)
 
 
 def cut(plan: plans.DecodePlan, length: int) -> list[tuple[int, int]]:
     """Pages of each chunk, as kernels/cuda/decode_args.cuh cuts a row."""
     pages = -(-length // 64)
-    groups, chunks = -(-pages // plan.pages), max(1, min(plan.chunks, pages // plan.min_pages))
+    groups, chunks = -(-pages // plan.pages), max(1, min(plan.num_splits, pages // plan.min_pages))
     begins = [min(pages, groups * i // chunks * plan.pages) for i in range(chunks + 1)]
     return list(zip(begins, begins[1:]))
 
@@ -156,11 +156,11 @@ def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -
         chunks = cut(plan, length)
         assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
         assert len({b - a for a, b in chunks[:-1]}) <= 2
-        assert plan.grid(5, kv_heads, length) == (len(chunks), kv_heads * plan.blocks, 5)
+        assert plan.grid(5, kv_heads, length) == (len(chunks), kv_heads * plan.query_tiles, 5)
         for exact in (0, 1, 132, 195, 512, 513, 4000):
             tasks = -(-exact // 16)
             for bound in (exact, 4096):
-                assert len(chunks) + tasks <= plan.slots(length, bound)
+                assert len(chunks) + tasks <= plan.partials(length, bound)
 
 
 @pytest.mark.parametrize("cudnn", [False, True])

@@ -101,8 +101,8 @@ class DecodeLaunch:
             group=group,
             n=n,
             queries=group * n,
-            blocks=plan.blocks,
-            chunks=plan.chunks,
+            query_tiles=plan.query_tiles,
+            num_splits=plan.num_splits,
             min_pages=plan.min_pages,
             k_unit=constants.units[0],
             v_unit=constants.units[1],
@@ -118,7 +118,7 @@ class DecodeLaunch:
             if len(self._cuts) > 4096:
                 self._cuts.clear()
             kv_heads = self.kv_heads
-            found = self.plan.slots(max_length, max_exact), self.plan.grid(batch, kv_heads, max_length)
+            found = self.plan.partials(max_length, max_exact), self.plan.grid(batch, kv_heads, max_length)
             self._cuts[key] = found
         return found
 
@@ -151,9 +151,9 @@ def decode_attention(
             constants.launches[key] = launch
         stream = current_stream(device)
         max_length = 0 if table is None else table.max_length
-        slots, grid = launch.cut(batch, max_length, 0 if exact is None else exact.max_length)
-        heads = batch * kv_heads * launch.plan.blocks
-        parts = heads * slots * launch.plan.queries  # a vector, its maximum and its sum each
+        partial_count, grid = launch.cut(batch, max_length, 0 if exact is None else exact.max_length)
+        heads = batch * kv_heads * launch.plan.query_tiles
+        parts = heads * partial_count * launch.plan.query_tile  # a vector, its maximum and its sum each
         part = partials(device, stream, parts * (launch.width + 2))
         packed = launch.pack(
             q=q.data_ptr(),
@@ -166,7 +166,7 @@ def decode_attention(
             q_stride=q.stride()[:3],
             out_stride=out.stride()[:3],
             causal=causal,
-            slots=slots,
+            partials=partial_count,
             max_length=max_length,
             scale_log2=scale * LOG2E,
             **(_NO_TABLE if table is None else table_members(table)),
@@ -176,7 +176,7 @@ def decode_attention(
     return out, lse
 
 
-_NO_TABLE = {"base": 0, "offsets": 0, "lengths": 0, "max_pages": 0}
+_NO_TABLE = {"base": 0, "page_table": 0, "lengths": 0, "max_pages": 0}
 _NO_EXACT = {"exact_k": 0, "exact_v": 0, "exact_lengths": 0, "k_stride": (0, 0, 0), "v_stride": (0, 0, 0)}
 
 

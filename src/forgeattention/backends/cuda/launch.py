@@ -148,7 +148,7 @@ def table_members(table: PageTable) -> dict[str, int]:
     if view is None:
         view = table.views["cuda"] = {
             "base": address(table.base),
-            "offsets": table.offsets.data_ptr(),
+            "page_table": table.offsets.data_ptr(),
             "lengths": table.lengths.data_ptr(),
             "max_pages": table.offsets.stride(0),
         }

@@ -130,7 +130,7 @@ def _units(codec: Codec) -> dict[str, float]:
 
 
 def _pages(table: PageTable) -> dict[str, Any]:
-    pages = {"base": table.base, "offsets": table.offsets, "lengths": table.lengths}
+    pages = {"base": table.base, "page_table": table.offsets, "lengths": table.lengths}
     return {**pages, "max_pages": table.offsets.shape[1]}
 
 
@@ -165,9 +165,9 @@ def decode_attention(
         plan = plans.decode_plan(codec.format, codec.kv_heads, group * n, limits())
         constants.known[key] = plan, plan.macros(codec, dtype_of(q), dtype_of(exact.k))
     plan, macros = constants.known[key]
-    heads = batch * codec.kv_heads * plan.blocks
-    slots = plan.slots(table.max_length, exact.max_length)
-    parts = heads * slots * plan.queries
+    heads = batch * codec.kv_heads * plan.query_tiles
+    partial_count = plan.partials(table.max_length, exact.max_length)
+    parts = heads * partial_count * plan.query_tile
     out, lse, *_ = Launch(
         "decode_attention",
         macros,
@@ -191,11 +191,11 @@ def decode_attention(
             "group": group,
             "n": n,
             "queries": group * n,
-            "blocks": plan.blocks,
+            "query_tiles": plan.query_tiles,
             "causal": causal,
-            "chunks": plan.chunks,
+            "num_splits": plan.num_splits,
             "min_pages": plan.min_pages,
-            "slots": slots,
+            "partials": partial_count,
             "max_length": table.max_length,
             "scale_log2": scale * LOG2E,
             **_units(codec),
@@ -307,7 +307,7 @@ def _scores_members(codec: Codec, table: PageTable, x: Any, side: int) -> dict[s
         "group": group,
         "n": n,
         "queries": group * n,
-        "blocks": -(-group * n // 8),
+        "query_tiles": -(-group * n // 8),
         "max_length": table.max_length,
         "unit": (codec.k_codebook, codec.v_codebook)[side].unit,
     }
@@ -321,7 +321,7 @@ def qk_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
     table = some_table(table, q.shape[0], mx)
     members = _scores_members(codec, table, q, 0)
     warps, pages = plans.scores_warps(codec.format), -(-table.max_length // PAGE)
-    across = codec.kv_heads * members["blocks"]
+    across = codec.kv_heads * members["query_tiles"]
     groups = min(-(-pages // warps), max(1, 8 * limits().processors // (across * q.shape[0])))
     return Launch(
         "qk_scores",
@@ -347,7 +347,7 @@ def value_sum(p: Any, codec: Codec, table: PageTable) -> Any:
         plans.scores_macros(codec, "float32"),
         {**members, "scale": 1.0},
         {"out": ((splits, batch, q_heads, n, codec.head_dim), "float32")},
-        (splits, codec.kv_heads * members["blocks"], batch),
+        (splits, codec.kv_heads * members["query_tiles"], batch),
         32 * warps,
         plans.value_sum_shared_bytes(codec.format),
     ).run()

@@ -228,8 +228,8 @@ def scratch_sizes(
 ) -> tuple[int, int, int]:
     """Elements of a `Scratch` for at most `rows` rows of n queries, `length` packed and `exact` exact tokens."""
     plan = plans.decode_plan(codec.format, codec.kv_heads, q_heads // codec.kv_heads * n, limits(device.index))
-    heads = rows * codec.kv_heads * plan.blocks
-    parts = heads * plan.slots(length, exact) * plan.queries
+    heads = rows * codec.kv_heads * plan.query_tiles
+    parts = heads * plan.partials(length, exact) * plan.query_tile
     return parts * (codec.format.padded_dim + 2), heads, rows * q_heads * n
 
 
@@ -297,14 +297,14 @@ def decode_attention(
     keys, values = blocks.tokens[..., :dim], blocks.tokens[..., dim:]
     with on_device(device):
         launch = _decode_launch(codec, q_heads, n, q.dtype, blocks.tokens)
-        slots = launch.plan.slots(max_length, tables.geometry.most_exact(n))
-        parts = rows * codec.kv_heads * launch.plan.blocks * slots * launch.plan.queries
+        partial_count = launch.plan.partials(max_length, tables.geometry.most_exact(n))
+        parts = rows * codec.kv_heads * launch.plan.query_tiles * partial_count * launch.plan.query_tile
         part = scratch.parts.data_ptr()
         block, token, head = keys.stride()[:3]
         packed = launch.pack(
             q=q.data_ptr(),
             base=blocks.pages.data_ptr(),
-            offsets=tables.offsets.data_ptr(),
+            page_table=tables.offsets.data_ptr(),
             lengths=tables.packed.data_ptr(),
             exact_k=keys.data_ptr(),
             exact_v=values.data_ptr(),
@@ -323,7 +323,7 @@ def decode_attention(
             max_pages=tables.offsets.stride(0),
             exact_stride=tables.blocks.stride(0),
             causal=True,
-            slots=slots,
+            partials=partial_count,
             max_length=max_length,
             scale_log2=scale * LOG2E,
         )

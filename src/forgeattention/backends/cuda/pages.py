@@ -154,7 +154,7 @@ def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: b
         )
         packed = launch.pack(
             base=address(table.base),
-            offsets=table.offsets.data_ptr(),
+            page_table=table.offsets.data_ptr(),
             lengths=table.lengths.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),

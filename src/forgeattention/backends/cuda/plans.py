@@ -70,14 +70,14 @@ class DecodePlan:
     """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so
     that a row's result is the same alone and in a batch."""
 
-    queries: int  # of one KV head that a CTA holds
-    blocks: int  # CTAs' worth of queries
+    query_tile: int  # queries of one KV head that a CTA holds
+    query_tiles: int
     warps: int
     pages: int  # that a warp reads together
-    groups: int  # of so many records, that a warp's ring holds
+    stages: int  # of so many records, that a warp's ring holds
     ctas: int  # per multiprocessor
-    chunks: int  # of one row and KV head, at most
-    min_pages: int  # of a chunk
+    num_splits: int  # of one row and KV head, at most
+    min_pages: int  # of a split
     layout: SharedLayout
 
     @property
@@ -87,10 +87,10 @@ class DecodePlan:
     def macros(self, codec: Codec, dtype: str, exact_dtype: str, exact_block: int = 0) -> Macros:
         return page_macros(
             codec,
-            FORGE_QUERIES=self.queries,
+            FORGE_QUERIES=self.query_tile,
             FORGE_WARPS=self.warps,
             FORGE_PAGES=self.pages,
-            FORGE_GROUPS=self.groups,
+            FORGE_STAGES=self.stages,
             FORGE_CTAS=self.ctas,
             FORGE_TYPE=TYPES[dtype],
             FORGE_EXACT_TYPE=TYPES[exact_dtype],
@@ -98,27 +98,27 @@ class DecodePlan:
             **self.layout.macros,
         )
 
-    def row_chunks(self, length: int) -> int:
-        """Chunks that pages of so many tokens are cut into."""
-        return max(1, min(self.chunks, -(-length // PAGE) // self.min_pages))
+    def row_splits(self, length: int) -> int:
+        """Splits that pages of so many tokens are cut into."""
+        return max(1, min(self.num_splits, -(-length // PAGE) // self.min_pages))
 
-    def slots(self, max_length: int, max_exact: int) -> int:
-        """Partial results of a row and KV head: one per chunk and per task of exact tokens (Cut in decode_args.cuh)."""
-        return self.row_chunks(max_length) + -(-max_exact // 16)
+    def partials(self, max_length: int, max_exact: int) -> int:
+        """Partial results of a row and KV head: one per split and per task of exact tokens (Cut in decode_args.cuh)."""
+        return self.row_splits(max_length) + -(-max_exact // 16)
 
     def grid(self, batch: int, kv_heads: int, max_length: int) -> tuple[int, int, int]:
-        return self.row_chunks(max_length), kv_heads * self.blocks, batch
+        return self.row_splits(max_length), kv_heads * self.query_tiles, batch
 
 
-def decode_layout(fmt: PageFormat, queries: int, warps: int, pages: int, groups: int) -> SharedLayout:
+def decode_layout(fmt: PageFormat, queries: int, warps: int, pages: int, stages: int) -> SharedLayout:
     """Shared memory of decode_attention; what lies there is said at `Shared` in decode_args.cuh."""
     d = fmt.padded_dim
     return SharedLayout(
-        ring=warps * groups * pages * fmt.record_bytes,
+        ring=warps * stages * pages * fmt.record_bytes,
         terms=queries * 2 * (d + 16),
         plain=queries * 4 * d,
         scales=warps * pages * PAGE * 4,
-        barriers=warps * groups * 16,
+        barriers=warps * stages * 16,
         constants=48,
         step=4 * queries,
         shift=4 * queries,
@@ -136,14 +136,14 @@ def decode_plan(
     warps: int | None = None,
     ctas: int | None = None,
     pages: int | None = None,
-    groups: int = 4,
+    stages: int = 4,
     rounds: int = 2,
 ) -> DecodePlan:
     """The launch shape for `queries` query vectors per KV head (group times tokens); measured, not derived.
 
     To head_dim 128 two CTAs of eight warps share a multiprocessor with four queries or fewer (128 registers, two pages
-    at a time), and one of twelve has it with eight (168 registers): half as many chunks to join make up for the warps.
-    Larger ones take 255 registers. A chunk holds `rounds` groups of pages for every warp. Where shared memory is
+    at a time), and one of twelve has it with eight (168 registers): half as many splits to join make up for the warps.
+    Larger ones take 255 registers. A split holds `rounds` stages of pages for every warp. Where shared memory is
     short, fewer CTAs share a multiprocessor, then fewer warps a CTA, then a warp reads one page at a time.
 
     Raises:
@@ -151,7 +151,7 @@ def decode_plan(
     """
     d = fmt.padded_dim
     held = 4 if queries <= 4 else 8 if queries <= 8 or d > 128 else 16
-    blocks = -(-queries // held)
+    tiles = -(-queries // held)
     light = d <= 128 and held <= 8
     eight = light and held == 8
     warps = warps or (12 if eight else 8)
@@ -167,17 +167,17 @@ def decode_plan(
         # A warp's part of the ring holds its state at the end.
         least = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
         room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024)
-        for count in range(max(least, groups), least - 1, -1):
+        for count in range(max(least, stages), least - 1, -1):
             layout = decode_layout(fmt, held, warps, pages, count)
             if layout.bytes <= room:
                 return DecodePlan(
-                    queries=held,
-                    blocks=blocks,
+                    query_tile=held,
+                    query_tiles=tiles,
                     warps=warps,
                     pages=pages,
-                    groups=count,
+                    stages=count,
                     ctas=ctas,
-                    chunks=max(1, limits.processors * ctas // (kv_heads * blocks)),
+                    num_splits=max(1, limits.processors * ctas // (kv_heads * tiles)),
                     min_pages=rounds * warps * pages,
                     layout=layout,
                 )
@@ -190,21 +190,21 @@ class SparsePlan:
     device, never by the batch or its lengths.
 
     Attributes:
-        queries: of one KV head that a CTA holds.
-        blocks: CTAs' worth of queries.
+        query_tile: queries of one KV head that a CTA holds.
+        query_tiles: of a KV head.
         warps, stages: of a CTA; pages that each warp has in flight.
         ctas: per multiprocessor.
-        splits: CTAs over which the pages of one head are dealt out.
+        num_splits: CTAs over which the pages of one head are dealt out.
         layout: of the ring, a slot for each stage of each warp, and of its barriers.
         shared_bytes: dynamic shared memory of a CTA: the layout, or the sums that take its place at the end.
     """
 
-    queries: int
-    blocks: int
+    query_tile: int
+    query_tiles: int
     warps: int
     stages: int
     ctas: int
-    splits: int
+    num_splits: int
     layout: SharedLayout
     shared_bytes: int
 
@@ -215,7 +215,7 @@ class SparsePlan:
     def macros(self, codec: Codec, dtype: str) -> Macros:
         return page_macros(
             codec,
-            FORGE_QUERIES=self.queries,
+            FORGE_QUERIES=self.query_tile,
             FORGE_WARPS=self.warps,
             FORGE_STAGES=self.stages,
             FORGE_CTAS=self.ctas,
@@ -228,7 +228,7 @@ def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, ke
     """The shape for `queries` query vectors per KV head, of sparse_scores (`keys`) or of sparse_attention."""
     d = fmt.padded_dim
     held = 4 if keys and queries <= 4 else 8
-    blocks = -(-queries // held)
+    tiles = -(-queries // held)
     warps, ctas = (8, 2) if d <= 128 else (8, 1) if d <= 256 else (4, 1)
     # Static shared memory: scales, terms of the queries, constants.
     fixed = 4 * 64 * warps + (held * (2 * (d + 16) + 16) if keys else 32) + 64
@@ -236,9 +236,9 @@ def sparse_plan(fmt: PageFormat, kv_heads: int, queries: int, limits: Limits, ke
     part = fmt.v_offset if keys else fmt.record_bytes - fmt.mean_offset
     stages = min(4, room // (warps * (part + 16)))
     sums = 0 if keys else warps * 8 * (d + 1) * 4
-    splits = max(1, limits.processors * ctas // (kv_heads * blocks))
+    num_splits = max(1, limits.processors * ctas // (kv_heads * tiles))
     layout = SharedLayout(ring=warps * stages * part, barriers=warps * stages * 16)
-    return SparsePlan(held, blocks, warps, stages, ctas, splits, layout, max(layout.bytes, sums))
+    return SparsePlan(held, tiles, warps, stages, ctas, num_splits, layout, max(layout.bytes, sums))
 
 
 PAGE_SCORES_WARPS = 4

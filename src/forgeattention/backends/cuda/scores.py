@@ -30,7 +30,7 @@ class _Launch:
             group=group,
             n=n,
             queries=group * n,
-            blocks=-(-group * n // 8),
+            query_tiles=-(-group * n // 8),
             unit=constants.units[side],
         )
 
@@ -39,7 +39,7 @@ class _Launch:
         packed = self.pack(
             q=x.data_ptr(),
             base=address(table.base),
-            offsets=table.offsets.data_ptr(),
+            page_table=table.offsets.data_ptr(),
             lengths=table.lengths.data_ptr(),
             out=out.data_ptr(),
             q_stride=x.stride()[:3],

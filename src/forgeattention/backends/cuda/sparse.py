@@ -34,15 +34,19 @@ class _Launch:
         constants, side = constants_of(codec, device), int(stem == "sparse_attention")
         if stem == "page_scores":
             macros, shared = plans.page_scores_macros(codec, dtype), 0
-            self.blocks = -(-queries // 8)
+            self.query_tiles = -(-queries // 8)
         else:
             self.plan = plans.sparse_plan(codec.format, codec.kv_heads, queries, limits(device.index), not side)
             macros, shared = self.plan.macros(codec, dtype), self.plan.shared_bytes
-            self.blocks = self.plan.blocks
+            self.query_tiles = self.plan.query_tiles
             fixed["unit"] = constants.units[side]
         self.kernel = nvrtc.kernel(stem, macros, device.index, shared)
         self.pack = params.STRUCTS[stem].packer(
-            transform=constants.attend[side], kv_heads=codec.kv_heads, queries=queries, blocks=self.blocks, **fixed
+            transform=constants.attend[side],
+            kv_heads=codec.kv_heads,
+            queries=queries,
+            query_tiles=self.query_tiles,
+            **fixed,
         )
 
 
@@ -68,7 +72,7 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
             packed = launch.pack(
                 q=q.data_ptr(),
                 base=address(table.base),
-                offsets=table.offsets.data_ptr(),
+                page_table=table.offsets.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 scores=scores.data_ptr(),
                 stats=stats.data_ptr(),
@@ -77,8 +81,8 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
                 pages=pages,
                 scale=scale,
             )
-            splits = max(1, min(launch.plan.splits // batch, -(-pages // launch.plan.warps)))
-            grid = splits, codec.kv_heads * launch.plan.blocks, batch
+            splits = max(1, min(launch.plan.num_splits // batch, -(-pages // launch.plan.warps)))
+            grid = splits, codec.kv_heads * launch.plan.query_tiles, batch
             launch.kernel.launch(grid, launch.plan.threads, current_stream(device), packed)
     return Scores(scores[..., : table.max_length], stats)
 
@@ -94,7 +98,7 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
             packed = launch.pack(
                 q=q.data_ptr(),
                 base=address(table.base),
-                offsets=table.offsets.data_ptr(),
+                page_table=table.offsets.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 out=out.data_ptr(),
                 q_stride=q.stride()[:3],
@@ -102,7 +106,7 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
                 pages=pages,
                 scale=scale,
             )
-            across = codec.kv_heads * launch.blocks
+            across = codec.kv_heads * launch.query_tiles
             most = max(1, 8 * limits(device.index).processors // (across * batch))
             splits = min(-(-pages // (16 * plans.PAGE_SCORES_WARPS)), most)
             threads = 32 * plans.PAGE_SCORES_WARPS
@@ -129,7 +133,7 @@ def page_select(
             kernel = nvrtc.kernel("page_select", (), device.index, 4 * held)
             packed = _pack_select(
                 means=means.data_ptr(),
-                offsets=table.offsets.data_ptr(),
+                page_table=table.offsets.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 chosen=chosen.data_ptr(),
                 tokens=tokens.data_ptr(),
@@ -238,8 +242,8 @@ def sparse_attention(
             lambda: _Launch("sparse_attention", codec, queries, dtype_of(out), device),
         )
         plan, stream = launch.plan, current_stream(device)
-        heads = batch * codec.kv_heads * plan.blocks
-        size = heads * plan.splits * 8 * (codec.format.padded_dim + 1)
+        heads = batch * codec.kv_heads * plan.query_tiles
+        size = heads * plan.num_splits * 8 * (codec.format.padded_dim + 1)
         part = partials(device, stream, size)
         packed = launch.pack(
             scores=whole.data_ptr(),
@@ -248,7 +252,7 @@ def sparse_attention(
             top=threshold.top.data_ptr(),
             last=threshold.last.data_ptr(),
             base=address(table.base),
-            offsets=table.offsets.data_ptr(),
+            page_table=table.offsets.data_ptr(),
             lengths=table.lengths.data_ptr(),
             other=address(other_o),
             other_lse=address(other_lse),
@@ -259,5 +263,5 @@ def sparse_attention(
             max_pages=table.offsets.stride(0),
             pages=stats.shape[3],
         )
-        launch.kernel.launch((plan.splits, codec.kv_heads * plan.blocks, batch), plan.threads, stream, packed)
+        launch.kernel.launch((plan.num_splits, codec.kv_heads * plan.query_tiles, batch), plan.threads, stream, packed)
     return out, lse

@@ -209,16 +209,16 @@ __device__ __forceinline__ void split_16(float a, float b, u32& high, u32& low) 
 // ---- a warp's ring of groups of PAGES records in shared memory, in halves (K parts, V parts), filled asynchronously
 #if __CUDA_ARCH__ >= 900 && !defined(FORGE_NO_BULK)
 // Bulk copies (PTX ISA, cp.async.bulk), one per part, that complete on a barrier of their half.
-template <int GROUPS, int PAGES, int K_BYTES, int V_BYTES>
+template <int STAGES, int PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
-  u8* data;      // [GROUPS][PAGES][K_BYTES + V_BYTES], 16-byte aligned
-  u32 barriers;  // [GROUPS][2] of 8 bytes, shared address
+  u8* data;      // [STAGES][PAGES][K_BYTES + V_BYTES], 16-byte aligned
+  u32 barriers;  // [STAGES][2] of 8 bytes, shared address
 
   __device__ __forceinline__ void init(u8* data_, u64* barriers_, int lane) {
     data = data_;
     barriers = smem_address(barriers_);
     if (lane == 0) {
-      for (int i = 0; i < 2 * GROUPS; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
+      for (int i = 0; i < 2 * STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -252,7 +252,7 @@ struct Ring {
 };
 #else
 // 16-byte cp.async by every lane. Each fill commits one group, empty or not, so that a wait is for a fixed distance.
-template <int GROUPS, int PAGES, int K_BYTES, int V_BYTES>
+template <int STAGES, int PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
   u8* data;
   __device__ __forceinline__ void init(u8* data_, u64*, int) { data = data_; }
@@ -268,7 +268,7 @@ struct Ring {
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
   __device__ __forceinline__ void wait(int, int, u32) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(2 * GROUPS - 1) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(2 * STAGES - 1) : "memory");
     __syncwarp();
   }
 };

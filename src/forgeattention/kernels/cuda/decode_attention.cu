@@ -114,11 +114,11 @@ __device__ __forceinline__ void weigh(const float* scales, int lane, int b, floa
 
 // A CTA's states to the chunk's slot, by way of the ring: [WARPS][QUERIES][DIM + 8], in each warp's part of it, and maxima and sums.
 constexpr int MERGE_ROW = DIM + 8;
-static_assert(QUERIES * (MERGE_ROW * 4 + 8) <= GROUPS * PAGES * RECORD, "a warp's part of the ring holds its state");
-static_assert(2 * DIM * 4 <= GROUPS * PAGES * RECORD, "and the sums of `finish`");
+static_assert(QUERIES * (MERGE_ROW * 4 + 8) <= STAGES * PAGES * RECORD, "a warp's part of the ring holds its state");
+static_assert(2 * DIM * 4 <= STAGES * PAGES * RECORD, "and the sums of `finish`");
 __device__ __forceinline__ void merge(const Params& p, State& st, const Shared& sh, i64 slot, int thread) {
   const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const auto rows = [&](int w) { return (float*)(sh.ring + w * GROUPS * PAGES * RECORD); };
+  const auto rows = [&](int w) { return (float*)(sh.ring + w * STAGES * PAGES * RECORD); };
   const auto sums = [&](int w) { return (float2*)(rows(w) + QUERIES * MERGE_ROW); };
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     packed = warp_sum(packed);
     recent = warp_sum(recent);
     // To element lane + 32 k, by way of each warp's part of the ring.
-    float* mine = (float*)(sh.ring + warp * GROUPS * PAGES * RECORD);
+    float* mine = (float*)(sh.ring + warp * STAGES * PAGES * RECORD);
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       mine[lane * E + k] = y[k];
@@ -250,7 +250,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     for (int k = 0; k < E; ++k) y[k] = exact[k] = 0.f;
 #pragma unroll
     for (int w = 0; w < PARTS; ++w) {
-      const float* from = (const float*)(sh.ring + (warp + w) * GROUPS * PAGES * RECORD) + lane;
+      const float* from = (const float*)(sh.ring + (warp + w) * STAGES * PAGES * RECORD) + lane;
 #pragma unroll
       for (int k = 0; k < E; ++k) {
         y[k] += from[32 * k];
@@ -278,7 +278,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const Shared sh(shared);
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
-  it.row = blockIdx.z, it.head = blockIdx.y / p.blocks, it.block = blockIdx.y % p.blocks, it.chunk = blockIdx.x;
+  it.row = blockIdx.z, it.head = blockIdx.y / p.query_tiles, it.block = blockIdx.y % p.query_tiles, it.chunk = blockIdx.x;
   // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries and,
   // supposing that the row is as long as the longest may be, where its first pages are.
   constexpr int OF_WARP = QUERIES > WARPS / 2 ? QUERIES / (WARPS / 2) : 1, QUERY_WARPS = QUERIES / OF_WARP;
@@ -290,13 +290,13 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
-  const i64* offsets = p.offsets + it.row * p.max_pages;
+  const i64* offsets = p.page_table + it.row * p.max_pages;
   constexpr int STRIDE = WARPS * PAGES;
-  i64 found[GROUPS][PAGES];
+  i64 found[STAGES][PAGES];
   const auto find = [&](const Cut& cut) {
     const int page = cut.begin(it.chunk) + warp * PAGES, end = cut.begin(it.chunk + 1);
 #pragma unroll
-    for (int i = 0; i < GROUPS; ++i)
+    for (int i = 0; i < STAGES; ++i)
 #pragma unroll
       for (int j = 0; j < PAGES; ++j)
         if (page + i * STRIDE + j < end) found[i][j] = load_early(offsets + page + i * STRIDE + j);
@@ -304,8 +304,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const Cut longest(p, p.max_length, 0);
   constexpr bool GUESS = FORGE_EXACT_BLOCK == 0;  // a paged engine's graph is launched for longer rows than there are
   if constexpr (GUESS) find(longest);
-  Ring<GROUPS, PAGES, K_BYTES, V_BYTES> ring;
-  ring.init(sh.ring + warp * GROUPS * PAGES * RECORD, sh.barriers + warp * GROUPS * 2, lane);
+  Ring<STAGES, PAGES, K_BYTES, V_BYTES> ring;
+  ring.init(sh.ring + warp * STAGES * PAGES * RECORD, sh.barriers + warp * STAGES * 2, lane);
   const Cut cut(p, it.length, it.exact);
   if (it.chunk >= cut.chunks) return;
   if (!GUESS || cut.pages != longest.pages) find(cut);
@@ -318,7 +318,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const u8* records = p.base + (i64)it.head * RECORD;
   const auto fill_first = [&]() {
 #pragma unroll
-    for (int i = 0; i < GROUPS; ++i) {
+    for (int i = 0; i < STAGES; ++i) {
       const u8* at[PAGES];
 #pragma unroll
       for (int j = 0; j < PAGES; ++j) at[j] = records + found[i][j];
@@ -334,7 +334,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
     for (int i = 0; i < OF_WARP; ++i) keep_query(p, it, sh, warp * OF_WARP + i, lane, x[i], signs);
   __syncthreads();
   if (warp < QUERY_WARPS) fill_first();
-  const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block) * p.slots;
+  const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.block) * p.partials;
   while (task < cut.tasks) {
     tokens.attend(p, it, sh, slot + cut.chunks + task, lane);
     task += WARPS * cut.chunks;
@@ -360,8 +360,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   for (; first < end; first += STRIDE) {
     const u8* here[PAGES];
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) here[i] = sh.ring + ((warp * GROUPS + group) * PAGES + i) * RECORD;
-    const int ahead = first + GROUPS * STRIDE;
+    for (int i = 0; i < PAGES; ++i) here[i] = sh.ring + ((warp * STAGES + group) * PAGES + i) * RECORD;
+    const int ahead = first + STAGES * STRIDE;
     const u8* next[PAGES];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i)
@@ -434,7 +434,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
     });
     __syncwarp();
     ring.fill(group, 1, end - ahead, next, lane);
-    if (++group == GROUPS) {
+    if (++group == STAGES) {
       group = 0;
       phase ^= 1;
     }
@@ -442,7 +442,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   merge(p, st, sh, slot + it.chunk, thread);
   __syncthreads();
   if (thread == 0) {
-    u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.blocks + it.block;
+    u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.block;
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(cut.chunks - 1) : "memory");
     *sh.last = before == cut.chunks - 1;

@@ -128,7 +128,7 @@ FORGE_KERNEL(THREADS) decode_pages(FORGE_PARAMS p) {
     }
     return;
   }
-  const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
+  const u8* record = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD;
   const Header header(record + MEAN_OFFSET, lane);
   decode<true, FORGE_K_BITS, FORGE_K_CODE>(record, K_TABLE, y, warp, lane);
   if (warp == 0) *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + SCALE_OFFSET_K, lane), header.k_base());

@@ -16,7 +16,7 @@ FORGE_KERNEL(32 * WARPS) page_scores(FORGE_PARAMS p) {
   __shared__ float steps[QUERIES], shifts[QUERIES];
   __shared__ int totals[2 * QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, first = blockIdx.y % p.query_tiles * QUERIES;
   const int used = (__ldg(p.lengths + row) + forge::PAGE - 1) / forge::PAGE;
   if (thread == 0) Constants::store(words);
   for (int i = warp; i < QUERIES; i += WARPS) {
@@ -53,7 +53,7 @@ FORGE_KERNEL(32 * WARPS) page_scores(FORGE_PARAMS p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int page = min(from + g + 8 * i, used - 1);
-        means[i] = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD + MEAN_OFFSET;
+        means[i] = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD + MEAN_OFFSET;
         const uint4 header = __ldg((const uint4*)means[i]);
         sizes[i] = half_to_float(low_bits(header.x) | low_bits(header.y) << 4 | low_bits(header.z) << 8 | low_bits(header.w) << 12);
       }

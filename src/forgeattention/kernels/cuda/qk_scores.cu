@@ -9,7 +9,7 @@ FORGE_KERNEL(32 * WARPS) qk_scores(FORGE_PARAMS p) {
   __shared__ int totals[2 * QUERIES];
   __shared__ float scales[WARPS][forge::PAGE], scores[WARPS][QUERIES][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, first = blockIdx.y % p.query_tiles * QUERIES;
   const int length = __ldg(p.lengths + row);
   if (thread == 0) Constants::store(words);
   for (int i = warp; i < QUERIES; i += WARPS) {
@@ -43,7 +43,7 @@ FORGE_KERNEL(32 * WARPS) qk_scores(FORGE_PARAMS p) {
   for (int page = blockIdx.x * WARPS + warp; page * forge::PAGE < p.max_length; page += gridDim.x * WARPS) {
     const int from = page * forge::PAGE;
     if (from < length) {
-      const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
+      const u8* record = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD;
       __syncwarp();
       copy_part<K_BYTES>(parts[warp], record, lane);
       __syncwarp();

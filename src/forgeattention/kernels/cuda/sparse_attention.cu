@@ -17,11 +17,11 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   __shared__ __align__(16) float all_scales[WARPS][forge::PAGE];
   __shared__ float limits[QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.blocks, block = blockIdx.y % p.blocks, first = block * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, block = blockIdx.y % p.query_tiles, first = block * QUERIES;
   const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int count = min(QUERIES, p.queries - first);
   const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first;  // of the block's first query
-  const i64* offsets = p.offsets + row * p.max_pages;
+  const i64* offsets = p.page_table + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD + MEAN_OFFSET;
   Ring<STAGES, 1, TAIL, 0> ring;
   ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);

@@ -16,10 +16,10 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   __shared__ int totals[2 * QUERIES];
   __shared__ __align__(16) float all_scales[WARPS][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, first = blockIdx.y % p.query_tiles * QUERIES;
   const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int begin = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
-  const i64* offsets = p.offsets + row * p.max_pages;
+  const i64* offsets = p.page_table + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD;
   Ring<STAGES, 1, K_BYTES, 0> ring;
   ring.init(shared + warp * STAGES * K_BYTES, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);

@@ -7,7 +7,7 @@ FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ float scales[WARPS][forge::PAGE];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.blocks, first = blockIdx.y % p.blocks * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, first = blockIdx.y % p.query_tiles * QUERIES;
   const int length = __ldg(p.lengths + row), query = first + g;
   if (thread == 0) Constants::store(words);
   __syncthreads();
@@ -18,7 +18,7 @@ FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {
 #pragma unroll
   for (int i = 0; i < DIM / 4; ++i) acc[i] = 0.f;
   for (int page = blockIdx.x * WARPS + warp; page * forge::PAGE < length; page += gridDim.x * WARPS) {
-    const u8* record = p.base + __ldg(p.offsets + row * p.max_pages + page) + (i64)head * RECORD;
+    const u8* record = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD;
     __syncwarp();
     copy_part<RECORD>(part, record, lane);
     __syncwarp();

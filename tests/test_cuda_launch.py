@@ -1,0 +1,126 @@
+"""Launchers of the CUDA kernels on a machine without a GPU: what they pass fits the kernels' tables.
+
+Kernels, device and stream are stand-ins, and the tensors lie in the host's memory. Packing is the real one, which
+refuses a member that is missing or unknown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from forgeattention.backends.cuda import attention, launch, nvrtc, paged, pages, plans, prefill, scores, sparse  # noqa: E402
+from forgeattention.backends.cuda.params import STRUCTS  # noqa: E402
+from forgeattention.codec import PAGE, Codec, CodecSpec  # noqa: E402
+from forgeattention.ops import ExactTokens, PageTable, Scores, Threshold  # noqa: E402
+from forgeattention.ops.page_tables import Geometry  # noqa: E402
+
+LAUNCHES = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> LAUNCHES:
+    """By kernel, the values that its launches were told, by their paths."""
+    seen: LAUNCHES = {}
+
+    class Kernel:
+        def __init__(self, stem: str) -> None:
+            self.stem = stem
+
+        def launch(self, grid: tuple[int, int, int], threads: int, stream: int, packed: int) -> None:
+            assert len(grid) == 3
+            assert min(grid) > 0
+            assert 0 < threads <= 1024
+            params = STRUCTS[self.stem]
+            data = ctypes.string_at(ctypes.c_void_p.from_address(packed).value, params.size)
+            told = {leaf.path: struct.unpack_from("=" + leaf.code, data, leaf.offset)[0] for leaf in params.leaves}
+            seen.setdefault(self.stem, []).append(told)
+
+    modules = (attention, launch, pages, prefill, scores, sparse, paged)
+    stand_ins = {
+        "limits": lambda device: plans.Limits(),
+        "on_device": lambda device: nullcontext(),
+        "current_stream": lambda device: 0,
+        "counters": lambda device, stream, count: 0x1000,
+        "partials": lambda device, stream, count: 0x2000,
+    }
+    for module in modules:
+        for name, value in stand_ins.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(nvrtc, "kernel", lambda stem, macros, device, shared: Kernel(stem))
+    monkeypatch.setattr(launch, "_constants", {})
+    monkeypatch.setattr(attention, "_merge_kernel", lambda dim, dtype, device: Kernel("merge"))
+    return seen
+
+
+def test_every_member_is_told(launches: LAUNCHES) -> None:
+    codec = Codec(CodecSpec(), 64, 2)
+    base = torch.zeros(8 * codec.page_bytes, dtype=torch.uint8)
+    offsets = torch.arange(8).reshape(2, 4) * codec.page_bytes
+    table = PageTable(base, offsets, torch.tensor([200, 64], dtype=torch.int32), 200)
+    k, v = torch.randn(2, 2, 2, 20, 64)
+    exact = ExactTokens(k, v, torch.tensor([9, 20], dtype=torch.int32), 20)
+    q = torch.randn(2, 6, 1, 64)
+    sinks = torch.zeros(6)
+    out, lse = attention.decode_attention(q, codec, table, exact, 0.125, True, sinks)
+    attention.decode_attention(q, codec, None, exact, 0.125, True, None)
+    attention.decode_attention(q, codec, table, None, 0.125, False, None)
+    first, packed_only = launches["decode_attention"][0], launches["decode_attention"][2]
+    assert first["q"] == q.data_ptr()
+    assert first["page_table"] == offsets.data_ptr()
+    assert first["exact_v"] == v.data_ptr()
+    assert first["sink_logits"] == sinks.data_ptr()
+    assert first["out"] == out.data_ptr()
+    assert first["lse"] == lse.data_ptr()
+    assert (first["max_pages"], first["max_length"], first["kv_heads"], first["group"]) == (4, 200, 2, 3)
+    assert [first[f"k_stride[{i}]"] for i in range(3)] == list(k.stride()[:3])
+    assert packed_only["exact_k"] == packed_only["sink_logits"] == 0
+
+    attention.merge(q, q[..., 0], q + 1, q[..., 0])
+    scores.qk_scores(q, codec, table, 0.125)
+    scores.value_sum(torch.rand(2, 6, 1, 200), codec, table)
+    pages.decode_pages(codec, table, "float16", True)
+    pages.compact(base, offsets[0].contiguous(), codec.page_bytes)
+    pages.append_tokens(k, v, exact.lengths, k[:, :, :1], v[:, :, :1])
+    found = sparse.sparse_scores(q, codec, table, 0.125)
+    threshold = sparse.sparse_threshold(found, table, 5, None, None)
+    sparse.sparse_attention(Scores(found.scores, found.pages), Threshold(*vars(threshold).values()), codec, table, None)
+    means = sparse.page_scores(q, codec, table, 0.125)
+    sparse.page_select(means, codec, table, 2, None, None)
+    wanted = {
+        *("decode_attention", "merge", "qk_scores", "value_sum", "decode_pages", "compact", "append_tokens"),
+        *("sparse_scores", "sparse_threshold", "sparse_attention", "page_scores", "page_select"),
+    }
+    assert set(launches) == wanted
+    assert all(x["page_table"] == offsets.data_ptr() for name in ("qk_scores", "value_sum") for x in launches[name])
+    assert launches["sparse_scores"][0]["pages"] == -(-200 // PAGE)
+
+
+def test_a_paged_step_tells_every_member(launches: LAUNCHES) -> None:
+    codec = Codec(CodecSpec(), 64, 2)
+    geometry = Geometry(128, codec.page_bytes, 1, codec.page_bytes, 8, 1)
+    tables = paged.Tables(geometry, 3, 3, 1024, 1, torch.device("cpu"))
+    starts = torch.arange(4, dtype=torch.int32)
+    lengths = torch.tensor([200, 300, 400], dtype=torch.int32)
+    packed_table, exact_table = torch.ones(3, 16, dtype=torch.int32), torch.ones(3, 128, dtype=torch.int32)
+    tables.make(starts, lengths, packed_table, exact_table, 3)
+    blocks = paged.Blocks(codec, torch.zeros(99 * codec.page_bytes, dtype=torch.uint8), torch.zeros(99, 8, 2, 128))
+    key, value = torch.randn(2, 3, 2, 64)
+    paged.append(blocks, tables, key, value, torch.arange(3) + 8, 3, None)
+    q = torch.randn(3, 6, 1, 64)
+    sizes = paged.scratch_sizes(codec, 6, 3, 1, 400, geometry.most_exact(1), torch.device("cpu"))
+    parts, counts, lse = (torch.zeros(n, dtype=d) for n, d in zip(sizes, (torch.float32, torch.int32, torch.float32)))
+    paged.decode_attention(q, blocks, tables, 0.125, None, 400, q.clone(), paged.Scratch(parts, counts, lse))
+    assert set(launches) == {"page_tables", "paged_append", "decode_attention"}
+    told = launches["decode_attention"][0]
+    assert told["page_table"] == tables.offsets.data_ptr()
+    assert told["exact_blocks"] == tables.blocks.data_ptr()
+    assert told["lengths"] == tables.packed.data_ptr()
+    assert told["part_ml"] > told["part"] == parts.data_ptr()
