@@ -141,7 +141,7 @@ def seconds_of(run: Any) -> float:
 
 def packed(model: Any, context: int, steps: int) -> dict[str, Any]:
     model.set_attn_implementation("forge")
-    cache = ForgeCache(model)
+    cache = ForgeCache(model, graph=False)
     fill(cache, model, context)
     ids = torch.randint(0, 1000, (1, CHUNK), device="cuda")
     one = ids[:, :1].clone()
@@ -234,7 +234,7 @@ def encode_ms(model: Any) -> float:
 def memory_curve(model: Any, tokens: int, chunk: int, steps: int) -> dict[str, Any]:
     """Reads `tokens` random tokens through the model, then decodes; bytes allocated and at the peak of each chunk."""
     model.set_attn_implementation("forge")
-    cache = ForgeCache(model)
+    cache = ForgeCache(model, graph=False)
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     points: list[dict[str, float]] = []

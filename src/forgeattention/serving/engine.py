@@ -117,7 +117,7 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._spec = spec
-        self._root = ForgeCache(model, spec, max_pages=max_pages)
+        self._root = ForgeCache(model, spec, max_pages=max_pages, graph=False)
         if len(self._root.packed) != len(self._root.layers):
             raise ValueError(
                 f"[serve] expected a model whose {len(self._root.layers)} layers can all be packed; got "

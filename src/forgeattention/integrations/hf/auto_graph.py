@@ -1,6 +1,6 @@
 """Caches that replay CUDA graphs of a model's decode steps by themselves.
 
-`ForgeCache(model, graph=True)` puts a `Forward` before the model's forward, for as long as such a cache lives. Calls
+`ForgeCache(model)` puts a `Forward` before the forward of a model on CUDA, for as long as such a cache lives. Calls
 over other caches, and calls that are no decode steps, go to the model as they are.
 """
 
@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ...codec import PAGE
-from .graph import NotLogitsAlone, StepGraph
+from .graph import NotLogitsAlone, StepGraph, refusal
 
 if TYPE_CHECKING:
     from .cache import ForgeCache
@@ -146,12 +146,25 @@ class Forward:
             model.forward = self._before
 
 
+def unfit(model: Any, cache: ForgeCache) -> str | None:
+    """Why a model's steps over a cache are not captured, in words; None if they can be."""
+    if model.device.type != "cuda":
+        return f"a model on a CUDA device; got {model.device}"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "a model on one device; got one spread over several"
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        return "a model without adapters, which are switched unseen; got one with them"
+    return refusal(cache)
+
+
 def attach(model: Any, cache: ForgeCache) -> AutoGraph:
     """Makes the model's decode steps over a cache replay a graph from some steps on.
 
     Raises:
         ValueError: a model on another device, or a cache with layers that a graph cannot hold.
     """
+    if (reason := unfit(model, cache)) is not None:
+        raise ValueError(f"[decode_graph] expected {reason}")
     forward = vars(model).get("forward")
     if not isinstance(forward, Forward):
         forward = Forward(model)

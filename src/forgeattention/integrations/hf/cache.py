@@ -33,7 +33,7 @@ from ...models.support import load_classes, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
-from .auto_graph import attach
+from .auto_graph import attach, unfit
 from .layer import Keep, PackedLayer
 
 log = logging.getLogger("forgeattention")
@@ -67,9 +67,9 @@ class ForgeCache(Cache):
         eviction: how packed layers give up pages; None keeps all.
         sharding: the part of one very long row that this process keeps (`cache.sharded.Sharding`); None for all of
             it. Not with sparse or eviction.
-        graph: whether decode steps of the model replay a CUDA graph by themselves once several came in a row
-            (`.auto_graph`). Needs the model itself, on a CUDA device, and packed layers only. Copies of the cache run
-            without.
+        graph: whether decode steps replay a CUDA graph by themselves once several came in a row (`.auto_graph`): where
+            it can be (None), always (True: an error where it cannot), or never. Needs the model itself, on one CUDA
+            device and without adapters, and packed layers alone that keep and read all pages. Copies run without.
 
     Raises:
         ValueError: a layer number that is not in the model, eviction from a model whose rotation is not known, or
@@ -89,7 +89,7 @@ class ForgeCache(Cache):
         sparse_log: list[dict[str, float]] | None = None,
         eviction: Eviction | None = None,
         sharding: PageSharding | None = None,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> None:
         check_strategies(sparse=sparse, eviction=eviction, sharding=sharding)
         self.sharding = sharding
@@ -134,9 +134,9 @@ class ForgeCache(Cache):
         if not self.packed:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
         self.graph = None
-        if graph:
-            if not isinstance(model, torch.nn.Module):
-                raise ValueError("[forge_cache] expected the model itself for graph=True; got its config")
+        if graph and not isinstance(model, torch.nn.Module):
+            raise ValueError("[forge_cache] expected the model itself for graph=True; got its config")
+        if graph or (graph is None and isinstance(model, torch.nn.Module) and unfit(model, self) is None):
             self.graph = weakref.ref(attach(model, self))
 
     def _setup(self, layers: list[Any]) -> None:
@@ -212,6 +212,7 @@ class ForgeCache(Cache):
         other = object.__new__(ForgeCache)
         other.spec, other.max_pages, other.backend = self.spec, self.max_pages, self.backend
         other.sharding = self.sharding
+        other.graph = None
         other._codecs, other.eviction, other._evicting = self._codecs, self.eviction, self._evicting
         layers: list[Any] = []
         for layer in self.layers:
