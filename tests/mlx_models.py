@@ -13,7 +13,7 @@ from mlx_lm.models import cache as stock
 from forgeattention import ops
 from forgeattention.cache import STEP_TOKENS
 from forgeattention.codec import PAGE, Codec, CodecSpec
-from forgeattention.integrations.mlx.cache import packed_width, widened
+from forgeattention.integrations.mlx.convert import packed_width, widened
 from forgeattention.ops import PageTable
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, k_code="scalar", refine=False, sinks=3, window=12)

@@ -40,8 +40,7 @@ CUDA_MERGE_LSE = 1e-5
 # decode_pages in float32: scales and rotation in float32.
 CUDA_DECODE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}
 # encode in float32 against the oracle in float64: near-ties of a level choice go the other way. Share of differing
-# codes of a
-# scalar code; relative difference of the squared error that a whole side leaves.
+# codes of a scalar code; relative difference of the squared error that a whole side leaves.
 CUDA_CODES_DIFFER = 1e-3
 # The trellis search tries one seam of the circle, not all, with costs in float16.
 CUDA_ENCODE_LOSS = 2e-2
@@ -68,12 +67,10 @@ CPU_LSE = 3e-4
 CPU_SCORES = 1e-4
 CPU_SUMS = 2e-4
 # decode_pages in float32 (scale times level, then the rotation), error over the largest magnitude; half precision
-# rounds
-# once more.
+# rounds once more.
 CPU_DECODE = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8}
 # encode in float32 against the oracle in float64: a value at a threshold, or a path with an equal twin, may go the
-# other
-# way. Share of bytes that differ, and relative excess of squared error.
+# other way. Share of bytes that differ, and relative excess of squared error.
 CPU_ENCODE_BYTES = 5e-3
 CPU_ENCODE_LOSS = 1e-4
 # The same where each vector is coded at several scales and the best by one measure is kept: near-ties of candidates.
@@ -105,20 +102,17 @@ TRELLIS_LEVELS = 0.0105
 # float32 matrices applied in float64, per channel.
 TRANSFORM = 2e-6
 # Largest difference over the largest logit between SmolLM2 in mlx-lm and in transformers, both in float32: where all
-# tokens
-# are exact, and with packed ones, where a key on the edge between two codes may fall either way.
+# tokens are exact, and with packed ones, where a key on the edge between two codes may fall either way.
 MLX_STOCK = 1e-4
 MLX_SMOLLM2 = 2e-2
 
 # Relative squared error of keys and values of N(0, 1): the codes' own (Lloyd-Max, or the trellis), a few per cent for
-# the
-# 8 bits of the mean row and of the scales, and 10 per cent for 64 tokens' chance.
+# the 8 bits of the mean row and of the scales, and 10 per cent for 64 tokens' chance.
 PRESET_ERROR = {"balanced": (0.028, 0.040), "small": (0.105, 0.105), "fidelity": (0.012, 0.028)}
 # A path that starts where two laps say, against one that starts where all starts were tried: squared error.
 START_SEARCH = 1.02
 # Error of refined encoding in float32 against the oracle in float64, per page: any rounding can send a search down
-# another
-# branch, as good on average.
+# another branch, as good on average.
 ENCODE_LIKE_REFERENCE = 0.04
 # KL on a canary model over the plain model's: 1.2 over thousands of positions; here are a few hundred.
 CANARY = 1.6

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from ...cache import LayerCache, MLXArrays, PagePool, PendingTokens
 from ...codec import PAGE, Codec, CodecSpec
-from ...codec.spec import HEAD_DIMS
 from ...eviction import Evictor
 from ...ops.arrays import dtype_of
 from ...sparse import SparseLayer
+from .convert import codec_of, integers, json_array, packed_width, widened
 
 I64 = NDArray[np.int64]
 Keep = NDArray[np.bool_]
@@ -26,27 +26,7 @@ class Seam:
     """Whether mlx-lm's attention knows packed layers now; see `mlx_lm.patched`."""
 
     depth = 0
-    making = 0
-    """How many of those let mlx-lm itself make packed caches."""
-
-
-def packed_width(k_dim: int, v_dim: int) -> int:
-    """The head_dim of the packed cache of a layer: the smallest that holds its keys and its values. What is missing is
-    filled up with zeros, which cost as much memory as the rest.
-
-    Raises:
-        ValueError: none is so large.
-    """
-    fitting = [dim for dim in HEAD_DIMS if dim >= max(k_dim, v_dim)]
-    if not fitting:
-        raise ValueError(f"[mlx_lm] expected head_dims up to {max(HEAD_DIMS)}; got {k_dim} of keys, {v_dim} of values")
-    return min(fitting)
-
-
-def widened(x: mx.array, width: int) -> mx.array:
-    """x [..., dim] with zeros behind, [..., width]."""
-    missing = width - x.shape[-1]
-    return x if missing == 0 else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    making = 0  # how many of those let mlx-lm itself make packed caches
 
 
 class PackedKVCache:
@@ -68,9 +48,9 @@ class PackedKVCache:
         cache: the tokens, or None before the first.
     """
 
-    # Layers that share keys are not told apart here: any layer may be read again later.
+    # Layers that share keys are not told apart here: any layer may be read again later. No attribute may be named
+    # "bits": mlx-lm would take the cache for its own quantised one.
     shared = True
-    # No attribute may be named "bits": mlx-lm would take the cache for its own quantised one.
 
     def __init__(
         self,
@@ -262,9 +242,9 @@ class PackedKVCache:
         if left_padding is not None:
             if self.cache is not None and self.cache.lengths.any():
                 raise ValueError("[mlx_lm] expected left padding before any token; got it later")
-            self._move(-_integers(left_padding))
-        if right_padding is not None and _integers(right_padding).any():
-            self._right = self._position + _integers(lengths)
+            self._move(-integers(left_padding))
+        if right_padding is not None and integers(right_padding).any():
+            self._right = self._position + integers(lengths)
 
     def finalize(self) -> None:
         """Ends right padding."""
@@ -302,7 +282,7 @@ class PackedKVCache:
 
     def filter(self, batch_indices: Any) -> None:
         """Keeps the given rows."""
-        rows = _integers(batch_indices)
+        rows = integers(batch_indices)
         if self.cache is not None:
             self.cache.select(rows)
         position = self._position[rows]
@@ -359,7 +339,7 @@ class PackedKVCache:
             "position": self._position.tolist(),
         }
         if self.cache is None:
-            return (_bytes(header),)
+            return (json_array(header),)
         made, codec = self.cache, self.cache.codec
         header |= {"head_dim": codec.head_dim, "kv_heads": codec.kv_heads, "codec": codec.fingerprint}
         header["diagonal"] = None if codec.k_transform.diagonal is None else codec.k_transform.diagonal.tolist()
@@ -374,7 +354,7 @@ class PackedKVCache:
         pages = base.reshape(-1, codec.page_bytes)[: max(1, int(table.max(initial=-1)) + 1)]
         lengths = mx.array(np.stack([made.exact_lengths, made.packed_lengths, made.lengths]))
         k, v = (x[:, :, : made.exact.max_length] for x in (made.exact.k, made.exact.v))
-        return _bytes(header), pages, mx.array(np.stack([table, starts])), lengths, k, v
+        return json_array(header), pages, mx.array(np.stack([table, starts])), lengths, k, v
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -386,7 +366,7 @@ class PackedKVCache:
         if len(value) == 1:
             return
         _, pages, table, lengths, k, v = value
-        codec = made or _codec(self.spec, header["head_dim"], header["kv_heads"], header["diagonal"])
+        codec = made or codec_of(self.spec, header["head_dim"], header["kv_heads"], header["diagonal"])
         if header["diagonal"] is not None:
             self.codec = codec
         if codec.fingerprint != header["codec"]:
@@ -418,22 +398,3 @@ class PackedKVCache:
         out = cls()
         out.state = state
         return out
-
-
-def _codec(spec: CodecSpec, head_dim: int, kv_heads: int, diagonal: Any) -> Codec:
-    scales = None if diagonal is None else np.array(diagonal)[:, :head_dim]
-    return Codec(spec, head_dim, kv_heads, k_diagonal=scales)
-
-
-def readable(spec: CodecSpec, codec: Codec) -> Codec:
-    """What a saved cache tells of a codec: the spec and the scales of key channels; it reads the same pages, unless the
-    codec has matrices or centres of its own."""
-    return _codec(spec, codec.head_dim, codec.kv_heads, codec.k_transform.diagonal)
-
-
-def _bytes(header: dict[str, Any]) -> mx.array:
-    return mx.array(np.frombuffer(json.dumps(header).encode(), np.uint8))
-
-
-def _integers(values: Any) -> I64:
-    return np.array(values.tolist() if isinstance(values, mx.array) else list(values), np.int64)

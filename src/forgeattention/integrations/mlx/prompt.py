@@ -39,7 +39,8 @@ from ...eviction import Centres, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
 from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
-from .cache import Codecs, PackedKVCache, Seam, packed_width, readable, widened
+from .cache import Codecs, PackedKVCache, Seam
+from .convert import packed_width, readable, widened
 from .probe import ProbedStates, probe
 from .recurrent import SnapshotCache, trim_prompt_cache
 
