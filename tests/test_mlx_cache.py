@@ -313,3 +313,27 @@ def test_layers_that_share_keys() -> None:
         )
         assert same(again, want)
         assert cache.offset == 150 + n
+
+
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(48, 48), (72, 72), (160, 160), (192, 128), (64, 128)])
+def test_other_widths_are_filled_up_and_counted(k_dim: int, v_dim: int) -> None:
+    """Keys and values of widths that the format has not: the same as the oracle's codes of the filled-up ones."""
+    rng, spec = np.random.default_rng(3), SPEC
+    q, k, v = (mx.array(rng.standard_normal((1, h, 100, d)), dtype=mx.float32)
+               for h, d in ((4, k_dim), (2, k_dim), (2, v_dim)))  # fmt: skip
+    cache, scale = PackedKVCache(spec), k_dim**-0.5
+    for first, last in ((0, 90), (90, 99), (99, 100)):
+        piece = (x[:, :, first:last] for x in (q, k, v))
+        mask = cache.make_mask(last - first)
+        q1, k1, v1 = piece
+        keys, values = cache.update_and_fetch(k1, v1)
+        out = base.scaled_dot_product_attention(q1, keys, values, cache=cache, scale=scale, mask=mask)
+        assert out.shape == (1, 4, last - first, v_dim)
+    assert cache.cache is not None
+    width = cache.cache.codec.head_dim
+    assert width >= max(k_dim, v_dim)
+    at = slice(spec.sinks, spec.sinks + 64)
+    k[0, :, at], v[0, :, at] = coded(Codec(spec, width, 2), k[0, :, at], v[0, :, at])
+    want = mx.fast.scaled_dot_product_attention(q[:, :, -1:], k, v, scale=scale)
+    assert float(mx.abs(out - want).max()) <= 2 * MLX_CPU["float32"] * float(mx.abs(want).max())
+    assert cache.nbytes >= 2 * spec.page_format(width).record_bytes

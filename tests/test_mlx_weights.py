@@ -102,3 +102,53 @@ def test_saved_caches_keep_their_codecs(own: bool, tmp_path: Path) -> None:
             ValueError, match="expected codecs of a spec and the model's weights; got another in layer 0"
         ):
             forge.save_prompt_cache(path, centred, made)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("phi3", [0, 1, 2, 3]),
+        ("qwen3_next", [3]),
+        ("olmo2", [0, 1, 2, 3]),
+        ("gemma4_text", [1]),
+        ("mixtral", [0, 1, 2, 3]),
+    ],
+)
+def test_fused_gated_and_shared_layers_are_fitted(kind: str, layers: list[int]) -> None:
+    """Fused projections, queries beside a gate, norms over all heads, fewer caches than layers, experts."""
+    found = read(build(kind))
+    assert list(found) == layers
+    assert all(isinstance(x, KeyWeights) for x in found.values()), found
+
+
+def test_fused_and_gated_projections_are_cut_as_the_model_cuts_them() -> None:
+    """The energies are those of the projections' outputs for inputs of each direction, without norms and rotation."""
+    for kind, name in (("phi3", "qkv_proj"), ("qwen3_next", "q_proj")):
+        made = build(kind)
+        number, layer = next(iter(forge.full_attention(made).items()))
+        attention, dim = layer.module, layer.k_dim
+        rows = mx.eye(made.args.hidden_size)
+        out = np.array(getattr(attention, name)(rows[None])[0])  # [in, out]
+        heads = layer.q_heads
+        if name == "qkv_proj":
+            queries = out[:, : heads * dim].reshape(-1, heads, dim)
+        else:
+            queries = out.reshape(len(rows), heads, 2, dim)[:, :, 0]
+        (weight, _), _ = mlx_weights._projections(layer, kind)
+        np.testing.assert_allclose(weight.reshape(heads, dim, -1), queries.transpose(1, 2, 0), rtol=1e-5, atol=1e-6)
+        assert number in read(made)
+
+
+def test_lora_weights_are_read_as_they_compute() -> None:
+    from mlx_lm.tuner.lora import LoRALinear
+
+    made = model()
+    attention = made.layers[0].self_attn
+    lora = LoRALinear.from_base(attention.q_proj, r=4)
+    lora.lora_b = mx.random.normal(lora.lora_b.shape)
+    attention.q_proj = lora
+    found = read(made)[0]
+    attention.q_proj = lora.fuse()
+    want = read(made)[0]
+    assert isinstance(found, KeyWeights)
+    np.testing.assert_allclose(found.query_energy, want.query_energy, rtol=1e-4)

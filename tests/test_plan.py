@@ -174,5 +174,8 @@ def test_mlx_lays_a_model_out_as_transformers_does(family: str) -> None:
         (x.kind, x.kv_heads, x.k_dim, x.v_dim) for x in theirs.layers
     ]
     assert ours.parameters == pytest.approx(theirs.parameters, rel=0.02)
+    fields = {**config_of(family).to_dict(), "sliding_window_pattern": 3, "dtype": "bfloat16"}
+    quarter = shape_mlx.inspect({**fields, "quantization": {"bits": 4, "group_size": 64}})
+    assert quarter.weight_bytes == pytest.approx(quarter.parameters * 4.5 / 8, rel=0.05)
     spec = CodecSpec()
     assert ours.packed_bytes(5000, spec) == pytest.approx(theirs.packed_bytes(5000, spec), rel=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .names import resolve
@@ -57,7 +58,7 @@ def inspect(config: Mapping[str, Any], *, weight_bits: float | None = None) -> M
     count = sum(p.size for p in parameters)
     text = {**config, **config.get("text_config", {})}
     itemsize = ITEMSIZES.get(str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), 2)
-    bits = quantized_bits(config) if weight_bits is None else weight_bits
+    bits = quantized_bits(SimpleNamespace(**config)) if weight_bits is None else weight_bits
     weight_bytes = count * itemsize
     if bits is not None:
         weight_bytes += int(sum(p.size for p in parameters if p.ndim > 1) * (bits / 8 - itemsize))
