@@ -219,8 +219,8 @@ class LayerCache:
             self.eviction.prepare(self, q, scale, n, keep)
 
     def check(self, k: Any, v: Any, keep: Keep | None = None) -> Callable[[], int]:
-        """Raises what `append` would raise for these arguments, but for a full pool and for values. What it gives
-        raises for values and gives n; it waits for the device, which may be given other work before."""
+        """Checks the arguments of `append` now, all but room in the pool and values. The function that it returns
+        waits for the device, raises if k or v hold NaN or infinity, and returns n; call it after other work."""
         return check_append(self, k, v, keep)
 
     def append(self, k: Any, v: Any, keep: Keep | None = None, confirm: Callable[[], int] | None = None) -> None:
