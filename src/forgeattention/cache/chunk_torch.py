@@ -107,8 +107,8 @@ def chunk(
         for start, stop in _runs_of(~asked):
             before = int(np.searchsorted(real, first + start))
             if before or past.lengths[row]:
-                part = [x[:, :, :before] for x in (rk, rv)]
-                out[rows, :, start:stop] = _seen_by_padding(past, row, q[rows, :, start:stop], *part, scale, sinks)
+                pk, pv = (x[:, :, :before] for x in (rk, rv))
+                out[rows, :, start:stop] = _seen_by_padding(past, row, q[rows, :, start:stop], pk, pv, scale, sinks)
     return out
 
 
@@ -132,6 +132,7 @@ def _seen_by_padding(
     k, v = (torch.cat([x[:, :, : exact.max_length], y], 2) for x, y in ((exact.k, k), (exact.v, v)))
     packed = past.attend_packed(q, table, scale)
     if not k.shape[2]:
+        assert packed is not None  # padding that sees no token at all does not come here
         o, lse = packed
     else:
         o, lse = attention(q, k, v, scale)

@@ -96,7 +96,7 @@ class ExactBuffer:
         return tuple(
             self.arrays.concat([buffer[row, :, start : min(held, end)], new[:, : max(end - held, 0)]], 1)
             for buffer, new in ((self.k, k), (self.v, v))
-        )  # type: ignore[return-value]
+        )
 
     @contextmanager
     def restored(self, rows: RowTable, regions: Sequence[tuple[int, slice]]) -> Iterator[None]:

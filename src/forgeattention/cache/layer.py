@@ -370,7 +370,8 @@ class LayerCache:
         """
         none = np.zeros((self.batch, 0), np.int64)
         pages = (ids[np.maximum(table, 0)], starts.copy()) if len(ids) else (none, none)
-        rows = RowTable(self.arrays, self.pool, *(x.copy() for x in lengths), *pages)
+        exact, packed, seen = (x.copy() for x in lengths)
+        rows = RowTable(self.arrays, self.pool, exact, packed, seen, *pages)
         self.buffer.fill(k, v)
         self.pool.share(rows.pages())
         self.rows = rows

@@ -40,6 +40,13 @@ class RowTable:
         uniform: whether all rows hold the same numbers of packed and exact tokens.
     """
 
+    exact: I64
+    packed: I64
+    seen: I64
+    most_exact: int
+    most_packed: int
+    uniform: bool
+
     def __init__(
         self, arrays: Arrays, pool: PagePool, exact: I64, packed: I64, seen: I64, ids: Ids, starts: I64
     ) -> None:
@@ -60,8 +67,9 @@ class RowTable:
     @classmethod
     def empty(cls, batch: int, arrays: Arrays, pool: PagePool) -> RowTable:
         """A table of rows without tokens."""
-        none, lengths = np.zeros((batch, 0), np.int64), np.zeros((3, batch), np.int64)
-        return cls(arrays, pool, *lengths, none, none)
+        none = np.zeros((batch, 0), np.int64)
+        exact, packed, seen = np.zeros((3, batch), np.int64)
+        return cls(arrays, pool, exact, packed, seen, none, none)
 
     @property
     def batch(self) -> int:

@@ -109,7 +109,8 @@ def load(
         told = {"backend": backend, **({} if options is None else options[number])}
         parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
         check_parts(parts, codec, dtypes[str(number)])
-        layers[number] = _layer_from(parts, codec, arrays, dtypes[str(number)], max_pages, told)
+        held = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        layers[number] = _layer_from(held, codec, arrays, dtypes[str(number)], max_pages, told)
     return layers, extra
 
 

@@ -132,4 +132,4 @@ def feedback_words(codec: Codec) -> NDArray[np.uint32]:
 
 def _doubled(x: NDArray[np.float16]) -> NDArray[np.uint32]:
     bits = np.ascontiguousarray(x).view(np.uint16).astype(np.uint32)
-    return bits | bits << 16
+    return bits | bits << np.uint32(16)

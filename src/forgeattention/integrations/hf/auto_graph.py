@@ -108,7 +108,7 @@ class Forward:
         find, before = weakref.ref(model), vars(model).get("forward")
 
         def without_graphs(*args: Any, **kwargs: Any) -> Any:
-            model = find()
+            model: Any = find()
             return type(model).forward(model, *args, **kwargs) if before is None else before(*args, **kwargs)
 
         self.__signature__ = without_graphs.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]

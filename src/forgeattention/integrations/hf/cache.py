@@ -156,7 +156,8 @@ class ForgeCache(Cache):
 
     def layer_options(self, layer: PackedLayer) -> dict[str, Any]:
         """What the `LayerCache` of one of the layers is told beyond its shape."""
-        options = {"backend": self.backend, "sparse": layer.sparse, "sharding": self.sharding, "eviction": None}
+        options: dict[str, Any] = {"backend": self.backend, "sparse": layer.sparse, "sharding": self.sharding}
+        options["eviction"] = None
         if self.eviction is not None:
             number = next(i for i in self.packed if self.layers[i] is layer)
             centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()

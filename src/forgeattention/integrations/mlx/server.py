@@ -85,7 +85,7 @@ class Generator(server.ResponseGenerator):
 class _Noting:
     """A generator for one handler, which notes why a request was refused."""
 
-    def __init__(self, generator: Generator, handler: Handler) -> None:
+    def __init__(self, generator: Any, handler: Handler) -> None:
         self._generator = generator
         self._handler = handler
 
@@ -104,6 +104,7 @@ class Handler(server.APIHandler):
     """Answers requests; a refusal's status says whose fault it is."""
 
     refusal: Exception | None = None
+    response_generator: Any
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
         self.response_generator = _Noting(self.response_generator, self)

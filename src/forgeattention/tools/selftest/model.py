@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...codec.presets import PRESETS
@@ -47,7 +48,7 @@ def caches(model: Any) -> dict[str, Callable[[], list[Any]]]:
 
     made: dict[str, Callable[[], list[Any]]] = {"exact": lambda: stock.make_prompt_cache(model)}
     for name in ("balanced", "small"):
-        made[name] = lambda spec=PRESETS[name]: make_prompt_cache(model, spec)
+        made[name] = partial(make_prompt_cache, model, PRESETS[name])
     return made
 
 
@@ -69,7 +70,7 @@ def needles(asked: dict[str, Any]) -> dict[str, Any]:
             for cache, make in caches(model).items():
                 said = _answer(model, tokenizer, ids, make())
                 rows.append({"cache": cache, "depth": depth, "found": number in said, "answer": said[:80]})
-    found = {cache: sum(row["found"] for row in rows if row["cache"] == cache) for cache in caches(model)}
+    found = {cache: sum(bool(row["found"]) for row in rows if row["cache"] == cache) for cache in caches(model)}
     said = ", ".join(f"{cache} {count} of {len(NEEDLES)}" for cache, count in found.items())
     lost = [row for row, other in zip(rows[::3], rows[1::3]) if row["found"] and not other["found"]]
     return {"status": "failed" if lost else "passed", "reason": said, "model": asked["model"], "rows": rows}
