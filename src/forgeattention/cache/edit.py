@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import ops
 from ..codec import PAGE
+from ..ops.table import PageTable
+from .pool import Ids
 from .rows import I64
 
 if TYPE_CHECKING:
@@ -28,18 +31,22 @@ def trim_rows(cache: LayerCache, n: int | Sequence[int] | I64) -> None:
     used = np.arange(rows.starts.shape[1]) < counts[:, None]
     whole = (used & (rows.starts + PAGE <= seen[:, None])).sum(1)
     cut = np.flatnonzero((used & (rows.starts < seen[:, None])).sum(1) > whole)
-    decoded = cache.decode(rows.ids[cut, whole[cut]]) if len(cut) else None
+    decoded = decode(cache, rows.ids[cut, whole[cut]]) if len(cut) else None
     # Recent tokens are the newest positions without a gap.
     recent = np.maximum(np.maximum(rows.exact - sinks, 0) - drop, 0)
     recent[cut] = seen[cut] - rows.starts[cut, whole[cut]]
     gone = rows.ids[used & (np.arange(used.shape[1]) >= whole[:, None])]
     regions = [(row, slice(sinks, sinks + int(recent[row]))) for row in cut.tolist()]
-    with cache.buffer.restored(rows, regions):
-        for i, (row, part) in enumerate(regions):
-            for buffer, tokens in zip((cache.buffer.k, cache.buffer.v), decoded or ()):
-                buffer[row, :, part] = tokens[i, :, : part.stop - sinks]
-        rows.set_lengths(np.minimum(seen, sinks) + recent, whole * PAGE, seen)
-    cache.pool.free(gone)
+    before = rows.seen
+    try:
+        with cache.buffer.restored(rows, regions):
+            for i, (row, part) in enumerate(regions):
+                for buffer, tokens in zip((cache.buffer.k, cache.buffer.v), decoded or ()):
+                    buffer[row, :, part] = tokens[i, :, : part.stop - sinks]
+            rows.set_lengths(np.minimum(seen, sinks) + recent, whole * PAGE, seen)
+    finally:
+        if rows.seen is not before:
+            cache.pool.free(gone)
     if cache.eviction is not None:
         cache.eviction.trimmed(cache)
 
@@ -105,3 +112,13 @@ def join_rows(cache: LayerCache, other: LayerCache) -> None:
     before, cache.rows, cache.buffer, cache.eviction = cache.eviction, rows, buffer, eviction
     if before is not None:
         before.release()
+
+
+def decode(cache: LayerCache, pages: Ids) -> tuple[Any, Any]:
+    """Keys and values, float32 [pages, kv_heads, 64, head_dim], of pages of a cache's pool."""
+    arrays = cache.arrays
+    offsets = arrays.zeros((len(pages), 1), "int64")
+    arrays.assign(offsets, cache.pool.addresses(pages)[:, None])
+    lengths = arrays.zeros((len(pages),), "int32") + PAGE
+    table = PageTable(cache.pool.base, offsets, lengths, PAGE)
+    return ops.decode_pages(cache.codec, table, backend=cache.backend)

@@ -334,6 +334,7 @@ class LayerCache:
         mine = self.rows, self.buffer, self.eviction
         self.rows, self.buffer, self.eviction = other.rows, other.buffer, other.eviction
         other.rows, other.buffer, other.eviction = mine
+        other.release()
 
     def fork(self, rows: Iterable[int] | None = None) -> LayerCache:
         """A cache of the given rows (default: all) that shares this one's pages; either may change without the
@@ -385,16 +386,16 @@ class LayerCache:
     def __reduce__(self) -> NoReturn:
         raise TypeError("[cache] expected forgeattention.cache.save; got pickle, which cannot follow page addresses")
 
-    def __del__(self) -> None:
-        if self.__dict__.get("rows") is None or sys.is_finalizing():
+    def release(self) -> None:
+        """Gives up all pages; the cache is of no use then."""
+        rows, eviction = self.__dict__.get("rows"), self.__dict__.get("eviction")
+        if rows is None:
             return
-        if self.eviction is not None:
-            self.eviction.release()
-        self.pool.free(self.rows.pages())
+        pages, self.rows, self.eviction = rows.pages(), None, None  # type: ignore[assignment]
+        self.pool.free(pages)
+        if eviction is not None:
+            eviction.release()
 
-    def decode(self, pages: Ids) -> tuple[Any, Any]:
-        """Keys and values, float32 [pages, kv_heads, 64, head_dim], of pages of the pool."""
-        offsets = self.arrays.zeros((len(pages), 1), "int64")
-        self.arrays.assign(offsets, self.pool.addresses(pages)[:, None])
-        lengths = self.arrays.zeros((len(pages),), "int32") + PAGE
-        return ops.decode_pages(self.codec, PageTable(self.pool.base, offsets, lengths, PAGE), backend=self.backend)
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.release()

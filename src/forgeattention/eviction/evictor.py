@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import ops
+from ..cache.edit import decode
 from ..cache.layer import LayerCache
 from ..cache.pool import Ids
 from ..cache.strategies import PageEviction
@@ -208,7 +209,7 @@ class Evictor:
         unknown = [page for page in ids.tolist() if page not in notes]
         for i in range(0, len(unknown), DECODED):
             some = unknown[i : i + DECODED]
-            for page, k in zip(some, to_numpy(cache.decode(np.array(some))[0])):
+            for page, k in zip(some, to_numpy(decode(cache, np.array(some))[0])):
                 sizes = np.zeros((heads, 0)) if self.rope is None else np.abs(self.rope.pairs(k)).mean(1)
                 notes[page] = Note(k.mean(1).astype(np.float32), sizes.astype(np.float32))
         return [notes[page] for page in ids.tolist()]
