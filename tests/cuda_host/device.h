@@ -122,6 +122,7 @@ inline u32 prmt(u32 a, u32 b, u32 selector) {
   return out;
 }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float half_to_float(u32 bits) { return (float)same_bits<_Float16>((unsigned short)bits); }
 inline u32 float_to_half(float x) { return same_bits<unsigned short>((_Float16)x); }

@@ -114,10 +114,7 @@ __device__ __forceinline__ void quantize_scalar(const int (&levels)[COUNT], floa
   const float inverse_unit = 1.f / unit;
   for (int token = warp; token < forge::PAGE; token += WARPS) {
     const float n = sh.norm[token], inverse = sh.inverse[token];
-    float u[E], uu = 0.f, fit = 1.f, least = 0.f, kept = 0.f;
-    u32 best = 0;  // E codes of four bits
-    static_assert(E <= 16, "codes of a lane fit two words");
-    u32 more = 0;
+    float u[E], uu = 0.f, factor = inverse_unit;
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       const int c = 32 * k + lane;
@@ -125,34 +122,45 @@ __device__ __forceinline__ void quantize_scalar(const int (&levels)[COUNT], floa
       uu = fmaf(u[k], u[k], uu);
     }
     uu = warp_sum(uu);
+    if constexpr (FORGE_REFINE) {
+      // Which scale is best is told by levels of values that are rounded to whole levels.
+      float fit = 1.f, least = 0.f;
 #pragma unroll 1
-    for (int round = 0; round < (FORGE_REFINE ? 6 : 1); ++round) {
-      const float factor = round == 0 ? 1.f : fit * (0.85f + 0.05f * round);
-      float uc = 0.f, cc = 0.f;
-      u32 found[2] = {0, 0};
+      for (int round = 0; round < 6; ++round) {
+        const float now = round == 0 ? inverse_unit : fit * (0.85f + 0.05f * round) * inverse_unit;
+        float uc = 0.f, cc = 0.f;
 #pragma unroll
-      for (int k = 0; k < E; ++k) {
-        const float x = u[k] * factor * inverse_unit;
-        u32 code = 0;
-        float level = levels[0];
-#pragma unroll
-        for (int l = 1; l < COUNT; ++l) {
-          const bool above = x > 0.5f * (levels[l] + levels[l - 1]);
-          code += above;
-          level = above ? (float)levels[l] : level;
+        for (int k = 0; k < E; ++k) {
+          const float place = fminf(fmaxf(u[k] * now, -127.f), 127.f) + (12582912.f + 128.f);
+          const u32 found = sh.bins[(u32)__float_as_int(place) & 255u].x & 255u;
+          const float level = __int_as_float((int)(0x4B000000u | found)) - (8388608.f + 128.f);
+          uc = fmaf(u[k], level, uc);
+          cc = fmaf(level, level, cc);
         }
-        found[k / 8] |= code << (4 * (k % 8));
-        uc = fmaf(u[k], level * unit, uc);
-        cc = fmaf(level * unit, level * unit, cc);
+        uc = warp_sum(uc) * unit, cc = warp_sum(cc) * (unit * unit);
+        if (round == 0 && uc > 0.f) fit = cc / uc;
+        const float scale = keys::gain<RULE>(uu, uc, cc), error = uu - 2.f * scale * uc + scale * scale * cc;
+        if (round == 0 || error < least) least = error, factor = now;
       }
-      uc = warp_sum(uc), cc = warp_sum(cc);
-      if (round == 0 && uc > 0.f) fit = cc / uc;
-      const float scale = keys::gain<RULE>(uu, uc, cc), error = uu - 2.f * scale * uc + scale * scale * cc;
-      if (round == 0 || error < least) least = error, kept = scale, best = found[0], more = found[1];
     }
+    float uc = 0.f, cc = 0.f;
 #pragma unroll
-    for (int k = 0; k < E; ++k) sh.bytes[token * DIM + 32 * k + lane] = (signed char)((k < 8 ? best : more) >> (4 * (k % 8)) & 15);
-    if (lane == 0) sh.scale[token] = n * kept;
+    for (int k = 0; k < E; ++k) {
+      const float x = u[k] * factor;
+      int code = 0;
+      float level = levels[0];
+#pragma unroll
+      for (int l = 1; l < COUNT; ++l) {
+        const bool above = x > 0.5f * (levels[l] + levels[l - 1]);
+        code += above;
+        level = above ? (float)levels[l] : level;
+      }
+      sh.bytes[token * DIM + 32 * k + lane] = (signed char)code;
+      uc = fmaf(u[k], level * unit, uc);
+      cc = fmaf(level * unit, level * unit, cc);
+    }
+    uc = warp_sum(uc), cc = warp_sum(cc);
+    if (lane == 0) sh.scale[token] = n * keys::gain<RULE>(uu, uc, cc);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < 32 * UNITS; i += THREADS) {
@@ -239,11 +247,16 @@ __device__ __forceinline__ void quantize_paths(float unit, u8* codes, const Shar
 template <int RULE>
 __device__ __forceinline__ void quantize_keys(const u32* feedback, float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
   unsigned short* const u = (unsigned short*)sh.u;
-  for (int i = threadIdx.x; i < keys::CHAINS * keys::LENGTH; i += THREADS) {
-    const int chain = i / keys::LENGTH, at = i % keys::LENGTH, part = at >> 5, n = at & 3, e = at >> 2 & 7;
-    const int reader = (chain & 7) * 4 + part / keys::RUN, which = (chain >> 3) * keys::RUN + part % keys::RUN;
-    const int token = forge::k_token(DIM, reader, which, n), c = forge::k_channel(DIM, reader, which, n, e);
-    u[chain * keys::U_ROW + at] = (unsigned short)float_to_half((sh.y[token * ROW + c] - sh.mean[c] * step) * sh.inverse[token]);
+  // Key after key, each channel to the position at which paths visit it: the inverse of forge::k_token and k_channel.
+  for (int token = warp; token < forge::PAGE; token += WARPS) {
+    const int j = token >> 1 & 7, chain = j / keys::TOKENS * 8 + (token >> 4 << 1 | (token & 1));
+    const float inverse = sh.inverse[token];
+#pragma unroll
+    for (int k = 0; k < E; ++k) {
+      const int c = 32 * k + lane, t = c / (DIM / 4), word = j % keys::TOKENS * STEPS + c % (DIM / 4) / 8;
+      const int at = (t * keys::RUN + word / 4) * 32 + 4 * (c & 7) + word % 4;
+      u[chain * keys::U_ROW + at] = (unsigned short)float_to_half((sh.y[token * ROW + c] - sh.mean[c] * step) * inverse);
+    }
   }
   __syncthreads();
   u8* const areas = sh.u + keys::U_BYTES;
