@@ -61,13 +61,14 @@ class EncodePlan:
         )
 
 
-def encode_plan(codec: Codec, limits: Limits | None = None, pairs: int = 2) -> EncodePlan:
+def encode_plan(codec: Codec, limits: Limits | None = None, pairs: int | None = None) -> EncodePlan:
     """The launch shape for a codec on a device.
 
     Args:
         codec: the layer's.
         limits: the device's; an H100's if None.
-        pairs: of multiples that a refining codec tries for each key.
+        pairs: of multiples that a refining codec tries for each key; by default as many as give a warp to each of a
+            multiprocessor's four schedulers: four to head_dim 64, where 32 chains are one warp's, two beyond.
 
     Raises:
         ValueError: the device has too little shared memory.
@@ -75,6 +76,7 @@ def encode_plan(codec: Codec, limits: Limits | None = None, pairs: int = 2) -> E
     room = (limits or Limits()).shared_per_block
     fmt, d = codec.format, codec.format.padded_dim
     chains, shaped = Chains.of(d), codec.shaping is not None
+    pairs = pairs or (4 if chains.count == 32 else 2)
     searched = fmt.k_code != "scalar" or shaped
     fixed = 8 * 256 + 4 * (d + 3 * PAGE + THREADS // 32) + PAGE
     lines = min(d, THREADS) * 4 * 48 if fmt.v_code != "scalar" else 0

@@ -59,7 +59,7 @@ __device__ __forceinline__ int token_of(int chain, int local) {
 __device__ __forceinline__ float multiple(int i) {
   // As good as multiples of each vector's own fit, which would need a search before the others.
   if constexpr (!FORGE_REFINE) return 1.f;
-  return TRIES == 2 ? 0.96f + 0.08f * i : TRIES == 4 ? 0.90f + 0.06f * i : 0.86f + 0.05f * i;
+  return TRIES == 2 ? 0.96f + 0.08f * i : TRIES == 4 ? 0.90f + 0.06f * i : TRIES == 6 ? 0.86f + 0.05f * i : 0.86f + 0.0375f * i;
 }
 
 template <int RULE>
