@@ -59,7 +59,7 @@ def needles(asked: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer, where = load(asked)
     hay = tokenizer.encode(texts.read("licences"), add_special_tokens=False)
     tokens = 200 if asked["quick"] else TOKENS[where.gpu]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with patched():
         for (name, number), depth in zip(NEEDLES, (0.3, 0.7)):
             before = tokenizer.decode(hay[: int(tokens * depth)])
