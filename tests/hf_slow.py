@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from forgeattention import ops
 from forgeattention.cache import STEP_TOKENS
 from forgeattention.codec import PAGE, Codec, CodecSpec
+from forgeattention.codec.spec import stored_head_dim
 from forgeattention.ops import PageTable
 
 
@@ -28,7 +29,9 @@ class SlowLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         past, n = self.get_seq_length(), key_states.shape[2]
         if not past:
-            self.codec = Codec(self.spec, key_states.shape[3], key_states.shape[1])
+            self.codec = Codec(
+                self.spec, stored_head_dim(key_states.shape[3], value_states.shape[3]), key_states.shape[1]
+            )
             self.start = self.start or [0] * key_states.shape[0]
             self.pages = [0] * key_states.shape[0]
         exact = super().update(key_states, value_states)
@@ -46,10 +49,12 @@ class SlowLayer(DynamicLayer):
     def coded(self, row: int, at: slice) -> tuple[torch.Tensor, torch.Tensor]:
         page = torch.empty(self.codec.page_bytes, dtype=torch.uint8)
         first = torch.zeros(1, dtype=torch.int64)
-        ops.encode(self.keys[row, :, at], self.values[row, :, at], self.codec, page, first, backend=self.backend)
+        given = [x[row, :, at] for x in (self.keys, self.values)]
+        wide = [torch.nn.functional.pad(x, (0, self.codec.head_dim - x.shape[-1])) for x in given]
+        ops.encode(*wide, self.codec, page, first, backend=self.backend)
         table = PageTable(page, first[None], torch.tensor([PAGE], dtype=torch.int32), PAGE)
         k, v = ops.decode_pages(self.codec, table, backend=self.backend)
-        return k[0], v[0]
+        return k[0][..., : given[0].shape[-1]], v[0][..., : given[1].shape[-1]]
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

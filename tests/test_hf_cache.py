@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from forgeattention import CodecSpec
 from forgeattention.cache import chunk_torch
 from forgeattention.codec import PAGE
+from forgeattention.codec.spec import stored_head_dim
 from forgeattention.integrations.hf.cache import ForgeCache
 
 SPEC = CodecSpec(k_bits=3, v_bits=2, sinks=3, window=12)
@@ -287,14 +289,60 @@ def test_a_model_without_forge_is_refused(llama: Any, implementation: str) -> No
 
 def test_features_that_packed_layers_lack() -> None:
     soft = model("gemma2", layer_types=["full_attention"] * 2)
-    with pytest.raises(ValueError, match=r"\[forge\] expected no softcap in a packed layer; got a Gemma2Attention"):
-        soft(tokens()[0], past_key_values=ForgeCache(soft.config, SPEC))
+    capped = r"expected attention without a soft cap of its scores; got Gemma2Attention with"
+    for what in (soft, soft.config):
+        with pytest.raises(ValueError, match=rf"\[forge_cache\] {capped} 50"):
+            ForgeCache(what, SPEC)
+    with pytest.raises(ValueError, match=rf"\[forge\] {capped} one: load the model"):
+        soft(tokens()[0], use_cache=False)
+    plain = r"\[forge\] expected plain causal attention in a packed layer; got LlamaAttention with"
     dropping = model(attention_dropout=0.5).train()
-    with pytest.raises(ValueError, match=r"\[forge\] expected no dropout in a packed layer"):
+    with pytest.raises(
+        ValueError, match=rf"{plain} attention_dropout=0.5 of a model in training mode; call model.eval"
+    ):
         dropping(tokens()[0], past_key_values=ForgeCache(dropping.config, SPEC))
-    odd = model(head_dim=48)
-    with pytest.raises(ValueError, match=r"\[page_format\] expected head_dim in .*; got 48"):
-        odd(tokens()[0], past_key_values=ForgeCache(odd.config, SPEC))
+    asking = model()
+    with pytest.raises(ValueError, match=rf"{plain} output_attentions=True; ask for none"):
+        asking(tokens()[0], past_key_values=ForgeCache(asking.config, SPEC), output_attentions=True)
+    with pytest.raises(ValueError, match=r"\[forge_cache\] expected heads of 32 to 512 channels; got 16 for keys"):
+        ForgeCache(model(head_dim=16), SPEC)
+
+
+@pytest.mark.parametrize("n", [40, 1])
+def test_no_gradient_is_lost_in_silence(llama: Any, n: int) -> None:
+    made = model().requires_grad_(True)
+    cache = ForgeCache(made.config, SPEC)
+    made(tokens()[0][:, :50], past_key_values=cache)
+    loss = made(tokens()[0][:, 50 : 50 + n], past_key_values=cache).logits.sum()
+    with pytest.raises(ValueError, match=r"\[forge\] expected a ForgeCache in inference only; got a gradient for it"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 72, 112, 160, 192, 320])
+def test_heads_of_other_widths_have_zeros_in_their_records(head_dim: int, tmp_path: Path) -> None:
+    made = model(head_dim=head_dim)
+    ids, mask = tokens(pad=13)
+    steps = [100, 1, 20]
+    found = read(made, ids, mask, ForgeCache(made, SPEC, backend="reference"), steps)
+    cache = ForgeCache(made, SPEC)
+    native = read(made, ids, mask, cache, steps)
+    made.set_attn_implementation("eager")
+    expected = read(made, ids, mask, slow_cache(made.config, SPEC, [0, 13]), steps)
+    made.set_attn_implementation("forge")
+    assert error(found, expected, mask) < HF["codes"]
+    # Few codes of the native encoder are at a tie.
+    assert float((native - expected)[mask.bool()].norm() / expected[mask.bool()].norm()) < HF["codes"]
+    record = cache.layers[0].cache.codec.format
+    assert record.head_dim == stored_head_dim(head_dim, head_dim) >= head_dim
+    entry = cache.report()["layers"][0]
+    assert entry["bits"] == pytest.approx(8 * record.record_bytes / (2 * PAGE * head_dim))
+    assert entry["unpacked_bytes"] == int(mask.sum()) * 2 * 2 * head_dim * 4
+    cache.save(tmp_path / "cache", made)
+    loaded = ForgeCache.load(tmp_path / "cache", made, SPEC)
+    more = {"attention_mask": torch.cat([mask, torch.ones(2, 5, dtype=torch.int64)], 1)}
+    logits = [made(ids[:, :5], past_key_values=x, **more).logits for x in (loaded, copy.deepcopy(cache), cache)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("n", [1, 5, 50])

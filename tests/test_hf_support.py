@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from families import config_of
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from forgeattention.integrations.hf.cache import ForgeCache
 
@@ -52,3 +53,38 @@ def test_refused_when_the_cache_is_made_and_without_a_cache(kind: str) -> None:
         pytest.raises(ValueError, match=rf"\[forge\] expected .* exchanged; got \w+, ({why}): load it"),
     ):
         built(torch.arange(1, 20)[None], use_cache=False)
+
+
+OWN_READING = {"doge": ".transpose|.shape", "jetmoe": ".repeat", "diffllama": "values by torch.chunk"}
+
+
+@pytest.mark.parametrize("kind", OWN_READING)
+def test_models_that_read_keys_themselves_are_refused(kind: str) -> None:
+    built = made(kind, head_dim=64, kv_channels=64)
+    for what in (built, built.config):
+        with pytest.raises(
+            ValueError, match=rf"\[forge_cache\] .* got \w+Attention, which reads their ({OWN_READING[kind]})"
+        ):
+            ForgeCache(what)
+
+
+def test_keys_that_an_indexer_chose_are_all_that_a_stock_layer_sees() -> None:
+    """The class folds the choice into its mask only for "eager" and "sdpa", by name."""
+    kind = next(k for k in MODEL_FOR_CAUSAL_LM_MAPPING if k.model_type == "deepseek_v32")
+    logits = []
+    for implementation, chosen in (("eager", 16), ("forge", 16), ("forge", 512)):
+        torch.manual_seed(0)
+        config = config_of(kind, index_topk=chosen)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            logits.append(model(torch.arange(3, 90)[None], use_cache=False).logits)
+    assert (logits[1] - logits[0]).abs().max() < 1e-4 * logits[0].abs().max()
+    assert (logits[2] - logits[0]).abs().max() > 1e-2 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gptj", "gpt_neo"])
+def test_models_with_a_table_of_attention_classes_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"\[forge\] expected .* exchanged; got {kind}, which has attention classes of"
+    ):
+        made(kind, **({"attention_types": [[["global"], 2]]} if kind == "gpt_neo" else {}))

@@ -16,7 +16,13 @@ from .layer import LayerCache
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def packed_entry(layer: int, cache: LayerCache | None, codec: Codec | None, positions: int) -> dict[str, Any]:
+def packed_entry(
+    layer: int,
+    cache: LayerCache | None,
+    codec: Codec | None,
+    positions: int,
+    head_dims: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """The entry of a packed layer.
 
     Args:
@@ -24,15 +30,18 @@ def packed_entry(layer: int, cache: LayerCache | None, codec: Codec | None, posi
         cache: its cache, or None before its first token.
         codec: its codec where that is known, or None.
         positions: tokens that it has come to, padding included as the engine counts it.
+        head_dims: channels of a head of the model's keys and values where records hold more; the bits are per element
+            of the model.
     """
     codec = codec if cache is None else cache.codec
+    wide = 1.0 if codec is None or head_dims is None else 2 * codec.head_dim / sum(head_dims)
     entry = {
         "layer": layer,
         "kind": "packed",
         "positions": positions,
-        "bits": None if codec is None else codec.format.effective_bits,
+        "bits": None if codec is None else codec.format.effective_bits * wide,
         "bytes": 0 if cache is None else cache.nbytes,
-        "unpacked_bytes": 0 if cache is None else unpacked_bytes(cache),
+        "unpacked_bytes": 0 if cache is None else int(unpacked_bytes(cache) / wide),
     }
     if cache is not None and cache.eviction is not None:
         entry["eviction"] = cache.eviction.report(cache)

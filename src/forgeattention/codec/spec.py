@@ -14,6 +14,22 @@ LANES = 32
 HEAD_DIMS = (64, 80, 96, 128, 256, 512)
 FORMAT_VERSION = 2
 
+
+def stored_head_dim(k_dim: int, v_dim: int) -> int:
+    """The head_dim of the records of heads with k_dim key and v_dim value channels: the smallest of `HEAD_DIMS` that
+    holds both. The channels in between are zeros, are coded like others and count as stored bits.
+
+    Raises:
+        ValueError: more than 512 channels, or so few that more than half of each record would be zeros.
+    """
+    dim = next((d for d in HEAD_DIMS if d >= max(k_dim, v_dim)), None)
+    if dim is None or dim > k_dim + v_dim:
+        raise ValueError(
+            f"[codec] expected heads of 32 to {HEAD_DIMS[-1]} channels; got {k_dim} for keys, {v_dim} for values"
+        )
+    return dim
+
+
 Code = Literal["scalar", "trellis4", "trellis8"]
 ScaleFormat = Literal["fp16", "log8"]
 ScaleRule = Literal["unbiased", "least_squares", "norm"]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.util
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+from ..codec.spec import stored_head_dim
 
 _served: set[type] = set()
 
@@ -65,3 +74,148 @@ def load_classes(config: Any) -> None:
     name = type(config).__module__.replace(".configuration_", ".modeling_")
     if name.startswith("transformers.models.") and importlib.util.find_spec(name) is not None:
         importlib.import_module(name)
+
+
+HANDLES = frozenset({"to"})
+"""Attributes that a packed layer's handle has in place of keys and values."""
+
+
+def attention_modules(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
+    """The modules that put keys and values into each layer of a cache, by layer number."""
+    found: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and _updates(type(module)) is not None:
+            found.setdefault(number, []).append(module)
+    return found
+
+
+def unpackable(config: Any, model: torch.nn.Module | None, layers: Iterable[int]) -> str | None:
+    """What packed layers expect and a model's attention does not give, as "... ; got ..."; None where all is well.
+
+    Args:
+        config: the decoder's own config.
+        model: the model; without it, what all attention classes of the config's modelling file have in common.
+        layers: numbers of the layers to be packed.
+    """
+    if (reason := _own_cache(config)) is not None:
+        return reason
+    if model is not None:
+        modules = attention_modules(model)
+        found = (_unpackable(type(m), m, config) for i in layers for m in modules.get(i, ()))
+        return next((reason for reason in found if reason is not None), None)
+    module = _modelling(config)
+    kinds = [] if module is None else [x for x in list(vars(module).values()) if isinstance(x, type)]
+    own = [kind for kind in kinds if kind.__module__ == module.__name__ and _updates(kind) is not None]
+    reasons = [_unpackable(kind, None, config) for kind in own]
+    return reasons[0] if reasons and None not in reasons else None
+
+
+def _own_cache(config: Any) -> str | None:
+    from transformers.cache_utils import DynamicCache
+
+    module = _modelling(config)
+    if module is None:
+        return None
+    for value in list(vars(module).values()):
+        if isinstance(value, type) and issubclass(value, DynamicCache) and value.__module__ == module.__name__:
+            name = type(config).__name__
+            return f"a model that takes any cache of transformers; got {name}, which takes a {value.__name__}"
+    # Mllama looks at the keys of its cross-attention layers, to see whether there are images.
+    if "layer.keys" in _text(module):
+        return (
+            f"a model that leaves keys to its attention; got {type(config).__name__}, which reads them from the cache"
+        )
+    return None
+
+
+def _modelling(config: Any) -> Any:
+    return sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+
+
+@functools.cache
+def _text(module: Any) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+
+
+def _unpackable(kind: type, module: torch.nn.Module | None, config: Any) -> str | None:
+    name = kind.__name__
+    for what, guard in _updates(kind) or ():
+        if guard is None or getattr(module, guard, None) is not None:
+            return (
+                f"a model that leaves keys and values to the attention function; got {name}, which reads their {what}"
+            )
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and "softcap" in _source(kind):
+        return f"attention without a soft cap of its scores; got {name} with {cap:g}"
+    dims = _head_dims(module)
+    if dims is not None:
+        try:
+            stored_head_dim(*dims)
+        except ValueError as error:
+            return str(error).partition("expected ")[2] + f" in {name}"
+    return None
+
+
+def _head_dims(module: Any) -> tuple[int, int] | None:
+    """Channels of a head of keys and of values, where an attention module names them."""
+    k_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+    v_dim = getattr(module, "v_head_dim", None) or k_dim
+    return (k_dim, v_dim) if isinstance(k_dim, int) and isinstance(v_dim, int) else None
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(kind.forward))  # type: ignore[attr-defined]
+    except (AttributeError, OSError, TypeError):
+        return ""
+
+
+@functools.cache
+def _updates(kind: type) -> tuple[tuple[str, str | None], ...] | None:
+    """What a class's forward reads of the keys and values that a cache's `update` gave it; None if it updates no cache.
+
+    Returns:
+        what is read, and the attribute of the module that must not be None for it to be read, if there is one.
+    """
+    source = _source(kind)
+    if ".update(" not in source:
+        return None
+    tree = ast.parse(source)
+    given: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and _calls_update(node.value):
+            names = [x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name)]
+            given |= dict.fromkeys(names, node.lineno)
+    return tuple(_reads(tree, given, None)) if given else None
+
+
+def _reads(tree: ast.AST, given: Mapping[str, int], guard: str | None) -> Iterator[tuple[str, str | None]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Attribute) and _is_given(node.value, given) and node.attr not in HANDLES:
+            yield f".{node.attr}", guard
+        if isinstance(node, ast.Subscript) and _is_given(node.value, given):
+            yield "elements", guard
+        if isinstance(node, ast.Call) and any(_is_given(x, given) for x in node.args):
+            called = ast.unparse(node.func)
+            # Methods of the module with a leading underscore are attention functions of their own (GPT-2's).
+            if called.startswith(("torch.", "nn.", "F.")) or re.match(r"self\.[a-z]", called):
+                yield f"values by {called}", guard
+        inner = guard
+        if isinstance(node, ast.If) and (own := re.fullmatch(r"self\.(\w+) is not None", ast.unparse(node.test))):
+            inner = own[1]
+        yield from _reads(node, given, inner)
+
+
+def _is_given(node: ast.AST, given: Mapping[str, int]) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > given.get(node.id, 1 << 30)
+
+
+def _calls_update(node: ast.AST) -> bool:
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"

@@ -5,7 +5,9 @@ Importing this registers it.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,16 +36,46 @@ def stock(
     Returns:
         [batch, n, q_heads, head_dim].
     """
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"[forge] expected attention without a soft cap of its scores; got {type(module).__name__} with one: load "
+            "the model with attn_implementation='eager'"
+        )
+    for name in ("block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"[forge] expected attention without {name}; got them from {type(module).__name__}")
+    if (indices := kwargs.pop("indices", None)) is not None:
+        mask = _selected(mask, indices, k)
     sinks = kwargs.get("s_aux")
     if sinks is None:
         return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("[forge] expected sink logits alone; got dropout, softcap or position_bias with them")
+    if dropout or kwargs.get("position_bias") is not None:
+        raise ValueError("[forge] expected sink logits alone; got dropout or position_bias with them")
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    width = v.shape[-1]
+    if width < k.shape[-1]:  # torch's kernels want one width
+        v = torch.nn.functional.pad(v, (0, k.shape[-1] - width))
     o, lse = attention(q, k, v, scale, causal=mask is None and q.shape[2] > 1, bias=mask)
-    return with_sinks(o, lse, sinks.float()).to(q.dtype).transpose(1, 2).contiguous()
+    return with_sinks(o[..., :width], lse, sinks.float()).to(q.dtype).transpose(1, 2).contiguous()
+
+
+def _selected(mask: torch.Tensor | None, indices: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The mask of a layer that attends only to the keys that an indexer chose (DeepSeek's sparse attention).
+
+    Models fold the choice into the mask by themselves for "sdpa", by its name, and else give it to the function.
+
+    Args:
+        mask: [batch, 1, n, tokens], bool or additive.
+        indices: chosen keys of each query, [batch, n, chosen].
+        k: [batch, kv_heads, tokens, head_dim].
+    """
+    if mask is None or mask.ndim != 4:
+        raise ValueError("[forge] expected a 4-D mask beside the indices of keys; got none")
+    chosen = torch.zeros(*indices.shape[:2], k.shape[2], dtype=torch.bool, device=k.device)
+    chosen = chosen.scatter_(-1, indices.long(), True)[:, None]
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 class PaddingMask(torch.Tensor):
@@ -164,26 +196,72 @@ def forge_attention(
     if not isinstance(key, PendingTokens):
         return stock(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     causal = kwargs.get("is_causal")
-    for name, wrong in (
-        ("no dropout", dropout),
-        ("no softcap", kwargs.get("softcap") is not None),
-        ("no position_bias", kwargs.get("position_bias") is not None),
-        ("no sliding_window", kwargs.get("sliding_window") is not None),
-        ("no output_attentions", kwargs.get("output_attentions")),
-        ("causal attention", not (getattr(module, "is_causal", True) if causal is None else causal)),
+    name = type(module).__name__
+    for asked, wrong in (
+        (f"attention_dropout={dropout} of a model in training mode; call model.eval()", dropout),
+        ("soft-capped scores; put the layer into exact_layers", kwargs.get("softcap") is not None),
+        ("a position_bias; put the layer into exact_layers", kwargs.get("position_bias") is not None),
+        ("block_indices; put the layer into exact_layers", kwargs.get("block_indices") is not None),
+        ("indices of keys; put the layer into exact_layers", kwargs.get("indices") is not None),
+        ("sinks of its own; put the layer into exact_layers", kwargs.get("sinks") is not None),
+        ("a sliding_window; put the layer into exact_layers", kwargs.get("sliding_window") is not None),
+        ("output_attentions=True; ask for none", kwargs.get("output_attentions")),
+        (
+            "attention that is not causal; put the layer into exact_layers",
+            not (getattr(module, "is_causal", True) if causal is None else causal),
+        ),
     ):
         if wrong:
-            raise ValueError(f"[forge] expected {name} in a packed layer; got a {type(module).__name__} without that")
+            raise ValueError(f"[forge] expected plain causal attention in a packed layer; got {name} with {asked}")
     sinks = kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = key.attend(query.detach(), attention_mask, scale, None if sinks is None else sinks.detach().float())
+    layer: Any = key.layer
+    sinks = None if sinks is None else sinks.detach().float()
+    if layer.narrow:
+        out = key.attend(layer.widened(query.detach()), attention_mask, scale, sinks)[..., : layer.head_dims[1]]
+    else:
+        out = key.attend(query.detach(), attention_mask, scale, sinks)
+    if query.requires_grad and torch.is_grad_enabled():
+        out = _NoGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """A result through which no gradient can flow: says so instead of training a model by a part of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise ValueError("[forge] expected a ForgeCache in inference only; got a gradient for it: train without one")
+
+
+CLASS_TABLES = {
+    "falcon": "FALCON_ATTENTION_CLASSES",
+    "git": "GIT_SELF_ATTENTION_CLASSES",
+    "gpt_neo": "GPT_NEO_ATTENTION_CLASSES",
+    "gptj": "GPTJ_ATTENTION_CLASSES",
+}
+"""Families that look up a class by the name of the attention implementation, with a KeyError for unknown ones."""
 
 
 def register() -> None:
     """Makes attn_implementation="forge" known to transformers; importing this module does it."""
     AttentionInterface.register("forge", forge_attention)
     AttentionMaskInterface.register("forge", forge_mask)
+    for family, name in CLASS_TABLES.items():
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        if (classes := getattr(module, name, None)) is not None:
+            classes.setdefault("forge", functools.partial(_refuse, family))
+
+
+def _refuse(family: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        f"[forge] expected a model whose attention can be exchanged; got {family}, which has attention classes of its "
+        "own: load it without attn_implementation='forge'"
+    )
 
 
 register()

@@ -27,9 +27,10 @@ from ...cache.report import packed_entry, stock_entry, totals
 from ...cache.strategies import PageSharding
 from ...codec import Codec, CodecSpec
 from ...codec.presets import spec_of
+from ...codec.spec import stored_head_dim
 from ...eviction import Eviction, Evictor, attention_fraction, rope_of
 from ...models.fingerprint import fingerprint
-from ...models.support import load_classes, unserved
+from ...models.support import load_classes, unpackable, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
@@ -46,6 +47,19 @@ def _layers_that_share(config: Any, own: int) -> set[int]:
     if not getattr(config, "num_kv_shared_layers", 0):  # where transformers does not name the modes yet
         return set()
     return set({kind: i for i, kind in enumerate(config.layer_types[:own])}.values())
+
+
+def _stock_layers(config: Any) -> list[Any]:
+    """The layers of the cache that transformers makes for a model.
+
+    Raises:
+        ValueError: a model that has a cache of its own.
+    """
+    try:
+        return list(DynamicCache(config=config).layers)
+    except (AttributeError, KeyError, TypeError) as error:
+        name = type(config).__name__
+        raise ValueError(f"[forge_cache] expected a model that a DynamicCache serves; got {name}: {error}") from error
 
 
 class ForgeCache(Cache):
@@ -97,17 +111,19 @@ class ForgeCache(Cache):
         self.max_pages = max_pages
         self.backend = backend
         config: Any = model.config if isinstance(model, torch.nn.Module) else model
-        layers = list(DynamicCache(config=config).layers)
         text = config.get_text_config(decoder=True)
+        layers = _stock_layers(config)
+        whole = model if isinstance(model, torch.nn.Module) else None
         load_classes(text)
         attends = any(type(layer) is not LinearAttentionLayer for layer in layers)
-        reason = unserved(text, model if isinstance(model, torch.nn.Module) else None) if attends else None
-        if reason is not None:
+        if attends and (reason := unserved(text, whole)) is not None:
             raise ValueError(f"[forge_cache] expected a model whose attention can be exchanged; {reason}")
         own, exact = dict(codecs or {}), set(exact_layers)
         if not exact | set(own) <= set(range(len(layers))):
             raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
         packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in exact]
+        if packed and (reason := unpackable(text, whole, packed)) is not None:
+            raise ValueError(f"[forge_cache] expected {reason}")
         if isinstance(model, torch.nn.Module):
             own = weight_codecs(model, self.spec, [i for i in packed if i not in own]) | own
         budgets: Mapping[int, Any] = {}
@@ -195,7 +211,7 @@ class ForgeCache(Cache):
         entries: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen))
+                entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen, layer.head_dims))
             else:
                 positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
                 entries.append(stock_entry(i, type(layer).__name__, positions, hf_attention.tensor_bytes(layer)))
@@ -282,8 +298,9 @@ class ForgeCache(Cache):
         self._all_packed_or_raise("load")
         text = model.config.get_text_config(decoder=True)
         heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
-        shape = dim or text.hidden_size // text.num_attention_heads, heads
-        codecs = {i: self.layers[i].codec or self.codec(*shape) for i in self.packed}
+        dim = dim or text.hidden_size // text.num_attention_heads
+        stored = stored_head_dim(dim, getattr(text, "v_head_dim", None) or dim)
+        codecs = {i: self.layers[i].codec or self.codec(stored, heads) for i in self.packed}
         layers, extra = storage.load(
             path,
             codecs,

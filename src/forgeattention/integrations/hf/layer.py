@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...cache import LayerCache, PendingTokens
 from ...cache.steps import StaticSteps
 from ...codec import Codec
+from ...codec.spec import stored_head_dim
 from ...eviction import Evictor
 from ...sparse import SparseLayer
 
@@ -36,6 +37,8 @@ class PackedLayer(CacheLayerMixin):
         cache: the tokens, or None before the first update.
         seen: positions that transformers has seen, padding included.
         steps: while a decode graph runs or is captured, what takes the new tokens in place of `cache`.
+        head_dims: channels of a head of keys and of values, as the model has them, or None before the first update;
+            records may hold more (zeros).
     """
 
     is_sliding = False
@@ -57,6 +60,7 @@ class PackedLayer(CacheLayerMixin):
         self.shared = shared
         self.cache: LayerCache | None = None
         self.steps: StaticSteps | None = None
+        self.head_dims: tuple[int, int] | None = None
         self.seen = 0
         # Runs of positions: a number where all rows have real tokens, else bool [batch, positions].
         self._runs: list[int | Keep] = []
@@ -69,12 +73,17 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         k, v = key_states, value_states
-        if k.ndim != 4 or k.shape != v.shape:
+        if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
             shapes = f"{list(k.shape)} and {list(v.shape)}"
-            raise ValueError(f"[forge] expected keys and values of one 4-D shape; got {shapes}")
-        codec = self.codec or self.owner.codec(k.shape[3], k.shape[1])
-        self.cache = LayerCache.like(k, codec, max_pages=self.owner.max_pages, **self.owner.layer_options(self))
-        self.dtype, self.device = k.dtype, k.device
+            raise ValueError(f"[forge] expected keys and values [batch, kv_heads, tokens, head_dim]; got {shapes}")
+        dims = k.shape[3], v.shape[3]
+        dim = stored_head_dim(*dims)
+        codec = self.codec or self.owner.codec(dim, k.shape[1])
+        if codec.head_dim != dim:
+            raise ValueError(f"[forge] expected a codec of {dim} channels for heads of {dims}; got {codec.head_dim}")
+        options = self.owner.layer_options(self)
+        self.cache = LayerCache.like(k, codec, max_pages=self.owner.max_pages, **options)
+        self.head_dims, self.dtype, self.device = dims, k.dtype, k.device
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +95,16 @@ class PackedLayer(CacheLayerMixin):
         # Under autocast keys and values come in several dtypes; a stock cache keeps that of its first keys too.
         if k.dtype != self.dtype or v.dtype != self.dtype:
             k, v = k.to(self.dtype), v.to(self.dtype)
+        if self.narrow:
+            k, v = self.widened(k), self.widened(v)
         pending = PendingTokens(self, k, v)
         return pending, pending
+
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., channels] with zeros behind its channels, as wide as the records' heads."""
+        assert self.cache is not None
+        missing = self.cache.codec.head_dim - x.shape[-1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing > 0 else x
 
     @property
     def target(self) -> LayerCache | StaticSteps:
@@ -108,7 +125,10 @@ class PackedLayer(CacheLayerMixin):
     def attribute(self, tokens: PendingTokens, name: str) -> Any:
         if name == "to":  # layers that share keys ask for their device before they use them
             return partial(self._pending_to, tokens)
-        raise ValueError(f"[forge] expected attn_implementation='forge' with a ForgeCache; got one reading .{name}")
+        raise ValueError(
+            f"[forge] expected attn_implementation='forge' with a ForgeCache; got one reading .{name}: load the model "
+            "with attn_implementation='forge', or call model.set_attn_implementation('forge')"
+        )
 
     def _pending_to(self, tokens: PendingTokens, device: torch.device) -> PendingTokens:
         if torch.device(device) != tokens.k.device:
@@ -124,6 +144,11 @@ class PackedLayer(CacheLayerMixin):
             self._runs[-1] = last + n
         else:
             self._runs.append(n)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether records hold more channels than the model's heads have."""
+        return self.cache is not None and self.head_dims != (self.cache.codec.head_dim,) * 2
 
     @property
     def padded(self) -> bool:
@@ -213,7 +238,7 @@ class PackedLayer(CacheLayerMixin):
         other = PackedLayer(owner, self.codec, self.shared, self.sparse)
         if self.cache is not None:
             other.cache = self.cache.fork(rows)
-            other.dtype, other.device = self.dtype, self.device
+            other.head_dims, other.dtype, other.device = self.head_dims, self.dtype, self.device
             other.is_initialized = True
         other.seen = self.seen
         other._set_runs([r if isinstance(r, int) or rows is None else r[rows] for r in self._runs])
@@ -223,12 +248,19 @@ class PackedLayer(CacheLayerMixin):
         """The positions, and what eviction remembers, as JSON holds them."""
         runs = [r if isinstance(r, int) else r.astype(int).tolist() for r in self._runs]
         eviction = self.cache.eviction if self.cache is not None else None
-        return {"runs": runs, "eviction": eviction.state() if isinstance(eviction, Evictor) else None}
+        return {
+            "runs": runs,
+            "head_dims": self.head_dims,
+            "eviction": eviction.state() if isinstance(eviction, Evictor) else None,
+        }
 
     def restore(self, cache: LayerCache, state: dict[str, Any]) -> None:
         self.cache = cache
         self.dtype, self.device = cache.buffer.k.dtype, cache.buffer.k.device
-        runs = state["runs"]
+        runs, dims = state["runs"], state["head_dims"]
+        if stored_head_dim(*dims) != cache.codec.head_dim:
+            raise ValueError(f"[cache.load] expected heads of up to {cache.codec.head_dim} channels; got {dims}")
+        self.head_dims = (dims[0], dims[1])
         if isinstance(cache.eviction, Evictor) and state["eviction"] is not None:
             cache.eviction.set_state(state["eviction"])
         self.is_initialized = True

@@ -67,6 +67,8 @@ def weight_codecs(model: torch.nn.Module, spec: CodecSpec, layers: Iterable[int]
 
 def _read(attention: Any, norm: Any) -> KeyWeights:
     q, k, head_dim = _projections(attention)
+    if getattr(attention, "v_head_dim", head_dim) != head_dim:
+        raise UnknownForm("keys and values have heads of different widths")
     if head_dim not in HEAD_DIMS:
         raise UnknownForm(f"head_dim {head_dim} is not one of {HEAD_DIMS}")
     gain = _gain(norm, q[0].shape[1])
@@ -84,7 +86,9 @@ def _projections(attention: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], int]
     if not isinstance(head_dim, int):
         raise UnknownForm(f"{type(attention).__name__} names no head_dim")
     if fused is not None:
-        config = attention.config
+        config = getattr(attention, "config", None)
+        if config is None:
+            raise UnknownForm(f"{type(attention).__name__} names no config")
         heads, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         weight, bias = _matrix(fused)
         if weight.shape[0] != heads + 2 * kv:
