@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +185,10 @@ def table() -> str:
         found = Found("unbuilt", text=UNBUILT[name]) if name in UNBUILT else examine(name)
         print(name, found, file=sys.stderr, flush=True)
         counts[found.outcome] += 1
-        text = found.text.partition("; got ")[2] if found.outcome == "refused" else found.text.partition("\n")[0][:60]
+        text = found.text.partition("; got ")[2].partition(":")[0] if found.outcome == "refused" else found.text
         layers = f"{found.layers[0]} of {found.layers[1]}" if found.outcome in ("packed", "stock") else ""
-        rows.append(f"| {name} | {found.outcome} | {layers} | {text} |")
+        row = f"| {name} | {found.outcome} | {layers} | "
+        rows.append(row + textwrap.shorten(text, 97 - len(row), placeholder=" ...") + " |")
     total = ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
     return TABLE.format(version=transformers.__version__, total=total, rows="\n".join(rows))
 

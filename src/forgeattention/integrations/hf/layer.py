@@ -113,7 +113,9 @@ class PackedLayer(CacheLayerMixin):
         return target
 
     def real_tokens(self, tokens: PendingTokens, mask: Any, m: int) -> Keep | None:
-        return None if mask is None else self.owner.new_tokens(mask, self, tokens.k.shape[2], tokens.appended)
+        if mask is None and not (self.owner.mixed and self.padded):
+            return None
+        return self.owner.new_tokens(mask, self, tokens.k.shape[2], tokens.appended)
 
     def appended(self, tokens: PendingTokens, keep: Keep | None) -> None:
         if self.steps is None:  # replays of a graph are recorded one by one
