@@ -39,6 +39,7 @@ class PackedLayer(CacheLayerMixin):
         steps: while a decode graph runs or is captured, what takes the new tokens in place of `cache`.
         head_dims: channels of a head of keys and of values, as the model has them, or None before the first update;
             records may hold more (zeros).
+        narrow: whether they do.
     """
 
     is_sliding = False
@@ -61,6 +62,7 @@ class PackedLayer(CacheLayerMixin):
         self.cache: LayerCache | None = None
         self.steps: StaticSteps | None = None
         self.head_dims: tuple[int, int] | None = None
+        self.narrow = False
         self.seen = 0
         # Runs of positions: a number where all rows have real tokens, else bool [batch, positions].
         self._runs: list[int | Keep] = []
@@ -84,6 +86,7 @@ class PackedLayer(CacheLayerMixin):
         options = self.owner.layer_options(self)
         self.cache = LayerCache.like(k, codec, max_pages=self.owner.max_pages, **options)
         self.head_dims, self.dtype, self.device = dims, k.dtype, k.device
+        self.narrow = dims != (dim, dim)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -146,11 +149,6 @@ class PackedLayer(CacheLayerMixin):
             self._runs[-1] = last + n
         else:
             self._runs.append(n)
-
-    @property
-    def narrow(self) -> bool:
-        """Whether records hold more channels than the model's heads have."""
-        return self.cache is not None and self.head_dims != (self.cache.codec.head_dim,) * 2
 
     @property
     def padded(self) -> bool:
@@ -241,6 +239,7 @@ class PackedLayer(CacheLayerMixin):
         if self.cache is not None:
             other.cache = self.cache.fork(rows)
             other.head_dims, other.dtype, other.device = self.head_dims, self.dtype, self.device
+            other.narrow = self.narrow
             other.is_initialized = True
         other.seen = self.seen
         other._set_runs([r if isinstance(r, int) or rows is None else r[rows] for r in self._runs])
@@ -263,6 +262,7 @@ class PackedLayer(CacheLayerMixin):
         if stored_head_dim(*dims) != cache.codec.head_dim:
             raise ValueError(f"[cache.load] expected heads of up to {cache.codec.head_dim} channels; got {dims}")
         self.head_dims = (dims[0], dims[1])
+        self.narrow = self.head_dims != (cache.codec.head_dim,) * 2
         if isinstance(cache.eviction, Evictor) and state["eviction"] is not None:
             cache.eviction.set_state(state["eviction"])
         self.is_initialized = True
