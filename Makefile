@@ -49,9 +49,11 @@ docs: .venv/installed-test
 
 # The pages as a site in build/site; a warning is an error. Pages link to each other as they do in the repository.
 site: | .venv/bin/python
-	rm -rf build/site-source && mkdir -p build/site-source/benchmarks
+	rm -rf build/site-source
+	mkdir -p build/site-source/benchmarks build/site-source/src/forgeattention/kernels/metal
 	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs build/site-source
 	cp -r benchmarks/results build/site-source/benchmarks
+	cp src/forgeattention/kernels/metal/README.md build/site-source/src/forgeattention/kernels/metal
 	$(BIN)/python -m pip install -q "mkdocs-material>=9.6"
 	$(BIN)/python -m mkdocs build
 
