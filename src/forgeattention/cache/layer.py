@@ -101,10 +101,13 @@ class LayerCache:
     def empty(self, rows: int, pool: PagePool) -> LayerCache:
         """A cache like this one with empty rows and the given pool."""
         eviction = None if self.eviction is None else self.eviction.empty(rows)
-        return LayerCache(
-            self.codec, rows, self.arrays, self.dtype, pool=pool, backend=self.backend, sparse=self.sparse,
-            eviction=eviction, sharding=self.sharding,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "backend": self.backend,
+            "sparse": self.sparse,
+            "eviction": eviction,
+            "sharding": self.sharding,
+        }
+        return LayerCache(self.codec, rows, self.arrays, self.dtype, pool=pool, **options)
 
     def adopt(self, codec: Codec) -> None:
         """Takes a codec that reads the same pages and codes new ones.
@@ -371,8 +374,8 @@ class LayerCache:
         """
         none = np.zeros((self.batch, 0), np.int64)
         pages = (ids[np.maximum(table, 0)], starts.copy()) if len(ids) else (none, none)
-        exact, packed, seen = (x.copy() for x in lengths)
-        rows = RowTable(self.arrays, self.pool, exact, packed, seen, *pages)
+        exact, packed, seen = lengths
+        rows = RowTable(self.arrays, self.pool, exact.copy(), packed.copy(), seen.copy(), *pages)
         self.buffer.fill(k, v)
         self.pool.share(rows.pages())
         self.rows = rows
