@@ -101,13 +101,8 @@ class LayerCache:
     def empty(self, rows: int, pool: PagePool) -> LayerCache:
         """A cache like this one with empty rows and the given pool."""
         eviction = None if self.eviction is None else self.eviction.empty(rows)
-        options: dict[str, Any] = {
-            "backend": self.backend,
-            "sparse": self.sparse,
-            "eviction": eviction,
-            "sharding": self.sharding,
-        }
-        return LayerCache(self.codec, rows, self.arrays, self.dtype, pool=pool, **options)
+        strategies: dict[str, Any] = {"sparse": self.sparse, "eviction": eviction, "sharding": self.sharding}
+        return LayerCache(self.codec, rows, self.arrays, self.dtype, pool=pool, backend=self.backend, **strategies)
 
     def adopt(self, codec: Codec) -> None:
         """Takes a codec that reads the same pages and codes new ones.
