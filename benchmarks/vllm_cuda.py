@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,9 @@ def child(a: argparse.Namespace) -> None:
     if a.bytes:
         options["kv_cache_memory_bytes"] = a.bytes
         named["memory"] = f"{a.bytes} bytes"
-    named["model"] = a.shape or Path(a.model).name
+    named["model"] = a.shape or re.sub(
+        "-[0-9a-f]{16}-.*", "", Path(a.model).name
+    )  # without what a converted folder adds
     import torch
 
     from forgeattention.util.environment import environment

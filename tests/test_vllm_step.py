@@ -163,6 +163,11 @@ def test_settings_are_read_and_checked() -> None:
     read = Settings.read({"forgeattention": {"preset": "small", "k_bits": 3, "sinks": 0, "window": 128}})
     assert read.spec == CodecSpec(k_bits=3, v_bits=2, v_code="trellis8", sinks=0, window=128)
     assert Settings.read({}) == Settings.read({"forgeattention": {}}) == Settings.read({"other": 1}) == Settings()
+    assert (
+        Settings.read({}, "small").preset == Settings.read({"forgeattention": {"sinks": 8}}, "small").preset == "small"
+    )
+    with pytest.raises(ValueError, match="expected preset 'small'"):
+        Settings.read({"forgeattention": {"preset": "balanced"}}, "small")
     for given_, named in [
         ({"bits": 3}, "settings among"),
         ({"preset": "tiny"}, "preset in"),

@@ -123,6 +123,24 @@ def test_drafts_by_ngrams_change_no_token(llama: Callable[..., str], engine: Cal
     assert said[0] == said[1]
 
 
+def test_a_kv_cache_dtype_names_a_preset(llama: Callable[..., str], engine: Callable[..., Any]) -> None:
+    """From vLLM 0.33 on, which lets backends name dtypes; before, the name is refused."""
+    import vllm
+
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 768, "kv_cache_dtype": "forge4"}
+    if vllm.__version__.startswith("0.32."):
+        with pytest.raises(ValueError, match="forge4"):
+            engine(llama(), {}, **options)
+        return
+    llm = engine(llama(), {}, **options)
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    assert {x.impl.settings.preset for x in layers.values()} == {"fidelity"}
+    ask = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
+    assert len(llm.generate([{"prompt_token_ids": list(range(3, 200))}], ask, use_tqdm=False)[0].outputs[0].token_ids)
+    with pytest.raises(ValueError, match="expected preset"):
+        engine(llama(), {"preset": "small"}, **options)
+
+
 def run(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=600
@@ -192,7 +210,7 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
     plugin.check_version()
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     with pytest.raises(ValueError, match="which this backend was tested with"):
         plugin.check_version()
 

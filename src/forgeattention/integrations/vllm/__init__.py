@@ -1,4 +1,4 @@
-"""vLLM 0.32: attention backend CUSTOM with the packed page as KV block (docs/serving.md).
+"""vLLM 0.32 and 0.33: attention backend CUSTOM with the packed page as KV block (docs/serving.md).
 
     vllm serve MODEL --attention-backend CUSTOM --additional-config '{"forgeattention": {"preset": "balanced"}}'
 
@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 log = logging.getLogger("forgeattention")
 
-TESTED = "0.32."
+TESTED = ("0.32.", "0.33.")
 """vLLM versions that the backend was tested with start so; the hooks it uses are internal and change."""
 BACKEND = f"{__name__}.backend.PackedBackend"
 PLATFORM = f"{__name__}.platform.ForgeCpuPlatform"
@@ -25,7 +25,10 @@ def check_version() -> None:
     import vllm
 
     if not vllm.__version__.startswith(TESTED):
-        raise ValueError(f"[vllm] expected vLLM {TESTED}x, which this backend was tested with; got {vllm.__version__}")
+        raise ValueError(
+            f"[vllm] expected vLLM {' or '.join(f'{v}x' for v in TESTED)}, which this backend was tested with; "
+            f"got {vllm.__version__}"
+        )
 
 
 def register() -> None:
@@ -39,11 +42,13 @@ def register() -> None:
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if not vllm.__version__.startswith(TESTED):
-        log.warning("vLLM %s: the packed cache was tested with %sx only and is not offered", vllm.__version__, TESTED)
+        log.warning("vLLM %s: the packed cache was not tested with it and is not offered", vllm.__version__)
         return
     from .blocks import register_blocks
+    from .names import register_names
 
     register_blocks()
+    register_names()
     if current_platform.is_cpu() and PLATFORM.rpartition(".")[2] != type(current_platform).__name__:
         register_backend(AttentionBackendEnum.CPU_ATTN, GUARD)
 

@@ -22,6 +22,7 @@ from ...ops.page_tables import Blocks, Geometry
 from . import check_version, own
 from .blocks import ExactSpec
 from .metadata import Builder, Metadata
+from .names import PRESET_OF
 from .settings import Settings
 
 check_version()
@@ -35,7 +36,7 @@ class PackedBackend(AttentionBackend):
     """vLLM's CUSTOM attention backend. A KV block holds one page per 64 tokens, heads side by side (docs/format.md)."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *PRESET_OF]
     forward_includes_kv_cache_update = False
     spec: ClassVar[CodecSpec]
     """Of the engine whose layers this process made last."""
@@ -147,7 +148,8 @@ class PackedImpl(AttentionImpl[Metadata]):
             "soft-capped logits": logits_soft_cap,
             "KV shared between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
-            f"kv_cache_dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+            f"kv_cache_dtype {kv_cache_dtype}": kv_cache_dtype
+            not in ("auto", "float32", "float16", "bfloat16", *PRESET_OF),
         }
         if got := [name for name, value in refused.items() if value]:
             raise ValueError(f"[vllm] expected plain full attention; got {', '.join(got)}")
@@ -156,7 +158,7 @@ class PackedImpl(AttentionImpl[Metadata]):
             raise ValueError("[vllm] expected no KV connector; got one")
         if self.vllm_config.parallel_config.use_ubatching:
             raise ValueError("[vllm] expected whole batches; got microbatches, whose layers would share work memory")
-        self.settings = Settings.read(self.vllm_config.additional_config)
+        self.settings = Settings.read(self.vllm_config.additional_config, PRESET_OF.get(kv_cache_dtype))
         self.num_heads = num_heads
         self.head_size = head_size
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

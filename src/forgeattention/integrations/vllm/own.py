@@ -11,6 +11,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
+from .names import PRESET_OF
+
 _backends: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -29,6 +31,7 @@ def implementation(
 ) -> Any:
     """vLLM's implementation of a layer, as if no backend had been asked for."""
     config = get_current_vllm_config()
+    kv_cache_dtype = "auto" if kv_cache_dtype in PRESET_OF else kv_cache_dtype
     asked, config.attention_config.backend = config.attention_config.backend, None
     try:
         backend = get_attn_backend(
@@ -61,6 +64,8 @@ def name_backends(layers: Mapping[str, Any], replaced: type) -> int:
         if layer.attn_backend is replaced:
             layer.attn_backend = backend
             layer.backend = AttentionBackendEnum[backend.get_name()]
+            if layer.kv_cache_dtype in PRESET_OF:
+                layer.kv_cache_dtype, layer.kv_cache_torch_dtype = "auto", layer.dtype
         sizes = (getattr(size, "base", size) for size in backend.get_supported_kernel_block_sizes())
         token = 2 * layer.num_kv_heads * layer.head_size * layer.kv_cache_torch_dtype.itemsize
         least = max(least, min(sizes) * token)

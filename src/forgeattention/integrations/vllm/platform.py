@@ -7,6 +7,7 @@ from typing import Any
 from vllm.platforms.cpu import CpuPlatform
 
 from . import check_version
+from .names import PRESET_OF
 from .settings import KEY, Settings
 
 
@@ -34,7 +35,7 @@ class ForgeCpuPlatform(CpuPlatform):
         packed = asked(vllm_config)
         if packed:
             check_version()
-            Settings.read(vllm_config.additional_config)
+            Settings.read(vllm_config.additional_config, PRESET_OF.get(vllm_config.cache_config.cache_dtype))
         super().check_and_update_config(vllm_config)
         if packed and not vllm_config.cache_config.user_specified_block_size:
             vllm_config.cache_config.block_size = 64

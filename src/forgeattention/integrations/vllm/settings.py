@@ -33,17 +33,23 @@ class Settings:
     fit: bool = True
 
     @classmethod
-    def read(cls, additional_config: Any) -> Settings:
+    def read(cls, additional_config: Any, preset: str | None = None) -> Settings:
         """Reads a VllmConfig's `additional_config`; defaults without our key.
 
+        Args:
+            additional_config: of the VllmConfig.
+            preset: what `--kv-cache-dtype` names, or None.
+
         Raises:
-            ValueError: an unknown setting or a value out of range.
+            ValueError: an unknown setting, a value out of range, or two presets.
         """
         given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
         known = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(given, dict) or not set(given) <= set(known):
             raise ValueError(f"[vllm] expected settings among {sorted(known)} under {KEY!r}; got {given!r}")
-        settings = cls(**given)
+        if preset is not None and given.get("preset", preset) != preset:
+            raise ValueError(f"[vllm] expected preset {preset!r}, as the KV cache's dtype; got {given['preset']!r}")
+        settings = cls(**given if preset is None else given | {"preset": preset})
         for name, number in (("sinks", settings.sinks), ("window", settings.window)):
             if type(number) is not int or number < 0:
                 raise ValueError(f"[vllm] expected {name} >= 0; got {number!r}")
