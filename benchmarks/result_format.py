@@ -40,7 +40,8 @@ def count(tokens: int) -> str:
 
 def shape(record: dict[str, Any]) -> str:
     s = record["shape"]
-    return f"{s['batch']} x {count(s['context'])}, {s['q_heads']}/{s['kv_heads']}, {s['head_dim']}"
+    queries = f", {s['q_len']} queries" if 1 < s.get("q_len", 1) <= 16 else ""
+    return f"{s['batch']} x {count(s['context'])}, {s['q_heads']}/{s['kv_heads']}, {s['head_dim']}{queries}"
 
 
 def sparse_rule(record: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ def decode(records: list[dict[str, Any]]) -> str:
 
     def codec(record: dict[str, Any]) -> str:
         k, v = record.get("k_code"), record.get("v_code")
+        if record.get("k_bits", 3) != 3:
+            return "small" if record["k_bits"] == 2 else "fidelity"
         return "default" if k is None else k if k == v == "scalar" else "trellis keys" if v == "scalar" else "trellis"
 
     codecs = list(dict.fromkeys(codec(record) for record in measured))
