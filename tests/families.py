@@ -202,14 +202,16 @@ The table is written by `python tests/families.py`, which builds a small model o
 each family and compares its logits with those of a stock cache that holds the same decoded values.
 
 - *packed*: the layers with full attention are packed and right; the others keep the stock cache.
-- *stock*: right, and no layer is packed (recurrent states, attention to keys that an indexer chose).
+- *stock*: right, and no layer is packed (recurrent states, attention to keys that an indexer
+  chose).
 - *refused*: a `ValueError` says why when the model is loaded or the cache is made.
 - *unbuilt*: this program makes no small model of the family, so nothing is known.
 
 Layers that are packed depend on the config: those with a sliding window keep the stock cache. The
 small models have one layer of each kind where the family mixes kinds.
 
-Encoder-decoder models take `EncoderDecoderCache(ForgeCache(model), DynamicCache(config=model.config))`.
+Encoder-decoder models take
+`EncoderDecoderCache(ForgeCache(model), DynamicCache(config=model.config))`.
 
 | family | outcome | packed layers | what was met |
 |---|---|---|---|
