@@ -211,7 +211,8 @@ Layers that are packed depend on the config: those with a sliding window keep th
 small models have one layer of each kind where the family mixes kinds.
 
 Encoder-decoder models take
-`EncoderDecoderCache(ForgeCache(model), DynamicCache(config=model.config))`.
+`EncoderDecoderCache(ForgeCache(model), DynamicCache(config=model.config))`. `generate_batch` is
+transformers' continuous batching, which takes caches of its own only.
 
 | family | outcome | packed layers | what was met |
 |---|---|---|---|
