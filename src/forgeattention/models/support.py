@@ -84,8 +84,9 @@ def attention_modules(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]
     """The modules that put keys and values into each layer of a cache, by layer number."""
     found: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
-        number = getattr(module, "layer_idx", None)
-        if isinstance(number, int) and _updates(type(module)) is not None:
+        number: Any = getattr(module, "layer_idx", None)
+        kind: Any = type(module)
+        if isinstance(number, int) and _updates(kind) is not None:
             found.setdefault(number, []).append(module)
     return found
 
