@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = models.load(args.model, device=args.device)
     spec, ids = PRESETS[args.preset], None
     if args.text != "random":
-        ids = tokenise(tokenizer, texts.read(args.text))[None, : args.tokens]
+        ids = tokenise(tokenizer, texts.enough(args.text, 8 * args.tokens))[None, : args.tokens]
         ids = opened(ids, first_tokens(tokenizer))
     packed = len(ForgeCache(model, spec).packed)
     with progress("Measuring layers", 2 * packed + 1) as advance:
