@@ -77,7 +77,9 @@ def summary(args: argparse.Namespace, measured: list[Row]) -> dict[str, Any]:
     return {
         "model": Path(args.model).name.partition(".")[0],
         "device": f"{args.device}{' (pages decoded)' if args.decoded else ''}",
-        "setting": json.loads(json.dumps(vars(args), default=lambda path: path.name)),
+        "setting": json.loads(
+            json.dumps(vars(args) | {"model": Path(args.model).name}, default=lambda path: path.name)
+        ),
         "rows": sorted(rows, key=lambda row: row["effective_bits"]),
         "canaries": [
             {

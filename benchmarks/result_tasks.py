@@ -21,24 +21,26 @@ def _in_order(rows: list[Row]) -> list[str]:
 
 
 def humaneval(result: Row) -> str:
-    """`humaneval.py`: problems that pass, and how many of them the exact cache's answers pass too."""
-    rows = {row["cache"]: row for row in result["rows"]}
-    exact = set(rows["exact"]["failed"]) if "exact" in rows else None
+    """`humaneval.py`: problems that pass alone and behind other code, and which of them the exact cache's answers do
+    not pass, or do."""
+    rows = result["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    head = ["cache", "bits"]
+    for length in lengths:
+        head += [f"passed behind {length:,} tokens" if length else "passed", "against exact"]
     lines = []
-    for cache in _in_order(result["rows"]):
-        row = rows[cache]
-        line = [
-            named(cache),
-            f"{row['bits']:.3f}",
-            f"{row['passed']} of {row['of']}",
-            f"{row['passed'] / row['of']:.1%}",
-        ]
-        if exact is not None:
-            lost = len(set(row["failed"]) - exact)
-            won = len(exact - set(row["failed"]))
-            line.append("" if cache == "exact" else f"{lost} lost, {won} won")
+    for cache in _in_order(rows):
+        line = [named(cache), f"{next(row['bits'] for row in rows if row['cache'] == cache):.3f}"]
+        for length in lengths:
+            here = {row["cache"]: row for row in rows if row["length"] == length}
+            if cache not in here:
+                line += ["", ""]
+                continue
+            row, exact = here[cache], set(here["exact"]["failed"])
+            lost, won = set(row["failed"]) - exact, exact - set(row["failed"])
+            against = "" if cache == "exact" else f"{len(lost)} lost, {len(won)} won"
+            line += [f"{row['passed']} of {row['of']}", against]
         lines.append(line)
-    head = ["cache", "bits", "passed", "pass@1", *([] if exact is None else ["against exact"])]
     return table(head, lines)
 
 

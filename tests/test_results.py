@@ -56,12 +56,14 @@ def test_the_fastest_peer_of_a_shape_is_the_one_compared_with() -> None:
 
 def test_tables_of_tasks() -> None:
     rows = [
-        {"cache": "preset balanced", "bits": 3.125, "passed": 99, "of": 164, "failed": ["b", "c"]},
-        {"cache": "exact", "bits": 16.0, "passed": 100, "of": 164, "failed": ["a", "b"]},
+        {"cache": "preset balanced", "bits": 3.125, "length": 0, "passed": 99, "of": 164, "failed": ["b", "c"]},
+        {"cache": "exact", "bits": 16.0, "length": 0, "passed": 100, "of": 164, "failed": ["a", "b"]},
+        {"cache": "exact", "bits": 16.0, "length": 16384, "passed": 90, "of": 164, "failed": ["a"]},
     ]
     lines = result_tasks.humaneval({"rows": rows}).splitlines()
-    assert lines[2] == "| exact | 16.000 | 100 of 164 | 61.0% |  |"
-    assert lines[3] == "| **`balanced`** | 3.125 | 99 of 164 | 60.4% | 1 lost, 1 won |"
+    assert lines[0] == "| cache | bits | passed | against exact | passed behind 16,384 tokens | against exact |"
+    assert lines[2] == "| exact | 16.000 | 100 of 164 |  | 90 of 164 |  |"
+    assert lines[3] == "| **`balanced`** | 3.125 | 99 of 164 | 1 lost, 1 won |  |  |"
     scores = [
         {"cache": cache, "bits": bits, "task": task, "length": length, "of": 2, "score": score}
         for cache, bits, add in (("exact", 16.0, 0.0), ("a", 3.0, -10.0))
