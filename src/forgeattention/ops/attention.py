@@ -6,7 +6,17 @@ from typing import Any
 
 from ..codec.codec import Codec
 from .arrays import Array, dtype_of, empty_like
-from .checks import check_codec, check_exact, check_index, check_queries, check_scale, check_table, describe, fail
+from .checks import (
+    check_codec,
+    check_exact,
+    check_index,
+    check_packed_queries,
+    check_queries,
+    check_scale,
+    check_table,
+    describe,
+    fail,
+)
 from .decorator import op
 from .registry import launch
 from .table import ExactTokens, PageTable
@@ -104,10 +114,7 @@ def prefill_attention(
         out float32 [batch, q_heads, n, head_dim] and lse float32 [batch, q_heads, n] (natural log); zeros and -inf for
         a row without packed tokens.
     """
-    check_codec("prefill_attention", codec)
-    check_queries("prefill_attention", q, codec)
-    scale = check_scale("prefill_attention", scale)
-    check_table("prefill_attention", table, q.shape[0], q)
+    scale = check_packed_queries("prefill_attention", q, codec, table, scale)
     return launch("prefill_attention", q, backend)(q, codec, table, scale)
 
 

@@ -111,3 +111,16 @@ def check_scale(op: str, scale: Any) -> float:
 
 def _shape(shape: tuple[int | str, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
+
+
+def check_packed_queries(op: str, q: Any, codec: Codec, table: PageTable, scale: float) -> float:
+    """What ops of queries over packed tokens alone have in common; gives the scale as a float.
+
+    Raises:
+        ValueError: an argument that does not fit the others.
+    """
+    check_codec(op, codec)
+    check_queries(op, q, codec)
+    scale = check_scale(op, scale)
+    check_table(op, table, q.shape[0], q)
+    return scale

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..codec.codec import Codec
 from .arrays import Array, device_of, dtype_of, empty_like
-from .checks import check_codec, check_queries, check_scale, check_table, describe, fail
+from .checks import check_codec, check_packed_queries, check_table, describe, fail
 from .decorator import op
 from .registry import launch
 from .table import PageTable
@@ -30,10 +30,7 @@ def qk_scores(q: Array, codec: Codec, table: PageTable, scale: float, *, backend
     Returns:
         float32 [batch, q_heads, n, table.max_length], -inf from each row's length on.
     """
-    check_codec("qk_scores", codec)
-    check_queries("qk_scores", q, codec)
-    scale = check_scale("qk_scores", scale)
-    check_table("qk_scores", table, q.shape[0], q)
+    scale = check_packed_queries("qk_scores", q, codec, table, scale)
     return launch("qk_scores", q, backend)(q, codec, table, scale)
 
 

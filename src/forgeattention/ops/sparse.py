@@ -12,7 +12,14 @@ from typing import Any
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from .arrays import Array, device_of, dtype_of, empty_like
-from .checks import check_codec, check_index, check_queries, check_scale, check_table, describe, fail
+from .checks import (
+    check_codec,
+    check_index,
+    check_packed_queries,
+    check_table,
+    describe,
+    fail,
+)
 from .decorator import op
 from .registry import launch
 from .table import PageTable, Scores, Threshold
@@ -72,10 +79,7 @@ def sparse_scores(q: Array, codec: Codec, table: PageTable, scale: float, *, bac
         backend: "auto" or a backend's name.
     """
     op = "sparse_scores"
-    check_codec(op, codec)
-    check_queries(op, q, codec)
-    scale = check_scale(op, scale)
-    check_table(op, table, q.shape[0], q)
+    scale = check_packed_queries(op, q, codec, table, scale)
     return launch(op, q, backend)(q, codec, table, scale)
 
 
@@ -94,10 +98,7 @@ def page_scores(q: Array, codec: Codec, table: PageTable, scale: float, *, backe
         float32 [batch, q_heads, n, pages], -inf past a row's last page.
     """
     op = "page_scores"
-    check_codec(op, codec)
-    check_queries(op, q, codec)
-    scale = check_scale(op, scale)
-    check_table(op, table, q.shape[0], q)
+    scale = check_packed_queries(op, q, codec, table, scale)
     return launch(op, q, backend)(q, codec, table, scale)
 
 
