@@ -135,6 +135,32 @@ def test_weights_that_moved_are_captured_anew(on_cpu: None) -> None:
     assert torch.equal(*outs)
 
 
+def test_a_module_put_around_another_is_captured_anew(on_cpu: None) -> None:
+    """As adapters are put into a model that has decoded already: its old weights stay where they were."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.inner(x)
+
+    llama = model()
+    caches = [ForgeCache(llama, SPEC), ForgeCache(llama, SPEC, graph=True)]
+    with torch.no_grad():
+        for cache in caches:
+            llama(**prompt(1), past_key_values=cache)
+            for _ in range(12):
+                llama(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        before = caches[1].graph().replays
+        assert before
+        llama.model.layers[0].mlp.down_proj = Twice(llama.model.layers[0].mlp.down_proj)
+        outs = [llama(input_ids=torch.tensor([[5]]), past_key_values=cache).logits for cache in caches]
+    assert caches[1].graph().replays == before
+    assert torch.equal(*outs)
+
+
 def test_a_step_that_cannot_be_captured_runs_without(
     llama: Any, on_cpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

