@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 
 from ..codec import PAGE, Codec
 from ..codec.spec import FORMAT_VERSION
+from ..util.files import replaced
 from .arrays import Arrays
 from .checks import check_parts
 from .layer import LayerCache
@@ -59,15 +59,9 @@ def save(path: str | os.PathLike[str], layers: Mapping[int, LayerCache], model: 
         "extra": json.dumps(extra),
     }
     metadata["sha256"] = _checksum(tensors, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
+    with replaced(path, mode=0o600) as temporary:  # what it holds can be somebody's prompt
         save_file(tensors, temporary, metadata)
         _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     _sync(path.parent)
 
 

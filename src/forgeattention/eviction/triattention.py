@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..models.rope import C128, F64, Rope
+from ..util.files import replaced
 
 OFFSETS = 2 ** np.arange(17)
 """Future distances over which scores are averaged."""
@@ -88,13 +89,11 @@ def save_centres(path: str | os.PathLike[str], layers: Mapping[int, Centres]) ->
     """Writes the centres of a model's layers to a safetensors file, whole or not at all."""
     from safetensors.numpy import save
 
-    target = os.fspath(path)
     data = save({f"{i}.{name}": x.copy() for i, c in layers.items() for name, x in c.arrays().items()})
-    with open(target + ".part", "wb") as file:
+    with replaced(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(target + ".part", target)
 
 
 def load_centres(path: str | os.PathLike[str], rope: Rope) -> dict[int, Centres]:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
+from ..util.files import replaced
 from .fingerprint import fingerprint
 from .weights.hf import weight_codecs
 
@@ -42,12 +43,13 @@ class Calibration:
     grams: Grams
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file."""
+        """Writes a safetensors file, whole or not at all."""
         tensors: dict[str, NDArray[Any]] = {f"gram.{i}": g.astype(np.float16) for i, g in self.grams.items()}
         numbers = sorted(self.table)
         tensors["layers"] = np.array([(i, *self.table[i]) for i in numbers], np.int32).reshape(-1, 3)
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "model": self.model, "spec": self.spec.to_json()}
-        save_file(tensors, os.fspath(path), metadata)
+        with replaced(path) as temporary:
+            save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> Calibration:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..util.files import replaced
 
 FORMAT = "forgeattention budgets 1"
 
@@ -37,10 +38,8 @@ class Budgets:
         """Writes a JSON file, whole or not at all."""
         layers = {str(i): b.tolist() for i, b in self.layers.items()}
         text = json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "layers": layers})
-        folder = Path(path).absolute().parent
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with replaced(path) as temporary:
+            Path(temporary).write_text(text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str) -> Budgets:

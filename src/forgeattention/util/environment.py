@@ -1,4 +1,4 @@
-"""What every report has in common: the machine, the versions, the file, the progress bar."""
+"""What a figure depends on: the machine, the versions, the commit."""
 
 from __future__ import annotations
 

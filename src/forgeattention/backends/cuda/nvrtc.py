@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...util.files import replaced
 from ...util.folders import cache_folder
 from .params import STRUCTS
 
@@ -138,9 +137,8 @@ def cubin(stem: str, macros: Macros, arch: str, mlx_outputs: tuple[str, ...] = (
     code = compile_kernel(stem, macros, arch, mlx_outputs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        with replaced(path) as temporary:
+            Path(temporary).write_bytes(code)
     except OSError:
         pass  # a cache that cannot be written costs time only
     return code

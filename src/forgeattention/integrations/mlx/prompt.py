@@ -16,11 +16,9 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +37,7 @@ from ...eviction import Centres, Eviction, rope_of
 from ...models.fingerprint import mlx_fingerprint
 from ...models.weights.mlx import LayerAttention, weight_codecs
 from ...sparse import SparseLayer, SparseSpec
+from ...util.files import replaced
 from .cache import Codecs, PackedKVCache, Seam
 from .convert import packed_width, readable, widened
 from .probe import ProbedStates, probe
@@ -288,7 +287,6 @@ def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], model:
     Raises:
         ValueError: a packed layer with a codec that follows neither from its spec nor from the model's weights.
     """
-    path = Path(path)
     # A copy leaves behind the pages of other sequences that share the memory.
     alone = [layer.extract(0) if isinstance(layer, PackedKVCache) else layer for layer in cache]
     for i, layer in enumerate(alone):
@@ -300,14 +298,8 @@ def save_prompt_cache(path: str | os.PathLike[str], cache: Sequence[Any], model:
         "model": mlx_fingerprint(model),
         "sha256": _checksum([layer.state for layer in alone]),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".safetensors")
-    os.close(handle)
-    try:
+    with replaced(path, suffix=".safetensors", mode=0o600) as temporary:  # it holds somebody's prompt
         stock.save_prompt_cache(temporary, alone, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_prompt_cache(path: str | os.PathLike[str], model: Any) -> list[Any]:
