@@ -17,7 +17,7 @@ for step in "$@"; do
 import time
 from multiprocessing import Pool
 from cuda_cases import unique_kernels
-from forgeattention.backends import nvrtc
+from forgeattention.backends.cuda import nvrtc
 
 def build(kernel):
     nvrtc.cubin(*kernel, "sm_90a")

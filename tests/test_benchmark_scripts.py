@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +86,14 @@ def test_a_cuda_graph_gives_one_measurement(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert cuda_decode.in_graph([lambda: None], 3) == 1000.0
     sys.modules.pop("cuda_decode")
+
+
+def test_what_the_gpu_suite_imports_is_there():
+    text = (ROOT / "benchmarks" / "gpu_suite.sh").read_text()
+    programs = re.findall(r"<<'PY'\n(.*?)\nPY\n", text, re.DOTALL)
+    imports = [x for program in programs for x in ast.walk(ast.parse(program)) if isinstance(x, ast.ImportFrom)]
+    wanted = [(x.module, name.name) for x in imports for name in x.names]
+    assert ("cuda_cases", "unique_kernels") in wanted
+    for module, name in wanted:
+        if not hasattr(importlib.import_module(module), name):
+            importlib.import_module(f"{module}.{name}")
