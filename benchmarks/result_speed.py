@@ -205,7 +205,7 @@ def serving(records: list[dict[str, Any]]) -> str:
 
 
 def context_parallel(found: dict[str, Any]) -> str:
-    """`examples/context_parallel`: one run a row, ranks beside one process."""
+    """`tools/context_parallel`: one run a row, ranks beside one process."""
     rows = [
         [count(r["tokens"]), str(r["ranks"]),
          f"{max(r['bytes_per_rank']) / 1e6:.1f} / {r['bytes_alone'] / 1e6:.1f}",

@@ -22,7 +22,7 @@ class Budgets:
     """Budgets of a model's packed layers.
 
     Attributes:
-        fingerprint: of the model (`integrations.hf.fingerprint`).
+        fingerprint: of the model (`models.fingerprint`).
         layers: by layer number, int32 [q_heads].
     """
 
