@@ -66,7 +66,7 @@ MODELS = {
 def default_folder() -> Path:
     """$FORGEATTENTION_MODELS, or "gguf" in the user's cache folder."""
     folder = os.environ.get("FORGEATTENTION_MODELS")
-    return Path(folder) if folder else cache_folder() / "gguf"
+    return Path(folder) if folder else cache_folder("gguf")
 
 
 def find(name: str, folder: Path | None = None) -> Path | None:

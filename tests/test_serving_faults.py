@@ -170,7 +170,7 @@ def test_a_killed_server_loses_nothing_that_was_whole(served):
     whole, part = sorted(prefixes.iterdir(), key=lambda path: path.suffix)
     assert (whole.suffix, part.suffix) == (".forgecache", ".part")
     # What a disk may keep that lost its last blocks: half a file under its own name.
-    half = prefixes / f"{part.name.partition('.')[0]}.forgecache"
+    half = prefixes / (part.name.removeprefix(".").partition(".forgecache")[0] + ".forgecache")
     half.write_bytes(part.read_bytes())
 
     third = start()
