@@ -11,6 +11,7 @@ import struct
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,6 +19,7 @@ torch = pytest.importorskip("torch")
 from forgeattention.backends.cuda import attention, launch, nvrtc, paged, pages, plans, prefill, scores, sparse  # noqa: E402
 from forgeattention.backends.cuda.params import STRUCTS  # noqa: E402
 from forgeattention.codec import PAGE, Codec, CodecSpec  # noqa: E402
+from forgeattention.codec.presets import PRESETS  # noqa: E402
 from forgeattention.ops import ExactTokens, PageTable, Scores, Threshold  # noqa: E402
 from forgeattention.ops.page_tables import Geometry  # noqa: E402
 
@@ -124,3 +126,39 @@ def test_a_paged_step_tells_every_member(launches: LAUNCHES) -> None:
     assert told["exact_blocks"] == tables.blocks.data_ptr()
     assert told["lengths"] == tables.packed.data_ptr()
     assert told["part_ml"] > told["part"] == parts.data_ptr()
+
+
+def test_what_is_prepared_is_what_is_compiled_ahead(launches: LAUNCHES, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` asks for the kernels that `kernels` lists, steps ask for no others, and fitted codecs share them."""
+    from types import SimpleNamespace
+
+    from forgeattention.models.weights.fit import KeyWeights
+    from forgeattention.tools.compile import vllm_kernels
+
+    asked, begun = set(), []
+    known = nvrtc.kernel
+
+    def kernel(stem: str, macros: nvrtc.Macros, device: int, shared: int) -> Any:
+        asked.add((stem, macros, shared))
+        return known(stem, macros, device, shared)
+
+    monkeypatch.setattr(nvrtc, "kernel", kernel)
+    monkeypatch.setattr(nvrtc, "start", lambda kernels, arch: begun.extend(kernels))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    codec = KeyWeights(np.ones((2, 64)), np.linspace(1, 2, 128).reshape(2, 64)).codec(PRESETS["balanced"])
+    tokens = torch.zeros(99, 8, 2, 128, dtype=torch.bfloat16)
+    blocks = paged.Blocks(codec, torch.zeros(99 * codec.page_bytes, dtype=torch.uint8), tokens)
+    paged.prepare(blocks, 6, {1, 4})
+    listed = paged.kernels(codec, 6, {1, 4}, "bfloat16", 8, plans.Limits())
+    assert asked == set(listed)
+    assert begun == [each[:2] for each in listed]
+    layer = SimpleNamespace(packable=True, kv_heads=4, k_dim=64)
+    monkeypatch.setattr("forgeattention.tools.compile.inspect", lambda config: SimpleNamespace(layers=[layer] * 3))
+    text = SimpleNamespace(num_attention_heads=12, model_type="llama")
+    config = SimpleNamespace(get_text_config=lambda decoder: text)
+    assert vllm_kernels(config, PRESETS["balanced"], plans.Limits(), ranks=2, drafts=3) == listed
+    with pytest.raises(ValueError, match="a multiple of 64; got 96"):
+        vllm_kernels(config, PRESETS["balanced"], plans.Limits(), block=96)
+    layer.packable = False
+    with pytest.raises(ValueError, match="full attention; got none in llama"):
+        vllm_kernels(config, PRESETS["balanced"], plans.Limits())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from threading import Barrier
 
 from forgeattention.backends.cuda import nvrtc
 from forgeattention.util.folders import cache_folder
@@ -24,6 +26,27 @@ def test_compiled_kernels_are_kept_there(monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc, "available", lambda: (True, "NVRTC 13.0"))
     nvrtc.cubin("encode", (), "sm_90a")
     assert [path.parent for path in tmp_path.rglob("*.cubin")] == [tmp_path / "cuda"]
+
+
+def test_kernels_are_compiled_side_by_side_and_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORGEATTENTION_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "source", lambda *args: "text")
+    both, seen = Barrier(2), []
+
+    def compile_kernel(stem, *args):
+        seen.append(stem)
+        both.wait(30)  # until the other one has begun too
+        return stem.encode()
+
+    monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(nvrtc.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(nvrtc, "_compilers", cache(nvrtc._compilers.__wrapped__))
+    kernels = [("a kernel of this test", ()), ("another", (("FORGE_DIM", "64"),))]
+    codes = [code.result() for code in nvrtc.start(kernels, "sm_90a")]
+    again = [code.result() for code in nvrtc.start(kernels, "sm_90a")]
+    assert codes == again == [b"a kernel of this test", b"another"]
+    assert sorted(seen) == ["a kernel of this test", "another"]
+    assert len(list((tmp_path / "cuda").iterdir())) == 2
 
 
 def test_without_it_the_user_s_cache(monkeypatch, tmp_path):

@@ -69,6 +69,16 @@ class Blocks:
     tokens: Any
 
 
+def exact_block_tokens(packed_bytes: int, token_bytes: int) -> int:
+    """Tokens of an exact block that is no larger than a packed one: the largest power of two that fits, 64 at most.
+
+    Args:
+        packed_bytes: of a packed block.
+        token_bytes: of an exact token's key and value in all KV heads.
+    """
+    return min(PAGE, 1 << (packed_bytes // token_bytes).bit_length() - 1)
+
+
 def fills(rows: int, tokens: int) -> int:
     """Places for the pages that a step of so many rows and new tokens may fill."""
     return rows + tokens // PAGE

@@ -89,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
         leaf.add_argument("--port", type=int, default=8080, help="0 takes a free one (default %(default)s)")
         add_serve_arguments(engine, leaf)
 
+    ahead = _branch(commands, "compile", "compile CUDA kernels before they are needed; no GPU is needed", "ENGINE")
+    leaf = _leaf(ahead, "vllm", "compile:run_vllm", "what vLLM's steps launch for a model, into the cache folder")
+    leaf.add_argument("--model", default="smollm2", help="smollm2, a folder, a hub id or a config.json")
+    _add_bits(leaf)
+    leaf.add_argument("--arch", metavar="SM", help="of the GPU, such as sm_90a (default: this machine's)")
+    leaf.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="(default %(default)s)")
+    leaf.add_argument("--block-size", type=int, default=64, help="vLLM's (default %(default)s)")
+    leaf.add_argument("--tensor-parallel-size", type=int, default=1, help="vLLM's (default %(default)s)")
+    leaf.add_argument("--drafts", type=int, default=0, metavar="N", help="speculative tokens of a step (default 0)")
+    leaf.add_argument("--no-fit", action="store_true", help="for the setting fit: false")
+
     bench = _branch(commands, "bench", "measure speed beside the fastest peers")
     decode = _leaf(bench, "decode", "bench.decode:run", "attention of one new token over a packed context")
     decode.add_argument("--device", default="cpu", help="cpu, cuda or metal (default %(default)s)")

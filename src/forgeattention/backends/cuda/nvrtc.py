@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,6 +147,31 @@ def cubin(stem: str, macros: Macros, arch: str, mlx_outputs: tuple[str, ...] = (
     return code
 
 
+@cache
+def _compilers() -> ThreadPoolExecutor:
+    """As many threads as this process has cores: NVRTC holds no lock of Python's while it compiles."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores, "nvrtc")
+
+
+@cache
+def _started(stem: str, macros: Macros, arch: str) -> Future[bytes]:
+    return _compilers().submit(cubin, stem, macros, arch)
+
+
+def start(kernels: Iterable[tuple[str, Macros]], arch: str) -> list[Future[bytes]]:
+    """Begins to compile kernels side by side, and returns at once; each is begun once in a process.
+
+    Args:
+        kernels: stem and macros of each.
+        arch: as `architecture` names it.
+
+    Returns:
+        What `cubin` will give for each.
+    """
+    return [_started(stem, macros, arch) for stem, macros in kernels]
+
+
 def _check(result: tuple[Any, ...], what: str) -> Any:
     error, *values = result
     if int(error):
@@ -179,8 +207,8 @@ class Kernel:
         self._driver = driver
         self._launch = driver.cuLaunchKernel
         self.stem, self.shared_bytes = stem, shared_bytes
-        code = cubin(stem, macros, arch)
-        self._library = _check(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"loading {stem}")
+        (code,) = start([(stem, macros)], arch)
+        self._library = _check(driver.cuLibraryLoadData(code.result(), None, None, 0, None, None, 0), f"loading {stem}")
         kernel = _check(driver.cuLibraryGetKernel(self._library, stem.encode()), f"finding {stem}")
         self._function = _check(driver.cuKernelGetFunction(kernel), f"finding {stem}")
         attribute = driver.CUfunction_attribute

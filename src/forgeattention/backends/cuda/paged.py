@@ -14,7 +14,7 @@ import torch
 
 from ...codec.codec import Codec
 from ...codec.spec import PAGE
-from ...ops.arrays import dtype_of
+from ...ops.arrays import dtype_name, dtype_of
 from ...ops.page_tables import Blocks, Geometry, fills
 from ...ops.table import PageTable
 from . import nvrtc, pages, params, plans
@@ -245,6 +245,51 @@ def _decode_launch(codec: Codec, q_heads: int, n: int, dtype: torch.dtype, token
     return constants.launch(("decode_attention", q_heads, n, dtype, tokens.dtype, exact_block), make)
 
 
+def kernels(
+    codec: Codec, q_heads: int, decode_tokens: Iterable[int], dtype: str, exact_block: int, limits: plans.Limits
+) -> list[tuple[str, nvrtc.Macros, int]]:
+    """Every kernel that steps of a layer launch: stem, macros and bytes of shared memory. Needs no GPU.
+
+    Args:
+        codec: of the layer.
+        q_heads: query heads.
+        decode_tokens: numbers of new tokens that rows which decode may have.
+        dtype: of queries and of exact tokens.
+        exact_block: tokens of an exact block.
+        limits: what the device offers.
+    """
+    encode, group = encode_plan(codec, limits), q_heads // codec.kv_heads
+    decode = [plans.decode_plan(codec.format, codec.kv_heads, group * n, limits) for n in sorted(set(decode_tokens))]
+    encode_macros = encode.macros(codec, dtype)
+    return [
+        # The slowest to compile come first.
+        ("encode_layers", encode_macros, encode.shared_bytes),
+        ("encode", encode_macros, encode.shared_bytes),
+        *(("decode_attention", p.macros(codec, dtype, dtype, exact_block), p.shared_bytes) for p in decode),
+        (
+            "decode_pages",
+            plans.decode_pages_macros(codec, dtype, False),
+            plans.decode_pages_layout(codec.format).bytes,
+        ),
+        ("page_tables", (), 0),
+        ("paged_append", (), 0),
+    ]
+
+
+def start_compiling(
+    codec: Codec, q_heads: int, decode_tokens: Iterable[int], dtype: Any, exact_block: int, device: Any
+) -> None:
+    """Begins to compile the kernels of a layer's steps, in threads, so that `prepare` finds them done.
+
+    Args:
+        codec, q_heads, decode_tokens, exact_block: as for `kernels`.
+        dtype: torch's, of queries and of exact tokens.
+        device: where they will run.
+    """
+    needed = kernels(codec, q_heads, decode_tokens, dtype_name(dtype), exact_block, limits(device.index))
+    nvrtc.start([each[:2] for each in needed], nvrtc.architecture(*torch.cuda.get_device_capability(device)))
+
+
 def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
     """Compiles, or reads from disk, every kernel that steps of a layer launch, so that none waits for it later.
 
@@ -254,15 +299,14 @@ def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
         decode_tokens: numbers of new tokens that rows which decode may have.
     """
     codec, tokens = blocks.codec, blocks.tokens
-    device, dtype = tokens.device, dtype_of(tokens)
+    device, decode_tokens = tokens.device, set(decode_tokens)
     with on_device(device):
-        nvrtc.kernel("page_tables", (), device.index, 0)
-        nvrtc.kernel("paged_append", (), device.index, 0)
-        plan = encode_plan(codec, limits(device.index))
-        nvrtc.kernel("encode_layers", plan.macros(codec, dtype), device.index, plan.shared_bytes)
+        start_compiling(codec, q_heads, decode_tokens, tokens.dtype, tokens.shape[1], device)
+        for each in kernels(codec, q_heads, decode_tokens, dtype_of(tokens), tokens.shape[1], limits(device.index)):
+            nvrtc.kernel(each[0], each[1], device.index, each[2])
         for n in decode_tokens:
             _decode_launch(codec, q_heads, n, tokens.dtype, tokens)
-        # These two by running them for no page at all.
+        # A first launch of these two uploads what they read of the codec; it encodes and decodes no page.
         none = torch.full((1,), -1, dtype=torch.int64, device=device)
         page = torch.zeros(codec.kv_heads, PAGE, tokens.shape[3] // 2, dtype=tokens.dtype, device=device)
         pages.encode(page, page, codec, blocks.pages, none)

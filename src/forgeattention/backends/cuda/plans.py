@@ -65,6 +65,18 @@ class Limits:
     shared_per_processor: int = 233472
 
 
+LIMITS_OF = {
+    "sm_80": Limits(108, 166912, 167936),
+    "sm_86": Limits(84, 101376, 102400),
+    "sm_89": Limits(142, 101376, 102400),
+    "sm_90a": Limits(),
+    "sm_100": Limits(148, 232448, 233472),
+    "sm_120": Limits(188, 101376, 102400),
+}
+"""By compile target. Shared memory follows from the architecture (CUDA C++ Programming Guide, "Technical Specifications
+per Compute Capability"); the number of processors, which differs between products, decides no kernel."""
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """Shape of a decode launch. Fixed by the codec, the queries of a KV head and the device, never by the batch, so

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...models.weights.vllm import layer_codec
-from ...ops.page_tables import Blocks, Geometry
+from ...ops.page_tables import Blocks, Geometry, exact_block_tokens
 from . import check_version, own
 from .blocks import ExactSpec
 from .metadata import Builder, Metadata
@@ -198,7 +198,9 @@ class PackedImpl(AttentionImpl[Metadata]):
         if not current_platform.is_cpu():
             from .device import reserve
 
-            reserve(self, self.settings.window, max_decode_query_len(self.vllm_config))
+            token = 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+            decode_tokens = max_decode_query_len(self.vllm_config)
+            reserve(self, self.settings.window, decode_tokens, exact_block_tokens(page, token))
 
     @cached_property
     def exact_spec(self) -> ExactSpec:
@@ -217,7 +219,7 @@ class PackedImpl(AttentionImpl[Metadata]):
             raise ValueError(f"[vllm] expected a block size that is a multiple of {PAGE}; got {block}")
         page = block // PAGE * self.codec.page_bytes
         token = 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
-        tokens = min(PAGE, 1 << (page // token).bit_length() - 1)
+        tokens = exact_block_tokens(page, token)
         return ExactSpec(
             block_size=tokens,
             num_kv_heads=self.num_kv_heads,

@@ -53,12 +53,20 @@ def workspace_of(vllm_config: Any) -> Workspace:
     return _workspaces[key]
 
 
-def reserve(impl: Any, window: int, decode_tokens: int) -> None:
-    """Reserves what a layer's steps need, with at most `decode_tokens` new tokens in a row that decodes."""
+def reserve(impl: Any, window: int, decode_tokens: int, exact_block: int) -> None:
+    """Reserves what a layer's steps need, and begins to compile their kernels while vLLM measures its memory.
+
+    Args:
+        impl: the layer's.
+        window: newest tokens kept exact.
+        decode_tokens: most new tokens of a row that decodes.
+        exact_block: tokens of an exact block, as far as is known; with another one, one kernel is compiled later.
+    """
     most = Geometry(window, 0, 1, 0, PAGE, 1)  # no geometry with this window has more exact tokens
     config, device = impl.vllm_config, torch.device("cuda", torch.cuda.current_device())
     rows, tokens = config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_batched_tokens
     space, d, heads = workspace_of(config), impl.head_size, impl.num_kv_heads
+    paged.start_compiling(impl.codec, impl.num_heads, {1, decode_tokens}, impl.dtype, exact_block, device)
     for n in {1, decode_tokens}:
         sizes = paged.scratch_sizes(
             impl.codec, impl.num_heads, rows, n, config.model_config.max_model_len, most.most_exact(n), device
