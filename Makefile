@@ -10,7 +10,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo eval test test-vllm lint format bench docs site clean
+.PHONY: demo eval test test-vllm soak lint format bench docs site clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
@@ -27,6 +27,10 @@ eval: .venv/installed-demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+# Some hours: see CONTRIBUTING.md for its parts and its options, such as SOAK="--cases 500 --minutes 5".
+soak: .venv/installed-test
+	$(BIN)/python -m pytest tests/soak $(SOAK)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

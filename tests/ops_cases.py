@@ -90,7 +90,7 @@ def make_case(
     size = codec.page_bytes
     pool = np.full((sum(counts) + 1) * (size + 32), 0xFF, np.uint8)
     places = rng.permutation(sum(counts)) * (size + 32) + 16
-    offsets = np.full((len(lengths), max(max(counts), 1) + 1), -1, np.int64)
+    offsets = np.full((len(lengths), max([1, *counts]) + 1), -1, np.int64)
     at = 0
     for b, count in enumerate(counts):
         if not count:
@@ -104,18 +104,19 @@ def make_case(
         )
         offsets[b, :count] = own
         poison_scales(codec, pool, int(own[-1]), lengths[b] - (count - 1) * PAGE)
-    capacity = max(exact) + 2
+    most_exact, most_packed = max(exact, default=0), max(lengths, default=0)
+    capacity = most_exact + 2
     k, v = rng.standard_normal((2, len(lengths), kv_heads, capacity, head_dim)).astype(np.float32)
     for b, length in enumerate(exact):
         k[b, :, length:] = v[b, :, length:] = np.nan
     q = 2 * rng.standard_normal((len(lengths), kv_heads * group, n, head_dim))
-    max_length = max(lengths) + 5 if max(lengths) + 5 <= offsets.shape[1] * PAGE else max(lengths)
+    max_length = most_packed + 5 if most_packed + 5 <= offsets.shape[1] * PAGE else most_packed
     return Case(
         codec,
         PageTable(
             torch.from_numpy(pool), torch.from_numpy(offsets), torch.tensor(lengths, dtype=torch.int32), max_length
         ),
-        ExactTokens(tensor(k, dtype), tensor(v, dtype), torch.tensor(exact, dtype=torch.int32), max(exact)),
+        ExactTokens(tensor(k, dtype), tensor(v, dtype), torch.tensor(exact, dtype=torch.int32), most_exact),
         tensor(q, dtype),
         head_dim**-0.5,
     )

@@ -75,6 +75,8 @@ CPU_ENCODE_BYTES = 5e-3
 CPU_ENCODE_LOSS = 1e-4
 # The same where each vector is coded at several scales and the best by one measure is kept: near-ties of candidates.
 CPU_REFINED_LOSS = 3e-3
+# The same of a single page of one or two heads, where one near-tie is a larger share.
+CPU_ENCODE_PAGE_LOSS = 2e-2
 # merge of two float32 results against the whole.
 MERGE = 1e-5
 

@@ -82,7 +82,7 @@ def check_decode(
         check_table(op, table, q.shape[0], q)
     if exact is not None:
         check_exact(op, exact, codec, q)
-        if causal and exact.max_length < q.shape[2]:
+        if causal and exact.max_length < q.shape[2] and q.shape[0]:
             raise fail(op, f"at least {q.shape[2]} exact tokens, the causal queries' own", exact.max_length)
     elif causal and q.shape[2] > 1:
         raise fail(op, "exact tokens for more than one causal query", None)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from .arrays import Array, device_of, dtype_of, empty_like
+from .arrays import Array, device_of, dtype_of, empty_like, from_numpy
 from .checks import (
     check_codec,
     check_index,
@@ -237,7 +239,13 @@ def page_select(
     if exact_lse is not None:
         check_index(name, "exact_lse", exact_lse, "float32", (batch, q_heads, n))
     most = pages if top_k is None else min(top_k, pages)
-    return launch(name, means, backend)(means, codec, table, most, top_p, exact_lse)
+    run = launch(name, means, backend)
+    if 0 in means.shape:  # without queries, or without pages, none is read
+        heads = batch, codec.kv_heads
+        empty = ((*heads, most), "int64"), (heads, "int32"), ((*heads, pages), "bool")
+        offsets, tokens, read = (from_numpy(np.zeros(shape, dtype), means, dtype) for shape, dtype in empty)
+        return offsets, tokens, read
+    return run(means, codec, table, most, top_p, exact_lse)
 
 
 def _check_scores(op: str, scores: Any, table: Any) -> tuple[int, ...]:

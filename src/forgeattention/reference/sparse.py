@@ -138,7 +138,7 @@ def page_select(
     """
     mass = PAGE * np.exp(np.asarray(means, np.float64))
     whole = mass.sum(-1) + np.exp(np.asarray(exact_lse, np.float64))
-    share = (mass / np.where(whole > 0, whole, 1.0)[..., None]).reshape(-1, mass.shape[-1])
+    share = (mass / np.where(whole > 0, whole, 1.0)[..., None]).reshape(whole.size, mass.shape[-1])
     order = np.argsort(-share.max(0, initial=0.0), kind="stable")
     count = min(used, most)
     if top_p is not None:

@@ -93,9 +93,8 @@ def page_select(
     """Pages are few, so NumPy does it, on the arrays' own memory."""
     given: list[Any] = [means, table.offsets, table.lengths, exact_lse]
     m, offsets, lengths, lse = [x.numpy() if is_torch(x) else x for x in given]
-    batch, _, _, pages = m.shape
-    kv_heads = codec.kv_heads
-    z = m.reshape(batch, kv_heads, -1, pages) + np.float32(math.log(PAGE))
+    (batch, q_heads, n, pages), kv_heads = m.shape, codec.kv_heads
+    z = m.reshape(batch, kv_heads, q_heads // kv_heads * n, pages) + np.float32(math.log(PAGE))
     total = np.logaddexp.reduce(z, axis=-1)
     if lse is not None:
         total = np.logaddexp(total, lse.reshape(total.shape))

@@ -28,7 +28,7 @@ def view_of(op: str, name: str, x: Any) -> tuple[int, int, int, int, int]:
     """(address, dtype, three strides) of an array of three or four axes; a missing first axis has stride 0."""
     torch = is_torch(x)
     strides = x.stride() if torch else strides_of(x)
-    if strides[-1] != 1 and x.shape[-1] > 1:
+    if strides[-1] != 1 and x.shape[-1] > 1 and 0 not in x.shape:  # an empty array has no strides to speak of
         raise fail(op, f"{name} with a contiguous last axis", f"strides {list(strides)}")
     lead = strides[:-1] if len(strides) == 4 else (0, *strides[:-1])
     return x.data_ptr() if torch else address(x), dtype_code(x), lead[0], lead[1], lead[2]
@@ -62,7 +62,7 @@ def table_view(op: str, table: PageTable) -> tuple[int, int, int, int, int, int]
     if view is None:
         base, size = bytes_of(op, "table.base", table.base)
         strides = strides_of(table.offsets)
-        if table.offsets.shape[1] > 1 and strides[1] != 1:
+        if table.offsets.shape[1] > 1 and strides[1] != 1 and table.offsets.shape[0]:
             raise fail(op, "table.offsets with a contiguous last axis", f"strides {list(strides)}")
         lengths = flat(op, "table.lengths", table.lengths)
         view = table.views["cpu"] = base, size, address(table.offsets), strides[0], lengths, table.max_length
