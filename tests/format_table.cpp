@@ -17,9 +17,10 @@ int main() {
     for (int scales : {forge::FP16, forge::LOG8})
       for (int k_bits = 2; k_bits <= 4; ++k_bits)
         for (int v_bits = 2; v_bits <= 4; ++v_bits)
-          std::printf("record %d %d %d %d %d %d %d %d %d\n", dim, k_bits, v_bits, scales, forge::k_scale_offset(dim, k_bits),
-                      forge::mean_offset(dim, k_bits, scales), forge::v_offset(dim, k_bits, scales),
-                      forge::v_scale_offset(dim, k_bits, v_bits, scales), forge::record_bytes(dim, k_bits, v_bits, scales));
+          std::printf("record %d %d %d %d %d %d %d %d %d\n", dim, k_bits, v_bits, scales,
+                      forge::k_scale_offset(dim, k_bits), forge::mean_offset(dim, k_bits, scales),
+                      forge::v_offset(dim, k_bits, scales), forge::v_scale_offset(dim, k_bits, v_bits, scales),
+                      forge::record_bytes(dim, k_bits, v_bits, scales));
     for (int lane = 0; lane < forge::LANES; ++lane)
       for (int u = 0; u < forge::units(dim); ++u) {
         std::printf("words %d %d %d %d %d %d\n", dim, lane, u, forge::word_index(dim, 2, lane, u, 1),

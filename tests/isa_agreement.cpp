@@ -85,9 +85,9 @@ Results run(const Kernels& kernel, const Codec& c, const std::vector<uint8_t>* r
   r.exact.resize(size_t(ROWS) * (dim + 2));
   int visible[ROWS];
   for (int i = 0; i < ROWS; ++i) visible[i] = EXACT - i;
-  kernel.attend_exact(c.head_dim, dim, q.data(), ROWS, {half.data(), dim, FLOAT16}, {half.data() + EXACT * dim, dim, FLOAT16},
-                      EXACT, visible, 0.13f, {r.exact.data(), r.exact.data() + ROWS * dim, r.exact.data() + ROWS * (dim + 1)},
-                      scratch.p);
+  kernel.attend_exact(c.head_dim, dim, q.data(), ROWS, {half.data(), dim, FLOAT16},
+                      {half.data() + EXACT * dim, dim, FLOAT16}, EXACT, visible, 0.13f,
+                      {r.exact.data(), r.exact.data() + ROWS * dim, r.exact.data() + ROWS * (dim + 1)}, scratch.p);
   return r;
 }
 
@@ -127,8 +127,9 @@ int main(int argc, char** argv) {
           for (const double w : worst) good &= w <= tolerance;
           if (!good) {
             ++failures;
-            std::printf("  dim %d bits %d code %d: bytes %.4f decode %.1e %.1e scores %.1e sums %.1e attend %.1e %.1e exact %.1e\n", dim,
-                        bits, code, share, worst[0], worst[1], worst[2], worst[3], worst[4], worst[5], worst[6]);
+            std::printf(
+                "  dim %d bits %d code %d: bytes %.4f decode %.1e %.1e scores %.1e sums %.1e attend %.1e %.1e exact %.1e\n",
+                dim, bits, code, share, worst[0], worst[1], worst[2], worst[3], worst[4], worst[5], worst[6]);
           }
         }
   }

@@ -1,5 +1,5 @@
-// What the encode kernel needs of a GPU, on the CPU: one CTA of 256 threads, with barriers and exchanges within warps. It stands
-// for common.cuh, transform.cuh (no rotation) and the constants of page.cuh.
+// What the encode kernel needs of a GPU, on the CPU: one CTA of 256 threads, with barriers and exchanges within warps.
+// It stands for common.cuh, transform.cuh (no rotation) and the constants of page.cuh.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -140,14 +140,28 @@ inline u32 halves(F f) {
   return float_to_half(f(0)) | float_to_half(f(1)) << 16;
 }
 inline u32 half2(float a, float b) { return float_to_half(a) | float_to_half(b) << 16; }
-inline u32 hadd2(u32 a, u32 b) { return halves([&](int i) { return half_of(a, i) + half_of(b, i); }); }
-inline u32 hsub2(u32 a, u32 b) { return halves([&](int i) { return half_of(a, i) - half_of(b, i); }); }
-inline u32 hmul2(u32 a, u32 b) { return halves([&](int i) { return half_of(a, i) * half_of(b, i); }); }
-inline u32 hmin2(u32 a, u32 b) { return halves([&](int i) { return fminf(half_of(a, i), half_of(b, i)); }); }
-inline u32 hmax2(u32 a, u32 b) { return halves([&](int i) { return fmaxf(half_of(a, i), half_of(b, i)); }); }
-inline u32 hlt2(u32 a, u32 b) { return (half_of(a, 0) < half_of(b, 0) ? 0xFFFFu : 0u) | (half_of(a, 1) < half_of(b, 1) ? 0xFFFF0000u : 0u); }
+inline u32 hadd2(u32 a, u32 b) {
+  return halves([&](int i) { return half_of(a, i) + half_of(b, i); });
+}
+inline u32 hsub2(u32 a, u32 b) {
+  return halves([&](int i) { return half_of(a, i) - half_of(b, i); });
+}
+inline u32 hmul2(u32 a, u32 b) {
+  return halves([&](int i) { return half_of(a, i) * half_of(b, i); });
+}
+inline u32 hmin2(u32 a, u32 b) {
+  return halves([&](int i) { return fminf(half_of(a, i), half_of(b, i)); });
+}
+inline u32 hmax2(u32 a, u32 b) {
+  return halves([&](int i) { return fmaxf(half_of(a, i), half_of(b, i)); });
+}
+inline u32 hlt2(u32 a, u32 b) {
+  return (half_of(a, 0) < half_of(b, 0) ? 0xFFFFu : 0u) | (half_of(a, 1) < half_of(b, 1) ? 0xFFFF0000u : 0u);
+}
 inline u32 hfma2(u32 a, u32 b, u32 c) {
-  const auto one = [&](int i) { return (unsigned short)same_bits<unsigned short>((_Float16)((double)half_of(a, i) * half_of(b, i) + half_of(c, i))); };
+  const auto one = [&](int i) {
+    return (unsigned short)same_bits<unsigned short>((_Float16)((double)half_of(a, i) * half_of(b, i) + half_of(c, i)));
+  };
   return one(0) | (u32)one(1) << 16;
 }
 // mma.m16n8k16 of halves, by the fragments of the PTX ISA.
@@ -161,7 +175,8 @@ inline void mma_16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   for (int i = 0; i < 4; ++i) {
     const int row = g + 8 * (i >> 1), column = 2 * t + (i & 1);
     for (int k = 0; k < 16; ++k)
-      d[i] += half_of(all[(row & 7) * 4 + k % 8 / 2][(row >> 3) + 2 * (k >> 3)], k & 1) * half_of(all[column * 4 + k % 8 / 2][4 + (k >> 3)], k & 1);
+      d[i] += half_of(all[(row & 7) * 4 + k % 8 / 2][(row >> 3) + 2 * (k >> 3)], k & 1) *
+              half_of(all[column * 4 + k % 8 / 2][4 + (k >> 3)], k & 1);
   }
   __syncwarp();
 }
@@ -187,5 +202,6 @@ constexpr int MEAN_OFFSET = forge::mean_offset(DIM, FORGE_K_BITS, FORGE_SCALES);
 constexpr int K_BYTES = forge::v_offset(DIM, FORGE_K_BITS, FORGE_SCALES);
 constexpr int RECORD = forge::record_bytes(DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_SCALES);
 constexpr int SCALE_OFFSET_V = forge::code_bytes(DIM, FORGE_V_BITS);
-constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE), V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
+constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE),
+              V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
 constexpr int K_LEVELS[K_COUNT] = {FORGE_K_LEVELS}, V_LEVELS[V_COUNT] = {FORGE_V_LEVELS};

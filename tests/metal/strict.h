@@ -1,6 +1,6 @@
-// Declarations of the part of the Metal standard library that kernels use, for clang's front end: no bodies, nothing runs.
-// Signatures are those of the Metal Shading Language specification (4.0; sections 2.2, 2.4, 5.4, 6.1 to 6.9) with the
-// additions of the text that MLX puts before every custom kernel (mlx/backend/metal/kernels/utils.h).
+// Declarations of the part of the Metal standard library that kernels use, for clang's front end: no bodies, nothing
+// runs. Signatures are those of the Metal Shading Language specification (4.0; sections 2.2, 2.4, 5.4, 6.1 to 6.9) with
+// the additions of the text that MLX puts before every custom kernel (mlx/backend/metal/kernels/utils.h).
 //
 // Two readings of the same text (strict.py):
 //   STRICT_SPACES  C++ for OpenCL 2021, clang's language nearest to Metal, whose front end is a fork of clang: device,
@@ -129,9 +129,9 @@ template <class T>
 struct strict_scalar {
   enum { integer = 0, floating = 0, shuffles = 0, bytes = 0 };
 };
-#define STRICT_SCALAR(T, INTEGER, FLOATING, SHUFFLES) \
-  template <>                                         \
-  struct strict_scalar<T> {                           \
+#define STRICT_SCALAR(T, INTEGER, FLOATING, SHUFFLES)                     \
+  template <>                                                             \
+  struct strict_scalar<T> {                                               \
     enum { integer = INTEGER, floating = FLOATING, shuffles = SHUFFLES }; \
   };
 STRICT_SCALAR(char, 1, 0, 1)
@@ -140,7 +140,7 @@ STRICT_SCALAR(short, 1, 0, 1)
 STRICT_SCALAR(ushort, 1, 0, 1)
 STRICT_SCALAR(int, 1, 0, 1)
 STRICT_SCALAR(uint, 1, 0, 1)
-STRICT_SCALAR(long, 1, 0, 0)   // integer functions take it, simdgroup functions do not
+STRICT_SCALAR(long, 1, 0, 0)  // integer functions take it, simdgroup functions do not
 STRICT_SCALAR(ulong, 1, 0, 0)
 STRICT_SCALAR(half, 0, 1, 1)
 STRICT_SCALAR(float, 0, 1, 1)
@@ -180,10 +180,10 @@ STRICT_FORMS(fast)
 STRICT_FORMS(precise)
 #undef STRICT_FORMS
 #undef STRICT_UNARY
-#define STRICT_BINARY(name)   \
-  half name(half, half);      \
-  float name(float, float);   \
-  template <int N>            \
+#define STRICT_BINARY(name) \
+  half name(half, half);    \
+  float name(float, float); \
+  template <int N>          \
   vec<float, N> name(vec<float, N>, vec<float, N>);
 STRICT_BINARY(max)
 STRICT_BINARY(min)
@@ -229,7 +229,13 @@ template <int N>
 half dot(vec<half, N>, vec<half, N>);
 
 // 6.9 synchronisation and simdgroups
-enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4, mem_threadgroup_imageblock = 8 };
+enum class mem_flags : uint {
+  mem_none = 0,
+  mem_device = 1,
+  mem_threadgroup = 2,
+  mem_texture = 4,
+  mem_threadgroup_imageblock = 8
+};
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return static_cast<mem_flags>(uint(a) | uint(b)); }
 template <mem_flags>
 struct strict_constant {};
@@ -281,9 +287,9 @@ void simdgroup_multiply_accumulate(thread simdgroup_matrix<T, Cols, Rows>& d, th
 using namespace metal;
 
 // Overloads of simdgroup functions that MLX's text has at global scope.
-#define STRICT_MLX_SHUFFLE(name)        \
-  uint64_t name(uint64_t, uint16_t);    \
-  int64_t name(int64_t, uint16_t);      \
+#define STRICT_MLX_SHUFFLE(name)     \
+  uint64_t name(uint64_t, uint16_t); \
+  int64_t name(int64_t, uint16_t);   \
   bool name(bool, uint16_t);
 STRICT_MLX_SHUFFLE(simd_shuffle)
 STRICT_MLX_SHUFFLE(simd_shuffle_up)

@@ -8,14 +8,17 @@
 
 namespace metal {
 
-#define MSL_UNARY(name, expression)                                                     \
-  inline float name(float x) { return expression; }                                     \
-  inline half name(half h) { const float x = h; return half(expression); }              \
-  template <int N>                                                                      \
-  vec<float, N> name(const vec<float, N>& v) {                                          \
-    vec<float, N> r;                                                                    \
-    for (int i = 0; i < N; i++) r[i] = name(v[i]);                                      \
-    return r;                                                                           \
+#define MSL_UNARY(name, expression)                 \
+  inline float name(float x) { return expression; } \
+  inline half name(half h) {                        \
+    const float x = h;                              \
+    return half(expression);                        \
+  }                                                 \
+  template <int N>                                  \
+  vec<float, N> name(const vec<float, N>& v) {      \
+    vec<float, N> r;                                \
+    for (int i = 0; i < N; i++) r[i] = name(v[i]);  \
+    return r;                                       \
   }
 MSL_UNARY(exp, std::exp(x))
 MSL_UNARY(exp2, std::exp2(x))
@@ -45,11 +48,11 @@ vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c) {
   return r;
 }
 
-#define MSL_ORDER(T)                                                                \
-  inline T max(T a, T b) { return a > b ? a : b; }                                  \
-  inline T min(T a, T b) { return a < b ? a : b; }                                  \
-  inline T clamp(T x, T low, T high) { return min(max(x, low), high); }             \
-  inline T max3(T a, T b, T c) { return max(max(a, b), c); }                        \
+#define MSL_ORDER(T)                                                    \
+  inline T max(T a, T b) { return a > b ? a : b; }                      \
+  inline T min(T a, T b) { return a < b ? a : b; }                      \
+  inline T clamp(T x, T low, T high) { return min(max(x, low), high); } \
+  inline T max3(T a, T b, T c) { return max(max(a, b), c); }            \
   inline T select(T a, T b, bool c) { return c ? b : a; }
 MSL_ORDER(char)
 MSL_ORDER(uchar)
@@ -60,26 +63,26 @@ MSL_ORDER(uint)
 MSL_ORDER(long)
 MSL_ORDER(ulong)
 #undef MSL_ORDER
-#define MSL_ORDER(T)                                                                          \
-  inline T max(T a, T b) { return a != a ? b : b != b ? a : a > b ? a : b; }                  \
-  inline T min(T a, T b) { return a != a ? b : b != b ? a : a < b ? a : b; }                  \
-  inline T fmax(T a, T b) { return max(a, b); }                                               \
-  inline T fmin(T a, T b) { return min(a, b); }                                               \
-  inline T clamp(T x, T low, T high) { return min(max(x, low), high); }                       \
-  inline T max3(T a, T b, T c) { return max(max(a, b), c); }                                  \
-  inline T select(T a, T b, bool c) { return c ? b : a; }                                     \
+#define MSL_ORDER(T)                                                         \
+  inline T max(T a, T b) { return a != a ? b : b != b ? a : a > b ? a : b; } \
+  inline T min(T a, T b) { return a != a ? b : b != b ? a : a < b ? a : b; } \
+  inline T fmax(T a, T b) { return max(a, b); }                              \
+  inline T fmin(T a, T b) { return min(a, b); }                              \
+  inline T clamp(T x, T low, T high) { return min(max(x, low), high); }      \
+  inline T max3(T a, T b, T c) { return max(max(a, b), c); }                 \
+  inline T select(T a, T b, bool c) { return c ? b : a; }                    \
   inline T abs(T x) { return x < 0 ? -x : x == 0 ? T(0) : x; }
 MSL_ORDER(half)
 MSL_ORDER(float)
 #undef MSL_ORDER
 inline int abs(int x) { return x < 0 ? -x : x; }
 
-#define MSL_VECTOR(name)                                                \
-  template <class T, int N>                                             \
-  vec<T, N> name(const vec<T, N>& a, const vec<T, N>& b) {              \
-    vec<T, N> r;                                                        \
-    for (int i = 0; i < N; i++) r[i] = name(a[i], b[i]);                \
-    return r;                                                           \
+#define MSL_VECTOR(name)                                   \
+  template <class T, int N>                                \
+  vec<T, N> name(const vec<T, N>& a, const vec<T, N>& b) { \
+    vec<T, N> r;                                           \
+    for (int i = 0; i < N; i++) r[i] = name(a[i], b[i]);   \
+    return r;                                              \
   }
 MSL_VECTOR(max)
 MSL_VECTOR(min)
@@ -118,7 +121,9 @@ bool all(const vec<bool, N>& v) {
 inline uint popcount(uint x) { return __builtin_popcount(x); }
 inline uint clz(uint x) { return x ? __builtin_clz(x) : 32; }
 inline uint ctz(uint x) { return x ? __builtin_ctz(x) : 32; }
-inline uint extract_bits(uint x, uint offset, uint bits) { return bits == 0 ? 0 : x << (32 - offset - bits) >> (32 - bits); }
+inline uint extract_bits(uint x, uint offset, uint bits) {
+  return bits == 0 ? 0 : x << (32 - offset - bits) >> (32 - bits);
+}
 inline int extract_bits(int x, uint offset, uint bits) {
   return bits == 0 ? 0 : int(uint(x) << (32 - offset - bits)) >> (32 - bits);
 }

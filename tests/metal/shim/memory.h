@@ -21,7 +21,8 @@ class ptr {
   ptr(T* address, const Region* region) : address_(address), region_(region) {}
   template <class U, class = std::enable_if_t<std::is_same<const U, T>::value>>
   ptr(const ptr<U, S>& other) : address_(other.address()), region_(other.region()) {}
-  template <class U, class = void, class = std::enable_if_t<!std::is_same<const U, T>::value && !std::is_same<U, T>::value>>
+  template <class U, class = void,
+            class = std::enable_if_t<!std::is_same<const U, T>::value && !std::is_same<U, T>::value>>
   explicit ptr(const ptr<U, S>& other) : address_(reinterpret_cast<T*>(other.address())), region_(other.region()) {
     static_assert(std::is_const<T>::value || !std::is_const<U>::value, "a cast must not drop const");
   }
@@ -31,19 +32,33 @@ class ptr {
   explicit operator bool() const { return address_ != nullptr; }
 
   template <class I>
-  auto operator[](I i) const { return *(*this + i); }
+  auto operator[](I i) const {
+    return *(*this + i);
+  }
   auto operator*() const { return deref(std::is_const<T>()); }
   template <class I>
-  ptr operator+(I i) const { return ptr(address_ + static_cast<std::ptrdiff_t>(i), region_); }
+  ptr operator+(I i) const {
+    return ptr(address_ + static_cast<std::ptrdiff_t>(i), region_);
+  }
   template <class I>
-  ptr operator-(I i) const { return ptr(address_ - static_cast<std::ptrdiff_t>(i), region_); }
+  ptr operator-(I i) const {
+    return ptr(address_ - static_cast<std::ptrdiff_t>(i), region_);
+  }
   std::ptrdiff_t operator-(const ptr& other) const { return address_ - other.address_; }
   template <class I>
-  ptr& operator+=(I i) { return *this = *this + i; }
+  ptr& operator+=(I i) {
+    return *this = *this + i;
+  }
   template <class I>
-  ptr& operator-=(I i) { return *this = *this - i; }
+  ptr& operator-=(I i) {
+    return *this = *this - i;
+  }
   ptr& operator++() { return *this += 1; }
-  ptr operator++(int) { ptr old = *this; ++*this; return old; }
+  ptr operator++(int) {
+    ptr old = *this;
+    ++*this;
+    return old;
+  }
   bool operator==(const ptr& other) const { return address_ == other.address_; }
   bool operator!=(const ptr& other) const { return address_ != other.address_; }
   bool operator<(const ptr& other) const { return address_ < other.address_; }
@@ -74,16 +89,34 @@ class ref {
   explicit ref(ptr<T, S> p) : p_(p) {}
   operator T() const { return p_.load(); }
   ptr<T, S> operator&() const { return p_; }
-  const ref& operator=(const T& value) const { p_.store(value); return *this; }
-  const ref& operator=(const ref& other) const { p_.store(other); return *this; }
+  const ref& operator=(const T& value) const {
+    p_.store(value);
+    return *this;
+  }
+  const ref& operator=(const ref& other) const {
+    p_.store(other);
+    return *this;
+  }
   template <class V>
-  const ref& operator+=(const V& v) const { p_.store(static_cast<T>(p_.load() + v)); return *this; }
+  const ref& operator+=(const V& v) const {
+    p_.store(static_cast<T>(p_.load() + v));
+    return *this;
+  }
   template <class V>
-  const ref& operator-=(const V& v) const { p_.store(static_cast<T>(p_.load() - v)); return *this; }
+  const ref& operator-=(const V& v) const {
+    p_.store(static_cast<T>(p_.load() - v));
+    return *this;
+  }
   template <class V>
-  const ref& operator*=(const V& v) const { p_.store(static_cast<T>(p_.load() * v)); return *this; }
+  const ref& operator*=(const V& v) const {
+    p_.store(static_cast<T>(p_.load() * v));
+    return *this;
+  }
   template <class V>
-  const ref& operator|=(const V& v) const { p_.store(static_cast<T>(p_.load() | v)); return *this; }
+  const ref& operator|=(const V& v) const {
+    p_.store(static_cast<T>(p_.load() | v));
+    return *this;
+  }
 
  private:
   ptr<T, S> p_;
@@ -101,14 +134,14 @@ template <class T>
 using threadgroup_ref = ref<T, kThreadgroup>;
 
 // Storage of one `threadgroup T name[N];`. The threads of a threadgroup share it, and threadgroups run one after
-// another, so one static object serves them all; its cells know which threadgroup wrote them. It begins at a multiple of
-// ALIGN, what the declaration promises, and of no more: a read as a wider type is then seen to be misaligned.
+// another, so one static object serves them all; its cells know which threadgroup wrote them. It begins at a multiple
+// of ALIGN, what the declaration promises, and of no more: a read as a wider type is then seen to be misaligned.
 template <class T, size_t N, size_t ALIGN>
 struct threadgroup_storage {
   alignas(64) char room[sizeof(T) * N + ALIGN];
   Cell cells[N];
   Region region;
-  uint32_t declared_in;                          // number of the launch that declared it last
+  uint32_t declared_in;  // number of the launch that declared it last
   threadgroup_ptr<T> get(const char* name) {
     static_assert(ALIGN <= 32, "expected an alignment of at most 32 bytes");
     char* bytes = room + ALIGN;

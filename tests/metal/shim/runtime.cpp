@@ -49,7 +49,7 @@ msl_switch:
 void switch_context(Context& from, Context& to) { msl_switch(&from.sp, to.sp); }
 void make_context(Context& c, char* stack, size_t bytes, void (*entry)()) {
   auto* top = reinterpret_cast<void**>(stack + bytes);
-  *--top = nullptr;                              // a return address keeps the stack aligned as after a call
+  *--top = nullptr;  // a return address keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; i++) *--top = nullptr;  // the saved registers
   c.sp = top;
@@ -92,11 +92,11 @@ Context g_scheduler;
 Thread g_threads[kMaxThreads];
 Simdgroup g_simdgroups[kMaxThreads / kSimdWidth];
 Thread* g_self;
-uint32_t g_group;                                // counts threadgroups over all launches, from 1
+uint32_t g_group;  // counts threadgroups over all launches, from 1
 uint32_t g_group_epoch[3];
 bool g_failed;
 char* g_stacks;
-size_t g_declared_bytes;                         // of threadgroup variables in this launch
+size_t g_declared_bytes;  // of threadgroup variables in this launch
 uint32_t g_launch_number;
 
 void format_failure(const char* kind, const char* format, va_list args) {
@@ -122,7 +122,7 @@ void fiber_entry() {
   g_main(g_launch->regions, g_self->ids);
   g_self->state = kDone;
   switch_context(g_self->context, g_scheduler);
-  std::abort();                                  // a finished thread is never resumed
+  std::abort();  // a finished thread is never resumed
 }
 
 void block(State state) {
@@ -133,7 +133,8 @@ void block(State state) {
 bool allocate_stacks() {
   if (g_stacks) return true;
   size_t each = kStackBytes + kGuardBytes;
-  void* p = mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return false;
   g_stacks = static_cast<char*>(p);
   for (unsigned i = 0; i < kMaxThreads; i++) mprotect(g_stacks + i * each, kGuardBytes, PROT_NONE);
@@ -141,8 +142,10 @@ bool allocate_stacks() {
 }
 
 void describe_lane(char* text, size_t bytes, const Thread& t) {
-  if (t.state == kDone) std::snprintf(text, bytes, "has returned");
-  else std::snprintf(text, bytes, "is at %s, line %d", t.op, t.line);
+  if (t.state == kDone)
+    std::snprintf(text, bytes, "has returned");
+  else
+    std::snprintf(text, bytes, "is at %s, line %d", t.op, t.line);
 }
 
 // Runs a simdgroup until every lane has returned or waits at a threadgroup barrier.
@@ -194,8 +197,10 @@ void run_threadgroup(unsigned threads) {
       char other[128];
       describe_lane(other, sizeof other, t);
       g_self = &t;
-      fail_in_scheduler("barrier_divergence", "threadgroup_barrier, line %d, expected every thread of the threadgroup; "
-                        "thread %u waits there, thread %u %s", lead.line, leader, i, other);
+      fail_in_scheduler("barrier_divergence",
+                        "threadgroup_barrier, line %d, expected every thread of the threadgroup; "
+                        "thread %u waits there, thread %u %s",
+                        lead.line, leader, i, other);
       return;
     }
     for (unsigned s = 0; s < 3; s++) g_group_epoch[s] += (lead.spaces >> s) & 1;
@@ -215,7 +220,8 @@ unsigned set_up_threadgroup(Dim3 group, Dim3 groups, Dim3 full) {
   for (unsigned i = 0; i < threads; i++) {
     Thread& t = g_threads[i];
     const Dim3 local = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
-    t.ids.thread_position_in_grid = {group.x * full.x + local.x, group.y * full.y + local.y, group.z * full.z + local.z};
+    t.ids.thread_position_in_grid = {group.x * full.x + local.x, group.y * full.y + local.y,
+                                     group.z * full.z + local.z};
     t.ids.threads_per_grid = grid;
     t.ids.grid_origin = {0, 0, 0};
     t.ids.thread_position_in_threadgroup = local;
@@ -236,7 +242,7 @@ unsigned set_up_threadgroup(Dim3 group, Dim3 groups, Dim3 full) {
 
 bool ordered(const Region* r, uint32_t group, uint32_t group_epoch, uint32_t simd_epoch, uint16_t thread) {
   const ThreadIds& me = g_self->ids;
-  if (group != g_group) return r->space == kThreadgroup;   // an older threadgroup's cell is stale, not shared
+  if (group != g_group) return r->space == kThreadgroup;  // an older threadgroup's cell is stale, not shared
   if (thread == me.thread_index_in_threadgroup || group_epoch != g_group_epoch[r->space]) return true;
   return thread / kSimdWidth == me.simdgroup_index_in_threadgroup &&
          simd_epoch != g_simdgroups[thread / kSimdWidth].epoch[r->space];
@@ -251,8 +257,10 @@ void check_written(const Region& r) {
     if (r.cells[i].written || r.initialised) continue;
     size_t missing = 0;
     for (size_t k = i; k < r.bytes / r.granule; k++) missing += !r.cells[k].written;
-    fail_in_scheduler("unwritten_output", "output %s expected every element written; got %zu of %zu left, first %zu "
-                      "(does the grid, counted in threads, cover the work?)", r.name, missing, r.bytes / r.granule, i);
+    fail_in_scheduler("unwritten_output",
+                      "output %s expected every element written; got %zu of %zu left, first %zu "
+                      "(does the grid, counted in threads, cover the work?)",
+                      r.name, missing, r.bytes / r.granule, i);
     return;
   }
 }
@@ -303,7 +311,7 @@ void note_read(const Region* r, const void* address, size_t bytes) {
       c.read_simd_epoch = simd_epoch;
       c.read_thread = me;
     } else if (c.read_thread / kSimdWidth != simdgroup || c.read_simd_epoch != simd_epoch) {
-      c.read_by_many = false;                    // other simdgroups are remembered in read_simdgroups
+      c.read_by_many = false;  // other simdgroups are remembered in read_simdgroups
       c.read_simd_epoch = simd_epoch;
       c.read_thread = me;
     } else if (c.read_thread != me) {
@@ -332,7 +340,8 @@ void note_write(const Region* r, const void* address, size_t bytes) {
       const bool same_phase = c.read_thread / kSimdWidth == simdgroup && c.read_simd_epoch == simd_epoch;
       clash |= same_phase && (c.read_by_many || c.read_thread != me);
     }
-    if (clash) fail("race", "%s: element %zu is written here and read by another thread with no barrier between", r->name, i);
+    if (clash)
+      fail("race", "%s: element %zu is written here and read by another thread with no barrier between", r->name, i);
     c.written = true;
     c.write_group = g_group;
     c.write_group_epoch = group_epoch;
@@ -395,9 +404,11 @@ int run(Launch* launch, ThreadMain thread_main) {
                      smaller(launch->threadgroup.z, grid.z)};
   const uint64_t threads = uint64_t(launch->threadgroup.x) * launch->threadgroup.y * launch->threadgroup.z;
   if (threads == 0 || threads > kMaxThreads || full.x == 0 || full.y == 0 || full.z == 0) {
-    fail_in_scheduler("launch", "expected a non-empty grid and 1 to %u threads per threadgroup; got grid [%u, %u, %u], "
-                      "threadgroup [%u, %u, %u]", kMaxThreads, grid.x, grid.y, grid.z, launch->threadgroup.x,
-                      launch->threadgroup.y, launch->threadgroup.z);
+    fail_in_scheduler("launch",
+                      "expected a non-empty grid and 1 to %u threads per threadgroup; got grid [%u, %u, %u], "
+                      "threadgroup [%u, %u, %u]",
+                      kMaxThreads, grid.x, grid.y, grid.z, launch->threadgroup.x, launch->threadgroup.y,
+                      launch->threadgroup.z);
     return 1;
   }
   if (!allocate_stacks()) {
@@ -442,6 +453,8 @@ struct SourceLocation {
 }  // namespace
 extern "C" {
 void __ubsan_handle_out_of_bounds(void* data, void*) { sanitizer(data, "index outside a thread-private array"); }
-void __ubsan_handle_shift_out_of_bounds(void* data, void*, void*) { sanitizer(data, "shift by more bits than there are"); }
+void __ubsan_handle_shift_out_of_bounds(void* data, void*, void*) {
+  sanitizer(data, "shift by more bits than there are");
+}
 void __ubsan_handle_divrem_overflow(void* data, void*, void*) { sanitizer(data, "division by zero"); }
 }

@@ -6,9 +6,9 @@
 namespace msl {
 
 constexpr unsigned kSimdWidth = 32;
-constexpr unsigned kMaxThreads = 1024;           // per threadgroup, as on every Apple GPU
-constexpr size_t kThreadgroupMemory = 32768;     // bytes per threadgroup
-constexpr size_t kSlotBytes = 64;                // the largest value one lane brings to a simd operation
+constexpr unsigned kMaxThreads = 1024;        // per threadgroup, as on every Apple GPU
+constexpr size_t kThreadgroupMemory = 32768;  // bytes per threadgroup
+constexpr size_t kSlotBytes = 64;             // the largest value one lane brings to a simd operation
 
 enum Space : uint8_t { kDevice = 0, kThreadgroup = 1, kConstant = 2 };
 
@@ -21,9 +21,9 @@ struct Dim3 {
 struct Cell {
   uint32_t write_group, write_group_epoch, write_simd_epoch;
   uint32_t read_group, read_group_epoch, read_simd_epoch;
-  uint32_t read_simdgroups;                      // bit per simdgroup that read in read_group_epoch
+  uint32_t read_simdgroups;  // bit per simdgroup that read in read_group_epoch
   uint16_t write_thread, read_thread;
-  bool written, read, read_by_many;              // read_by_many: by two or more threads in read_simd_epoch
+  bool written, read, read_by_many;  // read_by_many: by two or more threads in read_simd_epoch
 };
 static_assert(sizeof(Cell) == 36, "emulator.py allocates the cells of outputs");
 
@@ -32,11 +32,11 @@ struct Region {
   char* begin;
   size_t bytes;
   const char* name;
-  Cell* cells;                                   // null for memory that the kernel can only read
-  uint32_t granule;                              // bytes per cell: the element size of the declaration
+  Cell* cells;       // null for memory that the kernel can only read
+  uint32_t granule;  // bytes per cell: the element size of the declaration
   Space space;
-  bool initialised;                              // filled before the launch (MLX's init_value)
-  mutable uint64_t bytes_read;                   // by all threads of the launch
+  bool initialised;             // filled before the launch (MLX's init_value)
+  mutable uint64_t bytes_read;  // by all threads of the launch
 };
 
 struct ThreadIds {

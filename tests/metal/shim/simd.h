@@ -65,8 +65,10 @@ void gather(const char (*in)[msl::kSlotBytes], char (*out)[msl::kSlotBytes], uin
   for (unsigned i = 0; i < msl::kSimdWidth; i++) {
     if (!(active >> i & 1)) continue;
     const uint from = get<Wanted<T>>(in[i]).lane;
-    if (from < msl::kSimdWidth && (active >> from & 1)) put(out[i], get<Wanted<T>>(in[from]).value);
-    else std::memset(out[i], 0xff, sizeof(T));
+    if (from < msl::kSimdWidth && (active >> from & 1))
+      put(out[i], get<Wanted<T>>(in[from]).value);
+    else
+      std::memset(out[i], 0xff, sizeof(T));
   }
 }
 
@@ -79,20 +81,55 @@ T shuffle(const char* op, int line, T value, uint lane) {
 
 uint lane_index();
 
-struct Sum { template <class T> static T apply(T a, T b) { return T(a + b); } };
-struct Product { template <class T> static T apply(T a, T b) { return T(a * b); } };
-struct Max { template <class T> static T apply(T a, T b) { return max(a, b); } };
-struct Min { template <class T> static T apply(T a, T b) { return min(a, b); } };
-struct And { template <class T> static T apply(T a, T b) { return T(a & b); } };
-struct Or { template <class T> static T apply(T a, T b) { return T(a | b); } };
-struct Xor { template <class T> static T apply(T a, T b) { return T(a ^ b); } };
+struct Sum {
+  template <class T>
+  static T apply(T a, T b) {
+    return T(a + b);
+  }
+};
+struct Product {
+  template <class T>
+  static T apply(T a, T b) {
+    return T(a * b);
+  }
+};
+struct Max {
+  template <class T>
+  static T apply(T a, T b) {
+    return max(a, b);
+  }
+};
+struct Min {
+  template <class T>
+  static T apply(T a, T b) {
+    return min(a, b);
+  }
+};
+struct And {
+  template <class T>
+  static T apply(T a, T b) {
+    return T(a & b);
+  }
+};
+struct Or {
+  template <class T>
+  static T apply(T a, T b) {
+    return T(a | b);
+  }
+};
+struct Xor {
+  template <class T>
+  static T apply(T a, T b) {
+    return T(a ^ b);
+  }
+};
 
 }  // namespace detail
 
-#define MSL_REDUCE(name, Op)                                                                                      \
-  template <class T>                                                                                              \
-  T name(T x, int line = __builtin_LINE()) {                                                                      \
-    return detail::get<T>(msl::simd_rendezvous(#name, line, &x, sizeof x, detail::reduce<T, detail::Op>));        \
+#define MSL_REDUCE(name, Op)                                                                               \
+  template <class T>                                                                                       \
+  T name(T x, int line = __builtin_LINE()) {                                                               \
+    return detail::get<T>(msl::simd_rendezvous(#name, line, &x, sizeof x, detail::reduce<T, detail::Op>)); \
   }
 MSL_REDUCE(simd_sum, Sum)
 MSL_REDUCE(simd_product, Product)
@@ -113,18 +150,26 @@ inline bool simd_all(bool x, int line = __builtin_LINE()) {
 }
 template <class T>
 T simd_prefix_inclusive_sum(T x, int line = __builtin_LINE()) {
-  return detail::get<T>(msl::simd_rendezvous("simd_prefix_inclusive_sum", line, &x, sizeof x, detail::prefix_sum<T, true>));
+  return detail::get<T>(
+      msl::simd_rendezvous("simd_prefix_inclusive_sum", line, &x, sizeof x, detail::prefix_sum<T, true>));
 }
 template <class T>
 T simd_prefix_exclusive_sum(T x, int line = __builtin_LINE()) {
-  return detail::get<T>(msl::simd_rendezvous("simd_prefix_exclusive_sum", line, &x, sizeof x, detail::prefix_sum<T, false>));
+  return detail::get<T>(
+      msl::simd_rendezvous("simd_prefix_exclusive_sum", line, &x, sizeof x, detail::prefix_sum<T, false>));
 }
 template <class T>
-T simd_shuffle(T x, uint lane, int line = __builtin_LINE()) { return detail::shuffle("simd_shuffle", line, x, lane); }
+T simd_shuffle(T x, uint lane, int line = __builtin_LINE()) {
+  return detail::shuffle("simd_shuffle", line, x, lane);
+}
 template <class T>
-T simd_broadcast(T x, uint lane, int line = __builtin_LINE()) { return detail::shuffle("simd_broadcast", line, x, lane); }
+T simd_broadcast(T x, uint lane, int line = __builtin_LINE()) {
+  return detail::shuffle("simd_broadcast", line, x, lane);
+}
 template <class T>
-T simd_broadcast_first(T x, int line = __builtin_LINE()) { return detail::shuffle("simd_broadcast_first", line, x, 0u); }
+T simd_broadcast_first(T x, int line = __builtin_LINE()) {
+  return detail::shuffle("simd_broadcast_first", line, x, 0u);
+}
 template <class T>
 T simd_shuffle_xor(T x, uint mask, int line = __builtin_LINE()) {
   return detail::shuffle("simd_shuffle_xor", line, x, detail::lane_index() ^ mask);
@@ -207,8 +252,8 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
                                    const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c,
                                    int line = __builtin_LINE()) {
   const detail::Operands<D, A, B, C> operands = {a.thread_elements(), b.thread_elements(), c.thread_elements()};
-  d.thread_elements() = detail::get<vec<D, 2>>(msl::simd_rendezvous(
-      "simdgroup_multiply_accumulate", line, &operands, sizeof operands, detail::multiply<D, A, B, C>));
+  d.thread_elements() = detail::get<vec<D, 2>>(msl::simd_rendezvous("simdgroup_multiply_accumulate", line, &operands,
+                                                                    sizeof operands, detail::multiply<D, A, B, C>));
 }
 template <class D, class A, class B>
 void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
@@ -216,13 +261,14 @@ void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8, 8>(D(0)), line);
 }
 template <class T, class U, msl::Space S>
-void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, msl::ptr<U, S> source, ulong elements_per_row = 8, ulong2 origin = ulong2(0ul),
-                    bool transpose = false, int line = __builtin_LINE()) {
+void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, msl::ptr<U, S> source, ulong elements_per_row = 8,
+                    ulong2 origin = ulong2(0ul), bool transpose = false, int line = __builtin_LINE()) {
   static_assert(std::is_same<std::remove_const_t<U>, T>::value, "a matrix loads elements of its own type");
   msl::simd_rendezvous("simdgroup_load", line, nullptr, 0, nullptr);
   for (int i = 0; i < 2; i++) {
     const ulong r = m.row(), c = m.column() + i;
-    m.thread_elements()[i] = (source + ((origin.y + (transpose ? c : r)) * elements_per_row + origin.x + (transpose ? r : c))).load();
+    m.thread_elements()[i] =
+        (source + ((origin.y + (transpose ? c : r)) * elements_per_row + origin.x + (transpose ? r : c))).load();
   }
 }
 template <class T, msl::Space S>
@@ -231,7 +277,8 @@ void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, msl::ptr<T, S> target, 
   msl::simd_rendezvous("simdgroup_store", line, nullptr, 0, nullptr);
   for (int i = 0; i < 2; i++) {
     const ulong r = m.row(), c = m.column() + i;
-    (target + ((origin.y + (transpose ? c : r)) * elements_per_row + origin.x + (transpose ? r : c))).store(m.thread_elements()[i]);
+    (target + ((origin.y + (transpose ? c : r)) * elements_per_row + origin.x + (transpose ? r : c)))
+        .store(m.thread_elements()[i]);
   }
 }
 

@@ -51,8 +51,12 @@ template <class T>
 struct components<T, 2> {
   union {
     T data[2];
-    struct { T x, y; };
-    struct { T r, g; };
+    struct {
+      T x, y;
+    };
+    struct {
+      T r, g;
+    };
     swizzle<T, 2, 0, 1> xy;
     swizzle<T, 2, 1, 0> yx;
   };
@@ -61,8 +65,12 @@ template <class T>
 struct components<T, 3> {
   union {
     T data[4];
-    struct { T x, y, z; };
-    struct { T r, g, b; };
+    struct {
+      T x, y, z;
+    };
+    struct {
+      T r, g, b;
+    };
     swizzle<T, 4, 0, 1> xy;
     swizzle<T, 4, 1, 2> yz;
   };
@@ -71,8 +79,12 @@ template <class T>
 struct components<T, 4> {
   union {
     T data[4];
-    struct { T x, y, z, w; };
-    struct { T r, g, b, a; };
+    struct {
+      T x, y, z, w;
+    };
+    struct {
+      T r, g, b, a;
+    };
     swizzle<T, 4, 0, 1> xy;
     swizzle<T, 4, 1, 0> yx;
     swizzle<T, 4, 2, 3> zw;
@@ -87,20 +99,42 @@ struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : components<T, N> {
   using components<T, N>::data;
   vec() {}
   vec(const vec& v) { copy(v.data); }
-  vec& operator=(const vec& v) { copy(v.data); return *this; }
-  vec(T s) { for (int i = 0; i < N; i++) data[i] = s; }
+  vec& operator=(const vec& v) {
+    copy(v.data);
+    return *this;
+  }
+  vec(T s) {
+    for (int i = 0; i < N; i++) data[i] = s;
+  }
   template <class U>
-  explicit vec(const vec<U, N>& v) { for (int i = 0; i < N; i++) data[i] = static_cast<T>(v[i]); }
+  explicit vec(const vec<U, N>& v) {
+    for (int i = 0; i < N; i++) data[i] = static_cast<T>(v[i]);
+  }
   template <class A, class B, class... C>
-  vec(const A& a, const B& b, const C&... c) { fill(0, a, b, c...); }
+  vec(const A& a, const B& b, const C&... c) {
+    fill(0, a, b, c...);
+  }
   T& operator[](int i) { return data[i]; }
   const T& operator[](int i) const { return data[i]; }
-  vec operator-() const { vec r; for (int i = 0; i < N; i++) r.data[i] = -data[i]; return r; }
-  vec operator~() const { vec r; for (int i = 0; i < N; i++) r.data[i] = ~data[i]; return r; }
+  vec operator-() const {
+    vec r;
+    for (int i = 0; i < N; i++) r.data[i] = -data[i];
+    return r;
+  }
+  vec operator~() const {
+    vec r;
+    for (int i = 0; i < N; i++) r.data[i] = ~data[i];
+    return r;
+  }
 
  private:
-  void copy(const T* v) { for (int i = 0; i < N; i++) data[i] = v[i]; }
-  void fill(int at) { (void)at; static_assert(N > 0, ""); }
+  void copy(const T* v) {
+    for (int i = 0; i < N; i++) data[i] = v[i];
+  }
+  void fill(int at) {
+    (void)at;
+    static_assert(N > 0, "");
+  }
   template <class A, class... C>
   std::enable_if_t<std::is_convertible<A, T>::value> fill(int at, const A& a, const C&... c) {
     data[at] = static_cast<T>(a);
@@ -113,19 +147,25 @@ struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : components<T, N> {
   }
 };
 
-#define MSL_BINARY(op)                                                                                        \
-  template <class T, int N>                                                                                   \
-  vec<T, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {                                             \
-    vec<T, N> r;                                                                                              \
-    for (int i = 0; i < N; i++) r.data[i] = static_cast<T>(a[i] op b[i]);                                     \
-    return r;                                                                                                 \
-  }                                                                                                           \
-  template <class T, int N, class S, class = std::enable_if_t<std::is_convertible<S, T>::value>>              \
-  vec<T, N> operator op(const vec<T, N>& a, const S& s) { return a op vec<T, N>(static_cast<T>(s)); }         \
-  template <class T, int N, class S, class = std::enable_if_t<std::is_convertible<S, T>::value>, class = void>\
-  vec<T, N> operator op(const S& s, const vec<T, N>& a) { return vec<T, N>(static_cast<T>(s)) op a; }         \
-  template <class T, int N, class S>                                                                          \
-  vec<T, N>& operator op##=(vec<T, N>& a, const S& s) { return a = a op s; }
+#define MSL_BINARY(op)                                                                                         \
+  template <class T, int N>                                                                                    \
+  vec<T, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {                                              \
+    vec<T, N> r;                                                                                               \
+    for (int i = 0; i < N; i++) r.data[i] = static_cast<T>(a[i] op b[i]);                                      \
+    return r;                                                                                                  \
+  }                                                                                                            \
+  template <class T, int N, class S, class = std::enable_if_t<std::is_convertible<S, T>::value>>               \
+  vec<T, N> operator op(const vec<T, N>& a, const S& s) {                                                      \
+    return a op vec<T, N>(static_cast<T>(s));                                                                  \
+  }                                                                                                            \
+  template <class T, int N, class S, class = std::enable_if_t<std::is_convertible<S, T>::value>, class = void> \
+  vec<T, N> operator op(const S& s, const vec<T, N>& a) {                                                      \
+    return vec<T, N>(static_cast<T>(s)) op a;                                                                  \
+  }                                                                                                            \
+  template <class T, int N, class S>                                                                           \
+  vec<T, N>& operator op## = (vec<T, N> & a, const S& s) {                                                     \
+    return a = a op s;                                                                                         \
+  }
 MSL_BINARY(+)
 MSL_BINARY(-)
 MSL_BINARY(*)
@@ -138,12 +178,12 @@ MSL_BINARY(<<)
 MSL_BINARY(>>)
 #undef MSL_BINARY
 
-#define MSL_COMPARE(op)                                                                                       \
-  template <class T, int N>                                                                                   \
-  vec<bool, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {                                          \
-    vec<bool, N> r;                                                                                           \
-    for (int i = 0; i < N; i++) r.data[i] = a[i] op b[i];                                                     \
-    return r;                                                                                                 \
+#define MSL_COMPARE(op)                                              \
+  template <class T, int N>                                          \
+  vec<bool, N> operator op(const vec<T, N>& a, const vec<T, N>& b) { \
+    vec<bool, N> r;                                                  \
+    for (int i = 0; i < N; i++) r.data[i] = a[i] op b[i];            \
+    return r;                                                        \
   }
 MSL_COMPARE(==)
 MSL_COMPARE(!=)
@@ -158,16 +198,22 @@ template <class T, int N>
 struct packed_vec {
   T data[N];
   packed_vec() = default;
-  packed_vec(const vec<T, N>& v) { for (int i = 0; i < N; i++) data[i] = v[i]; }
-  operator vec<T, N>() const { vec<T, N> r; for (int i = 0; i < N; i++) r.data[i] = data[i]; return r; }
+  packed_vec(const vec<T, N>& v) {
+    for (int i = 0; i < N; i++) data[i] = v[i];
+  }
+  operator vec<T, N>() const {
+    vec<T, N> r;
+    for (int i = 0; i < N; i++) r.data[i] = data[i];
+    return r;
+  }
   T& operator[](int i) { return data[i]; }
   const T& operator[](int i) const { return data[i]; }
 };
 
-#define MSL_NAMES(T)                \
-  using T##2 = vec<T, 2>;           \
-  using T##3 = vec<T, 3>;           \
-  using T##4 = vec<T, 4>;           \
+#define MSL_NAMES(T)                      \
+  using T##2 = vec<T, 2>;                 \
+  using T##3 = vec<T, 3>;                 \
+  using T##4 = vec<T, 4>;                 \
   using packed_##T##2 = packed_vec<T, 2>; \
   using packed_##T##3 = packed_vec<T, 3>; \
   using packed_##T##4 = packed_vec<T, 4>;

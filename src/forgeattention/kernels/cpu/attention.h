@@ -16,8 +16,8 @@ struct Attention {
   static constexpr int W = Isa::WORDS;
 
   typedef void (*QkPage)(const uint8_t*, const uint8_t*, int, const int8_t*, void*, int32_t*, size_t);
-  typedef void (*ValueTile)(const uint8_t* const*, const uint8_t* const*, int, int, const int8_t*, const Operand*, size_t,
-                            float*, const float*, const float*);
+  typedef void (*ValueTile)(const uint8_t* const*, const uint8_t* const*, int, int, const int8_t*, const Operand*,
+                            size_t, float*, const float*, const float*);
   typedef void (*Unpack)(const uint8_t*, int, const int8_t*, uint8_t*);
 
   template <int CLASS, class S>
@@ -123,12 +123,12 @@ struct Attention {
 
   // Scratch of the three drivers, carved from one block.
   struct Scratch {
-    int32_t* raw;       // [MAX_ROWS][raw_words]
-    float* scores;      // [MAX_ROWS][TILE]
+    int32_t* raw;                // [MAX_ROWS][raw_words]
+    float* scores;               // [MAX_ROWS][TILE]
     float *k_scales, *v_scales;  // [TILE]
-    Operand* operands;  // [MAX_ROWS][TILE_PAGES][weight_operands]
-    uint8_t *keys, *values;  // unpacked, [TILE_PAGES][PAGE * dim]
-    float* acc;         // [rows][4 * dim]
+    Operand* operands;           // [MAX_ROWS][TILE_PAGES][weight_operands]
+    uint8_t *keys, *values;      // unpacked, [TILE_PAGES][PAGE * dim]
+    float* acc;                  // [rows][4 * dim]
     uint8_t* end;
 
     Scratch(void* block, int dim, int rows) {
@@ -149,9 +149,12 @@ struct Attention {
       end = at;
     }
   };
-  static size_t scratch_bytes(int dim, int rows) { return size_t(Scratch(nullptr, dim, rows).end - static_cast<uint8_t*>(nullptr)); }
+  static size_t scratch_bytes(int dim, int rows) {
+    return size_t(Scratch(nullptr, dim, rows).end - static_cast<uint8_t*>(nullptr));
+  }
 
-  // A tile: up to four records of one head, the tokens of them that count, and the records read after them, fetched ahead.
+  // A tile: up to four records of one head, the tokens of them that count, and the records read after them, fetched
+  // ahead.
   struct Tile {
     int pages, tokens;
     const uint8_t *keys[TILE_PAGES], *values[TILE_PAGES], *keys_ahead[TILE_PAGES], *values_ahead[TILE_PAGES];
@@ -165,8 +168,10 @@ struct Attention {
     const int all_pages = (tokens + PAGE - 1) / PAGE;
     t.pages = all_pages - first_page < TILE_PAGES ? all_pages - first_page : int(TILE_PAGES);
     t.tokens = tokens - first_page * PAGE < TILE ? tokens - first_page * PAGE : int(TILE);
-    const int dim = c.dim, values_at = v_offset(dim, c.k.bits, c.scales), mean_at = mean_offset(dim, c.k.bits, c.scales);
-    const int k_scales_at = k_scale_offset(dim, c.k.bits), v_scales_at = v_scale_offset(dim, c.k.bits, c.v.bits, c.scales);
+    const int dim = c.dim, values_at = v_offset(dim, c.k.bits, c.scales),
+              mean_at = mean_offset(dim, c.k.bits, c.scales);
+    const int k_scales_at = k_scale_offset(dim, c.k.bits),
+              v_scales_at = v_scale_offset(dim, c.k.bits, c.v.bits, c.scales);
     for (int p = 0; p < t.pages; ++p) {
       const uint8_t* record = records[first_page + p] + size_t(head) * c.record();
       const int next = first_page + p + TILE_PAGES;
@@ -211,7 +216,8 @@ struct Attention {
       F32 product[MAX_ROWS] = {};
       for (int i = 0; i < dim; i += W)
         for (int r = 0; r < rows; ++r)
-          product[r] += load<F32>(reinterpret_cast<const float*>(head_of(queries, dim, first + r) + 1) + i) * load<F32>(mean + i);
+          product[r] +=
+              load<F32>(reinterpret_cast<const float*>(head_of(queries, dim, first + r) + 1) + i) * load<F32>(mean + i);
       for (int r = 0; r < rows; ++r) {
         const QueryHead* head = head_of(queries, dim, first + r);
         const float base = head->offset + sum_of(product[r]) * (head->scale * t.mean_step[p]), factor = head->factor;
@@ -243,8 +249,8 @@ struct Attention {
     return top / Isa::WEIGHT_MAX;
   }
 
-  static void attend(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows,
-                     bool unpack, const Partial* out, void* scratch) {
+  static void attend(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries,
+                     int rows, bool unpack, const Partial* out, void* scratch) {
     const int dim = c.dim;
     Scratch s(scratch, dim, heads * rows);
     for (int i = 0; i < heads * rows * 4 * dim; ++i) s.acc[i] = 0;
@@ -271,7 +277,8 @@ struct Attention {
   }
 
   // Adds a tile of one head to its maxima, sums and accumulators acc [rows][4 * dim].
-  static void attend_tile(const Codec& c, const Tile& t, uint8_t* queries, int rows, const Partial& out, float* acc, Scratch& s) {
+  static void attend_tile(const Codec& c, const Tile& t, uint8_t* queries, int rows, const Partial& out, float* acc,
+                          Scratch& s) {
     const int dim = c.dim, count = weight_operands(dim);
     for (int row = 0; row < rows; row += MAX_ROWS) {
       const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
@@ -298,13 +305,13 @@ struct Attention {
         out.sum[row + r] = out.sum[row + r] * keep[r] + sum_of(sum);
         back[r] = quantise_weights(w, max_of(largest), t.pages, dim, s.operands + r * TILE_PAGES * count);
       }
-      by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels, s.operands, 4 * dim,
-                                                                 acc + row * 4 * dim, keep, back);
+      by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
+                                                                 s.operands, 4 * dim, acc + row * 4 * dim, keep, back);
     }
   }
 
-  static void scores(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries, int rows,
-                     float* out, int64_t stride, float* stats, int64_t stats_stride, void* scratch) {
+  static void scores(const Codec& c, const uint8_t* const* records, int tokens, int heads, uint8_t* const* queries,
+                     int rows, float* out, int64_t stride, float* stats, int64_t stats_stride, void* scratch) {
     Scratch s(scratch, c.dim, 0);
     for (int first = 0; first * PAGE < tokens; first += TILE_PAGES)
       for (int h = 0; h < heads; ++h) {
@@ -316,7 +323,8 @@ struct Attention {
             const float* from = s.scores + r * TILE;
             const int64_t at = h * rows + row + r;
             __builtin_memcpy(out + at * stride + first * PAGE, from, sizeof(float) * t.tokens);
-            for (int p = 0; stats && p < t.pages; ++p) page_stats(from + p * PAGE, stats + at * stats_stride + 2 * (first + p));
+            for (int p = 0; stats && p < t.pages; ++p)
+              page_stats(from + p * PAGE, stats + at * stats_stride + 2 * (first + p));
           }
         }
       }
@@ -359,8 +367,8 @@ struct Attention {
           keep[r] = 1;
           back[r] = quantise_weights(w, max_of(top), t.pages, dim, s.operands + r * TILE_PAGES * count);
         }
-        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
-                                                                   s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
+        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(
+            t.values, t.values_ahead, t.pages, dim, c.v.levels, s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
       }
     }
     for (int r = 0; r < rows; ++r) gather_row(c, s.acc + r * 4 * dim, o + r * dim);
@@ -390,8 +398,10 @@ struct Attention {
               const int level = int(Isa::KEY_BIAS ? t.keys[0][at] : int8_t(t.keys[0][at])) - Isa::KEY_BIAS;
               k[token * dim + channel] = s.k_scales[token] * (c.k.unit * float(level)) + mean;
               const int half = i & 1, order = byte == 1 ? 2 : byte == 2 ? 1 : byte;
-              const int v_lane = chunk(dim) == 4 ? Layout<Isa, 4>::value_lane(lv, half, pos) : Layout<Isa, 2>::value_lane(lv, half, pos);
-              const int v_unit = chunk(dim) == 4 ? Layout<Isa, 4>::value_unit(uc, half, pos) : Layout<Isa, 2>::value_unit(uc, half, pos);
+              const int v_lane = chunk(dim) == 4 ? Layout<Isa, 4>::value_lane(lv, half, pos)
+                                                 : Layout<Isa, 2>::value_lane(lv, half, pos);
+              const int v_unit = chunk(dim) == 4 ? Layout<Isa, 4>::value_unit(uc, half, pos)
+                                                 : Layout<Isa, 2>::value_unit(uc, half, pos);
               const int e = 4 * (pos & 1) + order;
               v[v_token(v_lane, i >> 1, e) * dim + v_channel(v_lane, v_unit, e)] =
                   s.v_scales[v_token(v_lane, i >> 1, e)] * (c.v.unit * float(int8_t(t.values[0][at])));

@@ -17,8 +17,8 @@ FORGE_INLINE void put(void* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// How the WORDS words of a vector lie among lanes and units. `uc` counts chunks of units, `lv` vectors of lanes. A vector of
-// values, once interleaved, holds one channel's four neighbouring tokens in a word.
+// How the WORDS words of a vector lie among lanes and units. `uc` counts chunks of units, `lv` vectors of lanes. A
+// vector of values, once interleaved, holds one channel's four neighbouring tokens in a word.
 template <class Isa, int CHUNK>
 struct Layout {
   static constexpr int LANE_VECTORS = LANES * CHUNK / Isa::WORDS;
@@ -42,7 +42,8 @@ struct Tables {
   typename Isa::Table plain, exchanged;
 };
 
-// Sources of codes: for keys `words`, of which `look_up` makes levels when they are needed, for values all levels at once.
+// Sources of codes: for keys `words`, of which `look_up` makes levels when they are needed, for values all levels at
+// once.
 template <int BITS, int CODE>
 struct Packed {
   static constexpr int WORDS = 4;
@@ -57,7 +58,8 @@ struct Packed {
   // Nibble words of level indices; those of EXCHANGED words have their halves exchanged, which saves shifts.
   static constexpr bool EXCHANGED = BITS == 3 && CODE != SCALAR;
   template <class Isa, int CHUNK>
-  static FORGE_INLINE void words(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, typename Isa::U32 (&n)[4]) {
+  static FORGE_INLINE void words(const uint8_t* codes, const uint8_t* ahead, int uc, int lv,
+                                 typename Isa::U32 (&n)[4]) {
     using U32 = typename Isa::U32;
     U32 w[BITS];
     for (int k = 0; k < BITS; ++k) {
@@ -81,7 +83,8 @@ struct Packed {
   }
   // Levels of the even or odd nibbles of word k.
   template <class Isa>
-  static FORGE_INLINE typename Isa::U32 look_up(const Tables<Isa>& tables, const typename Isa::U32 (&n)[4], int k, bool odd) {
+  static FORGE_INLINE typename Isa::U32 look_up(const Tables<Isa>& tables, const typename Isa::U32 (&n)[4], int k,
+                                                bool odd) {
     const typename Isa::Table& table = EXCHANGED && k >= 2 ? tables.exchanged : tables.plain;
     return odd ? Isa::look_up_odd(table, n[k]) : Isa::look_up_even(table, n[k]);
   }
@@ -89,7 +92,7 @@ struct Packed {
   // out[2 n + half]: the bytes of a word are the tokens 0, 2, 1, 3 of four.
   template <class Isa, int CHUNK>
   static FORGE_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>& tables,
-                               typename Isa::U32 (&out)[8]) {
+                                  typename Isa::U32 (&out)[8]) {
     typename Isa::U32 n[4];
     words<Isa, CHUNK>(codes, ahead, uc, lv, n);
     for (int k = 0; k < 4; ++k) {
@@ -119,7 +122,8 @@ struct Unpacked {
     return n[2 * k + odd];
   }
   template <class Isa, int CHUNK>
-  static FORGE_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>&, typename Isa::U32 (&out)[8]) {
+  static FORGE_INLINE void values(const uint8_t* codes, const uint8_t* ahead, int uc, int lv, const Tables<Isa>&,
+                                  typename Isa::U32 (&out)[8]) {
     words<Isa, CHUNK>(codes, ahead, uc, lv, out);
   }
 };

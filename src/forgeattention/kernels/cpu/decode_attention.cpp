@@ -65,7 +65,8 @@ struct Queries {
     const int dim = c.codec.dim;
     for (int r = 0; r < rows; ++r) {
       const int row = first + r;
-      c.kernel.load(c.q.rows(b, head * c.group() + row / c.shape.n, row % c.shape.n), 1, c.codec.head_dim, dim, q + r * dim);
+      c.kernel.load(c.q.rows(b, head * c.group() + row / c.shape.n, row % c.shape.n), 1, c.codec.head_dim, dim,
+                    q + r * dim);
     }
     if (!c.table) return;
     float* rotated = static_cast<float*>(thread_scratch(0, size_t(rows) * dim * sizeof(float)));
@@ -87,8 +88,8 @@ Partial partial_at(const Call& c, int rows, void* block) {
 }
 
 // Queries and results of `heads` heads from `head` on.
-void attend_packed(const Call& c, int b, int head, int heads, int first_page, int tokens, uint8_t* const* queries, int rows,
-                   const Partial* out) {
+void attend_packed(const Call& c, int b, int head, int heads, int first_page, int tokens, uint8_t* const* queries,
+                   int rows, const Partial* out) {
   const int pages = (tokens + PAGE - 1) / PAGE;
   auto** records = static_cast<const uint8_t**>(thread_scratch(2, (size_t(pages) + 1) * sizeof(void*)));
   row_records(c.codec, *c.table, b, head, first_page, pages, records);
@@ -96,11 +97,12 @@ void attend_packed(const Call& c, int b, int head, int heads, int first_page, in
                   thread_scratch(1, c.kernel.scratch_bytes(c.codec.dim, heads * rows)));
 }
 
-void attend_exact(const Call& c, int b, int head, int first_row, int first, int tokens, const Queries& q, int rows, Partial out) {
+void attend_exact(const Call& c, int b, int head, int first_row, int first, int tokens, const Queries& q, int rows,
+                  Partial out) {
   int visible[BLOCK];
   for (int r = 0; r < rows; ++r) visible[r] = c.visible(b, first_row + r) - first;
-  c.kernel.attend_exact(c.codec.head_dim, c.codec.dim, q.q, rows, c.exact->k.rows(b, head, first), c.exact->v.rows(b, head, first),
-                        tokens, visible, c.scale * LOG2_E, out,
+  c.kernel.attend_exact(c.codec.head_dim, c.codec.dim, q.q, rows, c.exact->k.rows(b, head, first),
+                        c.exact->v.rows(b, head, first), tokens, visible, c.scale * LOG2_E, out,
                         thread_scratch(1, 64 * size_t(c.codec.head_dim) * sizeof(float)));
 }
 
@@ -108,7 +110,8 @@ void attend_exact(const Call& c, int b, int head, int first_row, int first, int 
 void finish(const Call& c, int b, int head, int first_row, int rows, const std::vector<Partial>& parts, size_t packed) {
   const int dim = c.codec.dim;
   float* sums = static_cast<float*>(thread_scratch(0, (3 * size_t(rows) * dim + 2 * rows) * sizeof(float)));
-  float *o_exact = sums + size_t(rows) * dim, *o = o_exact + size_t(rows) * dim, *mass = o + size_t(rows) * dim, *total = mass + rows;
+  float *o_exact = sums + size_t(rows) * dim, *o = o_exact + size_t(rows) * dim, *mass = o + size_t(rows) * dim,
+        *total = mass + rows;
   for (int r = 0; r < rows; ++r) {
     const int q_head = head * c.group() + (first_row + r) / c.shape.n;
     const float sink = c.sinks ? c.sinks[q_head] * LOG2_E : -INF;
@@ -150,7 +153,8 @@ void finish(const Call& c, int b, int head, int first_row, int rows, const std::
 void attend_blocks(const Call& c, const std::vector<int>& lengths, int threads) {
   const int rows = c.rows(), blocks = (rows + BLOCK - 1) / BLOCK, per_block = (rows + blocks - 1) / blocks;
   parallel_for(int64_t(c.shape.batch) * c.codec.kv_heads * blocks, threads, [&](int64_t item) {
-    const int block = int(item % blocks), head = int(item / blocks % c.codec.kv_heads), b = int(item / blocks / c.codec.kv_heads);
+    const int block = int(item % blocks), head = int(item / blocks % c.codec.kv_heads),
+              b = int(item / blocks / c.codec.kv_heads);
     const int first = block * per_block, n = rows - first < per_block ? rows - first : per_block;
     auto* memory = static_cast<uint8_t*>(thread_scratch(3, Queries::bytes(c, n) + 2 * partial_bytes(c, n)));
     Queries q(c, n, memory);
@@ -170,8 +174,8 @@ void attend_blocks(const Call& c, const std::vector<int>& lengths, int threads) 
   });
 }
 
-// Few rows: a piece of work is a run of tokens, of exact ones for one KV head, of packed ones for several, whose records of a
-// page lie side by side. The thread that ends the last piece of a head joins them.
+// Few rows: a piece of work is a run of tokens, of exact ones for one KV head, of packed ones for several, whose
+// records of a page lie side by side. The thread that ends the last piece of a head joins them.
 void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) {
   struct Piece {
     int b, head, heads, first, tokens;  // first page or first exact token
@@ -186,7 +190,8 @@ void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) 
   std::vector<Row> table;
   for (int b = 0; b < c.shape.batch; ++b) {
     const int pages = (lengths[b] + PAGE - 1) / PAGE, run = pages_per_split(pages);
-    const size_t packed = size_t(pages + run - 1) / run, exact = size_t(c.exact_tokens(b) + EXACT_SPLIT - 1) / EXACT_SPLIT;
+    const size_t packed = size_t(pages + run - 1) / run,
+                 exact = size_t(c.exact_tokens(b) + EXACT_SPLIT - 1) / EXACT_SPLIT;
     table.push_back({parts, packed, packed + exact});
     runs += packed;
     parts += kv_heads * (packed + exact);
@@ -206,10 +211,13 @@ void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) 
         pieces.push_back({b, head, 1, t, c.exact_tokens(b) - t < EXACT_SPLIT ? c.exact_tokens(b) - t : EXACT_SPLIT,
                           part + head * table[b].all, false});
   }
-  const size_t jobs = size_t(c.shape.batch) * kv_heads, query_bytes = Queries::bytes(c, rows), part_bytes = partial_bytes(c, rows);
+  const size_t jobs = size_t(c.shape.batch) * kv_heads, query_bytes = Queries::bytes(c, rows),
+               part_bytes = partial_bytes(c, rows);
   auto* memory = static_cast<uint8_t*>(thread_scratch(3, jobs * query_bytes + parts * part_bytes));
   uint8_t* part_memory = memory + jobs * query_bytes;
-  const auto queries = [&](int b, int head) { return Queries(c, rows, memory + (size_t(b) * kv_heads + head) * query_bytes); };
+  const auto queries = [&](int b, int head) {
+    return Queries(c, rows, memory + (size_t(b) * kv_heads + head) * query_bytes);
+  };
   const auto part = [&](size_t i) { return partial_at(c, rows, part_memory + i * part_bytes); };
   const std::unique_ptr<std::atomic<size_t>[]> left(new std::atomic<size_t>[jobs]);
   const auto join = [&](int b, int head) {
@@ -242,8 +250,9 @@ void attend_splits(const Call& c, const std::vector<int>& lengths, int threads) 
 
 }  // namespace
 
-void decode_attention(const char* op, const Codec& codec, Shape shape, const Array4& q, const Table* table, const Exact* exact,
-                      float scale, bool causal, const float* sinks, int out_dtype, void* out, float* lse, int threads) {
+void decode_attention(const char* op, const Codec& codec, Shape shape, const Array4& q, const Table* table,
+                      const Exact* exact, float scale, bool causal, const float* sinks, int out_dtype, void* out,
+                      float* lse, int threads) {
   const Call call{op, codec, kernels(), shape, q, table, exact, scale, causal, sinks, out_dtype, out, lse};
   std::vector<int> lengths(shape.batch, 0);
   for (int b = 0; b < shape.batch; ++b) {

@@ -45,7 +45,8 @@ bool has(const char* name) {
   if (isa == "avxvnni") return avx2 && __builtin_cpu_supports("avxvnni");
   if (isa == "avx512")
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
   if (isa == "neon") {
 #if defined(__linux__)
@@ -122,7 +123,8 @@ void use_kernels(const char* name) {
     }
     known += (known.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("[cpu] expected an instruction set of this processor and build (" + known + "); got '" + name + "'");
+  throw std::invalid_argument("[cpu] expected an instruction set of this processor and build (" + known + "); got '" +
+                              name + "'");
 }
 
 const Kernels& kernels() {

@@ -1,5 +1,5 @@
-// Rotated vectors of a page to its record. The codes of a side are worked on as paths: a unit's 32 codes run over the steps,
-// units over the lanes of vectors, so that the trellis search and the packing need no shuffles.
+// Rotated vectors of a page to its record. The codes of a side are worked on as paths: a unit's 32 codes run over the
+// steps, units over the lanes of vectors, so that the trellis search and the packing need no shuffles.
 #pragma once
 
 #include <cmath>
@@ -19,15 +19,15 @@ struct Encode {
   static constexpr int W = Isa::WORDS;
 
   struct Scratch {
-    float* u;         // [64][dim] vectors over their root mean square
-    float* x;         // [64][dim] what is coded
-    float* steps;     // [32][2 dim] the same as paths, or [dim][64] by columns
-    float* error;     // [dim][64] by columns
+    float* u;                      // [64][dim] vectors over their root mean square
+    float* x;                      // [64][dim] what is coded
+    float* steps;                  // [32][2 dim] the same as paths, or [dim][64] by columns
+    float* error;                  // [dim][64] by columns
     uint8_t *codes, *best_codes;   // [64][dim]
     int8_t *levels, *best_levels;  // [64][dim]
-    uint8_t* path_codes;  // [32][2 dim]
-    float* scales;    // [64]
-    float* residual;  // [64][dim]
+    uint8_t* path_codes;           // [32][2 dim]
+    float* scales;                 // [64]
+    float* residual;               // [64][dim]
     uint8_t* end;
 
     Scratch(void* block, int dim) {
@@ -134,7 +134,8 @@ struct Encode {
   }
 
   // Codes and levels of vectors y [64][dim] and their scales, into s.
-  static void quantise(const Side& side, bool keys, int dim, const float* y, bool refine, const Feedback& feedback, Scratch& s) {
+  static void quantise(const Side& side, bool keys, int dim, const float* y, bool refine, const Feedback& feedback,
+                       Scratch& s) {
     float norms[PAGE];
     for (int t = 0; t < PAGE; ++t) {
       norms[t] = root_mean_square(y + t * dim, dim);
@@ -277,7 +278,8 @@ struct Encode {
     quantise(c.v, false, dim, v, c.refine, none, s);
     const int v_base = c.scales == LOG8 ? log8_base(s.scales, 1) : 0;
     pack(c.v, dim, s.path_codes, record + v_offset(dim, c.k.bits, c.scales));
-    if (!put_scales(s.scales, c.scales, v_base, record + v_scale_offset(dim, c.k.bits, c.v.bits, c.scales))) return false;
+    if (!put_scales(s.scales, c.scales, v_base, record + v_scale_offset(dim, c.k.bits, c.v.bits, c.scales)))
+      return false;
 
     float mean[MAX_DIM] = {};
     float top = 0;
@@ -302,8 +304,8 @@ struct Encode {
         for (int i = 0; i < dim; ++i) s.residual[t * dim + i] = k[t * dim + i] - float(row[i]) * unit;
     };
     // The base follows from the scales of the residual, which depends on the base through low bits of the row. So it is
-    // guessed from the norms, with room for what those bits and refinement may add, and the keys are coded again in the few
-    // cases where the scales say otherwise.
+    // guessed from the norms, with room for what those bits and refinement may add, and the keys are coded again in the
+    // few cases where the scales say otherwise.
     const float room = c.refine ? 1.189207115f : 1.0442737824f;  // 2^(1/4), 2^(1/16)
     int k_base = 0;
     take_mean(k_base);

@@ -14,8 +14,8 @@ struct ExactAttention {
   static constexpr int W = Isa::WORDS;
 
   // Scratch: keys and values of a tile, [2][EXACT_TILE][head_dim] floats.
-  static void attend(int head_dim, int dim, const float* q, int rows, Vectors k, Vectors v, int tokens, const int* visible,
-                     float scale, Partial out, void* scratch) {
+  static void attend(int head_dim, int dim, const float* q, int rows, Vectors k, Vectors v, int tokens,
+                     const int* visible, float scale, Partial out, void* scratch) {
     float* keys = static_cast<float*>(scratch);
     float* values = keys + EXACT_TILE * head_dim;
     for (int r = 0; r < rows; ++r) {
@@ -27,7 +27,8 @@ struct ExactAttention {
       const int n = tokens - first < EXACT_TILE ? tokens - first : int(EXACT_TILE);
       const auto part = [&](const Vectors& x) {
         const size_t size = x.dtype == FLOAT32 ? 4 : 2;
-        return Vectors{static_cast<const uint8_t*>(x.base) + int64_t(first) * x.stride * int64_t(size), x.stride, x.dtype};
+        return Vectors{static_cast<const uint8_t*>(x.base) + int64_t(first) * x.stride * int64_t(size), x.stride,
+                       x.dtype};
       };
       Transform<Isa>::load_rows(part(k), n, head_dim, head_dim, keys);
       Transform<Isa>::load_rows(part(v), n, head_dim, head_dim, values);
@@ -38,8 +39,8 @@ struct ExactAttention {
     }
   }
 
-  static void row(int head_dim, const float* q, const float* keys, const float* values, int tokens, float scale, float* o,
-                  float& max, float& sum) {
+  static void row(int head_dim, const float* q, const float* keys, const float* values, int tokens, float scale,
+                  float* o, float& max, float& sum) {
     alignas(64) float p[EXACT_TILE];
     for (int t = 0; t < EXACT_TILE; ++t) p[t] = -INF;
     float top = max;

@@ -61,7 +61,8 @@ struct Avx2 {
   }
   static FORGE_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
   static FORGE_INLINE void load_half(const uint16_t* in, int count, float* out) {
-    for (int i = 0; i < count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
+    for (int i = 0; i < count; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
   }
 
  private:

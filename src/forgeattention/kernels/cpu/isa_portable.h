@@ -1,10 +1,10 @@
 // Vector abstraction in plain GNU vector extensions, for processors without a file of their own.
 //
-// An Isa struct gives: vectors of WORDS 32-bit words; `look_up_even/odd`, a 16-entry byte table applied to the low or high
-// nibbles of bytes;
-// `widen` and two `dot`s, which multiply int8 levels with 16-bit numbers split over an Operand's two vectors and add
-// groups of four neighbouring bytes into 32-bit words; `interleave_low/high`, 16-bit interleaving within 128 bits;
-// `prefetch`, always inlined, because GCC takes a call of a function that only prefetches for one without effect.
+// An Isa struct gives: vectors of WORDS 32-bit words; `look_up_even/odd`, a 16-entry byte table applied to the low or
+// high nibbles of bytes; `widen` and two `dot`s, which multiply int8 levels with 16-bit numbers split over an Operand's
+// two vectors and add groups of four neighbouring bytes into 32-bit words; `interleave_low/high`, 16-bit interleaving
+// within 128 bits; `prefetch`, always inlined, because GCC takes a call of a function that only prefetches for one
+// without effect.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ namespace forge {
 
 struct Portable {
   static constexpr int WORDS = 4;
-  static constexpr int KEY_BIAS = 0;       // added to key levels by `key_table`
-  static constexpr int WEIGHT_MAX = 32512; // largest weight that `split_weights` takes
+  static constexpr int KEY_BIAS = 0;        // added to key levels by `key_table`
+  static constexpr int WEIGHT_MAX = 32512;  // largest weight that `split_weights` takes
 
   typedef uint32_t U32 __attribute__((vector_size(16)));
   typedef int32_t I32 __attribute__((vector_size(16)));

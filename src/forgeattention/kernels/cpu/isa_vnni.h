@@ -27,7 +27,8 @@ struct VnniSplit {
   static FORGE_INLINE void split_weights(const float* w, float up, uint32_t* low, uint32_t* high) {
     const __m256 by = _mm256_set1_ps(up), half = _mm256_set1_ps(0.5f);
     // Of eight 16-bit numbers the upper bytes of the first four, their lower bytes, and so on.
-    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 5, 3, 7, 0, 4, 2, 6, 9, 13, 11, 15, 8, 12, 10, 14));
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 5, 3, 7, 0, 4, 2, 6, 9, 13, 11, 15, 8, 12, 10, 14));
     for (int t = 0; t < 4; ++t) {
       const __m256i a = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_loadu_ps(w + 16 * t), by, half));
       const __m256i b = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_loadu_ps(w + 16 * t + 8), by, half));
@@ -39,7 +40,8 @@ struct VnniSplit {
   }
   static FORGE_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
   static FORGE_INLINE void load_half(const uint16_t* in, int count, float* out) {
-    for (int i = 0; i < count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
+    for (int i = 0; i < count; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in + i))));
   }
 };
 
@@ -112,7 +114,8 @@ struct Avx512 : VnniSplit {
     a.low = (I32)_mm512_dpbusd_epi32((__m512i)a.low, (__m512i)p.second, (__m512i)c);
   }
   static FORGE_INLINE void split_weights(const float* w, float up, uint32_t* low, uint32_t* high) {
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 5, 13, 0, 8, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m512i bytes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 5, 13, 0, 8, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1));
     const __m512i pairs = _mm512_setr_epi64(0, 2, 8, 10, 4, 6, 12, 14);
     __m512i x[4];
     for (int t = 0; t < 4; ++t) {

@@ -1,5 +1,5 @@
-// Python bindings. Arrays arrive as (address, dtype, strides) from backends/cpu/views.py, which has checked them: reading a torch
-// tensor's pointer costs a tenth of a DLPack exchange, and a decode step makes one call a layer.
+// Python bindings. Arrays arrive as (address, dtype, strides) from backends/cpu/views.py, which has checked them:
+// reading a torch tensor's pointer costs a tenth of a DLPack exchange, and a decode step makes one call a layer.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -37,7 +37,8 @@ Array4 array(const View& v) {
   return {pointer<void>(std::get<0>(v)), {std::get<2>(v), std::get<3>(v), std::get<4>(v)}, std::get<1>(v)};
 }
 Table table_of(const TableView& v) {
-  return {pointer<const uint8_t>(std::get<0>(v)), std::get<1>(v), pointer<const int64_t>(std::get<2>(v)), std::get<3>(v),
+  return {pointer<const uint8_t>(std::get<0>(v)), std::get<1>(v),
+          pointer<const int64_t>(std::get<2>(v)), std::get<3>(v),
           pointer<const int32_t>(std::get<4>(v)), std::get<5>(v)};
 }
 
@@ -71,11 +72,10 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Codec* self, int head_dim, int dim, int kv_heads, int scales, bool key_mean, bool refine,
-             std::tuple<int, int, float, int> k,
-             std::tuple<int, int, float, int> v, ByteArray k_levels, ByteArray v_levels, FloatArray signs, FloatArray k_signs,
-             FloatArray k_signs_inverse, FloatArray k_forward,
-             FloatArray k_inverse, FloatArray query, FloatArray v_forward, FloatArray v_inverse, FloatArray k_mu, FloatArray v_mu,
-             FloatArray k_factor, FloatArray k_weight) {
+             std::tuple<int, int, float, int> k, std::tuple<int, int, float, int> v, ByteArray k_levels,
+             ByteArray v_levels, FloatArray signs, FloatArray k_signs, FloatArray k_signs_inverse, FloatArray k_forward,
+             FloatArray k_inverse, FloatArray query, FloatArray v_forward, FloatArray v_inverse, FloatArray k_mu,
+             FloatArray v_mu, FloatArray k_factor, FloatArray k_weight) {
             new (self) Codec;
             self->head_dim = head_dim;
             self->dim = dim;
@@ -103,58 +103,70 @@ NB_MODULE(_native, m) {
               self->v_inverse = dense(v_inverse, dim);
             }
           },
-          nb::arg("head_dim"), nb::arg("padded_dim"), nb::arg("kv_heads"), nb::arg("scales"), nb::arg("key_mean"), nb::arg("refine"), nb::arg("k"),
-          nb::arg("v"), nb::arg("k_levels"), nb::arg("v_levels"), nb::arg("signs"), nb::arg("k_signs"),
-          nb::arg("k_signs_inverse"), nb::arg("k_forward"), nb::arg("k_inverse"),
-          nb::arg("query"), nb::arg("v_forward"), nb::arg("v_inverse"), nb::arg("k_mu"), nb::arg("v_mu"), nb::arg("k_factor"),
+          nb::arg("head_dim"), nb::arg("padded_dim"), nb::arg("kv_heads"), nb::arg("scales"), nb::arg("key_mean"),
+          nb::arg("refine"), nb::arg("k"), nb::arg("v"), nb::arg("k_levels"), nb::arg("v_levels"), nb::arg("signs"),
+          nb::arg("k_signs"), nb::arg("k_signs_inverse"), nb::arg("k_forward"), nb::arg("k_inverse"), nb::arg("query"),
+          nb::arg("v_forward"), nb::arg("v_inverse"), nb::arg("k_mu"), nb::arg("v_mu"), nb::arg("k_factor"),
           nb::arg("k_weight"))
       .def_prop_ro("page_bytes", &Codec::page);
 
-  m.def(
-      "encode",
-      [](const Codec& codec, View k, View v, int64_t pages, uintptr_t out, int64_t out_bytes, uintptr_t offsets, int threads) {
-        const nb::gil_scoped_release release;
-        encode(codec, array(k), array(v), pages, pointer<uint8_t>(out), out_bytes, pointer<const int64_t>(offsets), threads);
-      });
-  m.def("compact", [](uintptr_t base, int64_t bytes, uintptr_t offsets, int64_t pages, int64_t page_bytes, uintptr_t out, int threads) {
+  m.def("encode", [](const Codec& codec, View k, View v, int64_t pages, uintptr_t out, int64_t out_bytes,
+                     uintptr_t offsets, int threads) {
     const nb::gil_scoped_release release;
-    compact(pointer<const uint8_t>(base), bytes, pointer<const int64_t>(offsets), pages, page_bytes, pointer<uint8_t>(out), threads);
+    encode(codec, array(k), array(v), pages, pointer<uint8_t>(out), out_bytes, pointer<const int64_t>(offsets),
+           threads);
   });
-  m.def("decode_pages", [](const Codec& codec, TableView table, int batch, bool rotated, int dtype, uintptr_t k, uintptr_t v, int threads) {
+  m.def("compact", [](uintptr_t base, int64_t bytes, uintptr_t offsets, int64_t pages, int64_t page_bytes,
+                      uintptr_t out, int threads) {
+    const nb::gil_scoped_release release;
+    compact(pointer<const uint8_t>(base), bytes, pointer<const int64_t>(offsets), pages, page_bytes,
+            pointer<uint8_t>(out), threads);
+  });
+  m.def("decode_pages", [](const Codec& codec, TableView table, int batch, bool rotated, int dtype, uintptr_t k,
+                           uintptr_t v, int threads) {
     const nb::gil_scoped_release release;
     decode_pages(codec, table_of(table), batch, rotated, dtype, pointer<void>(k), pointer<void>(v), threads);
   });
   m.def(
       "attention",
       [](const char* op, const Codec& codec, std::tuple<int, int, int> shape, View q, std::optional<TableView> table,
-         std::optional<ExactView> exact, float scale, bool causal, uintptr_t sinks, int out_dtype, uintptr_t out, uintptr_t lse,
-         int threads) {
+         std::optional<ExactView> exact, float scale, bool causal, uintptr_t sinks, int out_dtype, uintptr_t out,
+         uintptr_t lse, int threads) {
         const nb::gil_scoped_release release;
         Table t{};
         Exact e{};
         if (table) t = table_of(*table);
-        if (exact) e = {array(std::get<0>(*exact)), array(std::get<1>(*exact)), pointer<const int32_t>(std::get<2>(*exact)), std::get<3>(*exact)};
-        decode_attention(op, codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table ? &t : nullptr,
-                         exact ? &e : nullptr, scale, causal, pointer<const float>(sinks), out_dtype, pointer<void>(out),
-                         pointer<float>(lse), threads);
+        if (exact)
+          e = {array(std::get<0>(*exact)), array(std::get<1>(*exact)), pointer<const int32_t>(std::get<2>(*exact)),
+               std::get<3>(*exact)};
+        decode_attention(op, codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q),
+                         table ? &t : nullptr, exact ? &e : nullptr, scale, causal, pointer<const float>(sinks),
+                         out_dtype, pointer<void>(out), pointer<float>(lse), threads);
       },
       nb::arg("op"), nb::arg("codec"), nb::arg("shape"), nb::arg("q"), nb::arg("table").none(), nb::arg("exact").none(),
-      nb::arg("scale"), nb::arg("causal"), nb::arg("sinks"), nb::arg("out_dtype"), nb::arg("out"), nb::arg("lse"), nb::arg("threads"));
-  m.def("qk_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale, uintptr_t out, int threads) {
+      nb::arg("scale"), nb::arg("causal"), nb::arg("sinks"), nb::arg("out_dtype"), nb::arg("out"), nb::arg("lse"),
+      nb::arg("threads"));
+  m.def("qk_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale,
+                        uintptr_t out, int threads) {
     const nb::gil_scoped_release release;
     qk_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
               pointer<float>(out), threads);
   });
-  m.def("value_sum", [](const Codec& codec, std::tuple<int, int, int> shape, uintptr_t p, TableView table, uintptr_t out, int threads) {
+  m.def("value_sum", [](const Codec& codec, std::tuple<int, int, int> shape, uintptr_t p, TableView table,
+                        uintptr_t out, int threads) {
     const nb::gil_scoped_release release;
-    value_sum(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, pointer<const float>(p), table_of(table),
-              pointer<float>(out), threads);
+    value_sum(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, pointer<const float>(p),
+              table_of(table), pointer<float>(out), threads);
   });
 
-  using ScoredView = std::tuple<std::tuple<int, int, int>, int, uintptr_t, uintptr_t>;  // shape, max_length, scores, statistics
+  using ScoredView =
+      std::tuple<std::tuple<int, int, int>, int, uintptr_t, uintptr_t>;  // shape, max_length, scores, statistics
   const auto scored = [](const ScoredView& v) {
     const auto& [batch, q_heads, n] = std::get<0>(v);
-    return Scored{{batch, q_heads, n}, std::get<1>(v), pointer<const float>(std::get<2>(v)), pointer<const float>(std::get<3>(v))};
+    return Scored{{batch, q_heads, n},
+                  std::get<1>(v),
+                  pointer<const float>(std::get<2>(v)),
+                  pointer<const float>(std::get<3>(v))};
   };
   m.def("sparse_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale,
                             uintptr_t scores, uintptr_t stats, int threads) {
@@ -162,21 +174,22 @@ NB_MODULE(_native, m) {
     sparse_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
                   pointer<float>(scores), pointer<float>(stats), threads);
   });
-  m.def("page_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale, uintptr_t out,
-                          int threads) {
+  m.def("page_scores", [](const Codec& codec, std::tuple<int, int, int> shape, View q, TableView table, float scale,
+                          uintptr_t out, int threads) {
     const nb::gil_scoped_release release;
     page_scores(codec, {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}, array(q), table_of(table), scale,
                 pointer<float>(out), threads);
   });
-  m.def("sparse_threshold", [scored](ScoredView s, uintptr_t lengths, uintptr_t budgets, int budget, float top_p, uintptr_t exact_lse,
-                                     uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, uintptr_t top, int threads) {
-    const nb::gil_scoped_release release;
-    sparse_threshold(scored(s), pointer<const int>(lengths), pointer<const int>(budgets), budget, top_p,
-                     pointer<const float>(exact_lse), pointer<float>(threshold), pointer<int>(last), pointer<int>(kept),
-                     pointer<float>(dropped), pointer<float>(top), threads);
-  });
-  m.def("sparse_attention", [scored](const Codec& codec, ScoredView s, TableView table, uintptr_t threshold, uintptr_t last,
-                                     uintptr_t top, uintptr_t out, uintptr_t lse, int threads) {
+  m.def("sparse_threshold",
+        [scored](ScoredView s, uintptr_t lengths, uintptr_t budgets, int budget, float top_p, uintptr_t exact_lse,
+                 uintptr_t threshold, uintptr_t last, uintptr_t kept, uintptr_t dropped, uintptr_t top, int threads) {
+          const nb::gil_scoped_release release;
+          sparse_threshold(scored(s), pointer<const int>(lengths), pointer<const int>(budgets), budget, top_p,
+                           pointer<const float>(exact_lse), pointer<float>(threshold), pointer<int>(last),
+                           pointer<int>(kept), pointer<float>(dropped), pointer<float>(top), threads);
+        });
+  m.def("sparse_attention", [scored](const Codec& codec, ScoredView s, TableView table, uintptr_t threshold,
+                                     uintptr_t last, uintptr_t top, uintptr_t out, uintptr_t lse, int threads) {
     const nb::gil_scoped_release release;
     sparse_attention(codec, scored(s), table_of(table), pointer<const float>(threshold), pointer<const int>(last),
                      pointer<const float>(top), pointer<float>(out), pointer<float>(lse), threads);
@@ -206,7 +219,8 @@ NB_MODULE(_native, m) {
     d["record_bytes"] = record_bytes(dim, k_bits, v_bits, scales);
     return d;
   });
-  m.def("word_index", [](int dim, int bits, int lane, int unit, int word) { return word_index(dim, bits, lane, unit, word); });
+  m.def("word_index",
+        [](int dim, int bits, int lane, int unit, int word) { return word_index(dim, bits, lane, unit, word); });
   m.def("code_position", [](int dim, bool key, int lane, int unit, int n, int e) {
     return key ? std::make_tuple(k_token(dim, lane, unit, n), k_channel(dim, lane, unit, n, e))
                : std::make_tuple(v_token(lane, n, e), v_channel(lane, unit, e));

@@ -32,7 +32,8 @@ FORGE_INLINE F32 exp2(F32 x) {
   p = p * f + 6.9314718056e-1f;
   p = p * f + 1.0f;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(F32) == 64) return (F32)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)p, (__m512)n);
+  if constexpr (sizeof(F32) == 64)
+    return (F32)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)p, (__m512)n);
 #endif
   const I32 power = (__builtin_convertvector(n, I32) + 127) << 23;
   F32 scale;
@@ -134,7 +135,8 @@ FORGE_INLINE void read_scales(const uint8_t* p, int format, int base, float* out
       const I32 b = __builtin_convertvector(stored, I32);
 #if defined(__AVX512F__)
       const I32 exponent = I32(U32(b - 1) >> 5) + base;
-      const F32 step = (F32)_mm512_permutex2var_ps(_mm512_loadu_ps(OCTAVE.steps), (__m512i)(b - 1), _mm512_loadu_ps(OCTAVE.steps + 16));
+      const F32 step = (F32)_mm512_permutex2var_ps(_mm512_loadu_ps(OCTAVE.steps), (__m512i)(b - 1),
+                                                   _mm512_loadu_ps(OCTAVE.steps + 16));
       const F32 x = (F32)((I32)step + (exponent << 23));
 #else
       const F32 x = exp2<F32, I32>(__builtin_convertvector(b - 1, F32) * (1.0f / LOG8_STEPS) + float(base));

@@ -1,5 +1,5 @@
-// The ops: what is split over threads, in what pieces, and how pieces are joined. Arguments have been checked for shape and
-// type; what depends on values is checked here and reported as std::invalid_argument before anything is written.
+// The ops: what is split over threads, in what pieces, and how pieces are joined. Arguments have been checked for shape
+// and type; what depends on values is checked here and reported as std::invalid_argument before anything is written.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +16,16 @@ struct Array4 {
 
   Vectors rows(int64_t b, int64_t h, int64_t first = 0) const {
     const int64_t size = dtype == FLOAT32 ? 4 : 2;
-    return {static_cast<uint8_t*>(base) + size * (b * strides[0] + h * strides[1] + first * strides[2]), strides[2], dtype};
+    return {static_cast<uint8_t*>(base) + size * (b * strides[0] + h * strides[1] + first * strides[2]), strides[2],
+            dtype};
   }
 };
 
 struct Table {
-  const uint8_t* base;   // null: offsets are addresses
-  int64_t bytes;         // size of what base points to
+  const uint8_t* base;  // null: offsets are addresses
+  int64_t bytes;        // size of what base points to
   const int64_t* offsets;
-  int64_t stride;        // of a row of offsets
+  int64_t stride;  // of a row of offsets
   const int32_t* lengths;
   int max_length;
 };
@@ -42,8 +43,8 @@ struct Shape {
 void encode(const Codec&, const Array4& k, const Array4& v, int64_t pages, uint8_t* out, int64_t out_bytes,
             const int64_t* offsets, int threads);
 // out contiguous [pages][page_bytes]; a null base: offsets are addresses.
-void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes, uint8_t* out,
-             int threads);
+void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes,
+             uint8_t* out, int threads);
 // k, v contiguous [batch][kv_heads][max_length][head_dim, or dim if rotated].
 void decode_pages(const Codec&, const Table&, int batch, bool rotated, int dtype, void* k, void* v, int threads);
 // out contiguous [batch][q_heads][n][head_dim], lse [batch][q_heads][n]; table, exact, sinks may be null.

@@ -14,7 +14,9 @@ namespace forge {
 
 int row_length(const char* op, const Codec& codec, const Table& t, int row) {
   const int length = t.lengths[row];
-  const auto complain = [&](const std::string& text) { throw std::invalid_argument("[" + std::string(op) + "] expected " + text); };
+  const auto complain = [&](const std::string& text) {
+    throw std::invalid_argument("[" + std::string(op) + "] expected " + text);
+  };
   if (length < 0 || length > t.max_length)
     complain("packed lengths within max_length " + std::to_string(t.max_length) + "; got " + std::to_string(length));
   if (t.base)
@@ -68,19 +70,22 @@ void encode(const Codec& codec, const Array4& k, const Array4& v, int64_t pages,
       kernel.apply(side.map, head, x, PAGE, side.y);
     }
     uint8_t* record = buffer.data() + page * codec.page() + int64_t(head) * codec.record();
-    if (!kernel.encode(codec, head, y_k, y_v, record, thread_scratch(1, kernel.encode_scratch_bytes(dim)))) fits = false;
+    if (!kernel.encode(codec, head, y_k, y_v, record, thread_scratch(1, kernel.encode_scratch_bytes(dim))))
+      fits = false;
   });
   if (!k_finite || !v_finite)
-    throw std::invalid_argument(std::string("[encode] expected finite ") + (k_finite ? "v" : "k") + "; got NaN or infinity");
-  if (!fits) throw std::invalid_argument("[encode] expected vectors whose scales fit the scale format; got larger ones");
+    throw std::invalid_argument(std::string("[encode] expected finite ") + (k_finite ? "v" : "k") +
+                                "; got NaN or infinity");
+  if (!fits)
+    throw std::invalid_argument("[encode] expected vectors whose scales fit the scale format; got larger ones");
   parallel_for(pages, threads, [&](int64_t p) {
     uint8_t* to = out ? out + offsets[p] : reinterpret_cast<uint8_t*>(offsets[p]);
     std::memcpy(to, buffer.data() + p * codec.page(), size_t(codec.page()));
   });
 }
 
-void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes, uint8_t* out,
-             int threads) {
+void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes,
+             uint8_t* out, int threads) {
   if (base)
     for (int64_t p = 0; p < pages; ++p)
       if (offsets[p] < 0 || offsets[p] + page_bytes > bytes)
@@ -92,14 +97,16 @@ void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t
   });
 }
 
-void decode_pages(const Codec& codec, const Table& table, int batch, bool rotated, int dtype, void* k, void* v, int threads) {
+void decode_pages(const Codec& codec, const Table& table, int batch, bool rotated, int dtype, void* k, void* v,
+                  int threads) {
   const Kernels& kernel = kernels();
   for (int b = 0; b < batch; ++b) row_length("decode_pages", codec, table, b);
   const int dim = codec.dim, width = rotated ? dim : codec.head_dim;
   const int pages = (table.max_length + PAGE - 1) / PAGE;
   const size_t size = dtype == FLOAT32 ? 4 : 2;
   parallel_for(int64_t(batch) * codec.kv_heads * pages, threads, [&](int64_t item) {
-    const int page = int(item % pages), head = int(item / pages % codec.kv_heads), row = int(item / pages / codec.kv_heads);
+    const int page = int(item % pages), head = int(item / pages % codec.kv_heads),
+              row = int(item / pages / codec.kv_heads);
     const size_t count = size_t(PAGE) * dim;
     float* y_k = static_cast<float*>(thread_scratch(0, 4 * count * sizeof(float)));
     float *y_v = y_k + count, *x = y_v + count, *line = x + count;

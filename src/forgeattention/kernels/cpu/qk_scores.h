@@ -5,8 +5,8 @@
 
 namespace forge {
 
-// Shapes that depend on padded_dim. A nibble word of keys belongs to one token; SEGMENTS is how many tokens the four words
-// of a unit may belong to, PERIOD after how many chunks the channels of a word repeat.
+// Shapes that depend on padded_dim. A nibble word of keys belongs to one token; SEGMENTS is how many tokens the four
+// words of a unit may belong to, PERIOD after how many chunks the channels of a word repeat.
 constexpr int key_class(int dim) { return dim == 64 ? 0 : dim == 96 ? 1 : 2; }
 template <int CLASS>
 struct KeyClass {
@@ -16,8 +16,8 @@ struct KeyClass {
   static constexpr int segment(int n) { return n * SEGMENTS / 4; }
 };
 
-// Prepared queries lie in groups of MAX_ROWS: their heads, each followed by float q [dim]; then per period and variant eight
-// Operands and SEGMENTS initial vectors, each for all rows of the group side by side.
+// Prepared queries lie in groups of MAX_ROWS: their heads, each followed by float q [dim]; then per period and variant
+// eight Operands and SEGMENTS initial vectors, each for all rows of the group side by side.
 enum { MAX_ROWS = 4 };
 struct QueryHead {
   float factor;  // base-2 score of one unit of integer product and unit k scale
@@ -68,7 +68,7 @@ void prepare_query(const int16_t* q, int dim, int row, void* group) {
           __builtin_memcpy(&part->operands[2 * n + parity][row].first, first, sizeof(first));
           __builtin_memcpy(&part->operands[2 * n + parity][row].second, second, sizeof(second));
         }
-      for (int segment = 0; segment < C::SEGMENTS; ++segment) 
+      for (int segment = 0; segment < C::SEGMENTS; ++segment)
         __builtin_memcpy(&part->initial[segment][row], initial[segment], sizeof(initial[segment]));
     }
 }
@@ -101,7 +101,8 @@ void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* 
 #pragma GCC unroll 2
         for (int parity = 0; parity < 2; ++parity) {
           typename Isa::Codes c[TOGETHER];
-          for (int v = 0; v < TOGETHER; ++v) c[v] = Isa::widen(Source::template look_up<Isa>(tables, words[v], n, parity));
+          for (int v = 0; v < TOGETHER; ++v)
+            c[v] = Isa::widen(Source::template look_up<Isa>(tables, words[v], n, parity));
 #pragma GCC unroll 4
           for (int r = 0; r < ROWS; ++r) {
             const typename Isa::Operand q = part.operands[2 * n + parity][r];
@@ -111,7 +112,8 @@ void qk_page(const uint8_t* codes, const uint8_t* ahead, int dim, const int8_t* 
         if (n == 3 || segment != C::segment(n + 1))
           for (int v = 0; v < TOGETHER; ++v)
             for (int r = 0; r < ROWS; ++r)
-              put(raw + r * raw_stride + ((segment * chunks + uc) * L::LANE_VECTORS + lv + v) * Isa::WORDS, Isa::join(acc[v][r]));
+              put(raw + r * raw_stride + ((segment * chunks + uc) * L::LANE_VECTORS + lv + v) * Isa::WORDS,
+                  Isa::join(acc[v][r]));
       }
     }
 }
@@ -145,8 +147,10 @@ void gather_scores(const int32_t* raw, int32_t* out) {
       for (int uc = 0; uc < 2; ++uc) {
         __m512i x[4];
         for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(raw + (uc * 8 + half * 4 + i) * 16);
-        const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x44), _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
-        const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
+        const __m512i a =
+            _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x44), _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
+        const __m512i b =
+            _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x44), _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
         sum[uc] = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
       }
       _mm512_storeu_si512(out + 32 * half, _mm512_permutex2var_epi32(sum[0], places, sum[1]));

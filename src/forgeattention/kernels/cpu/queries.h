@@ -6,9 +6,10 @@
 
 namespace forge {
 
-// Row `row` (head of the group, query) of a KV head's queries, rotated to `rotated` [dim], x [dim] being scratch. Returns what
-// the keys' mean adds to its scores, before any scale.
-inline double rotate_query(const Codec& codec, Shape shape, const Array4& q, int b, int head, int row, float* x, float* rotated) {
+// Row `row` (head of the group, query) of a KV head's queries, rotated to `rotated` [dim], x [dim] being scratch.
+// Returns what the keys' mean adds to its scores, before any scale.
+inline double rotate_query(const Codec& codec, Shape shape, const Array4& q, int b, int head, int row, float* x,
+                           float* rotated) {
   const Kernels& kernel = kernels();
   const int group = shape.q_heads / codec.kv_heads;
   kernel.load(q.rows(b, head * group + row / shape.n, row % shape.n), 1, codec.head_dim, codec.dim, x);
@@ -20,8 +21,8 @@ inline double rotate_query(const Codec& codec, Shape shape, const Array4& q, int
 }
 
 // Prepares `rows` of them from `first` on for Kernels::scores, in units of `scale`.
-inline void prepare_queries(const Codec& codec, Shape shape, const Array4& q, int b, int head, int first, int rows, float scale,
-                            uint8_t* prepared) {
+inline void prepare_queries(const Codec& codec, Shape shape, const Array4& q, int b, int head, int first, int rows,
+                            float scale, uint8_t* prepared) {
   float* x = static_cast<float*>(thread_scratch(0, 2 * size_t(codec.dim) * sizeof(float)));
   for (int r = 0; r < rows; ++r) {
     const double offset = rotate_query(codec, shape, q, b, head, first + r, x, x + codec.dim);

@@ -36,7 +36,8 @@ const uint8_t** all_records(const Codec& codec, const Table& table, int b, int h
 
 }  // namespace
 
-void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out, int threads) {
+void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out,
+               int threads) {
   const Kernels& kernel = kernels();
   for (int b = 0; b < shape.batch; ++b) row_length("qk_scores", codec, table, b);
   const std::vector<Block> blocks = row_blocks(shape, codec.kv_heads);
@@ -46,10 +47,11 @@ void qk_scores(const Codec& codec, Shape shape, const Array4& q, const Table& ta
     auto* prepared = static_cast<uint8_t*>(thread_scratch(3, kernel.queries_bytes(dim, block.rows)));
     prepare_queries(codec, shape, q, block.b, block.head, block.first, block.rows, scale, prepared);
     const int length = table.lengths[block.b];
-    const int64_t first = int64_t(block.b) * shape.q_heads * shape.n + int64_t(block.head) * group * shape.n + block.first;
+    const int64_t first =
+        int64_t(block.b) * shape.q_heads * shape.n + int64_t(block.head) * group * shape.n + block.first;
     float* to = out + first * table.max_length;
-    kernel.scores(codec, all_records(codec, table, block.b, block.head), length, 1, &prepared, block.rows, to, table.max_length,
-                  nullptr, 0, thread_scratch(1, kernel.scratch_bytes(dim, 0)));
+    kernel.scores(codec, all_records(codec, table, block.b, block.head), length, 1, &prepared, block.rows, to,
+                  table.max_length, nullptr, 0, thread_scratch(1, kernel.scratch_bytes(dim, 0)));
     for (int r = 0; r < block.rows; ++r)
       for (int t = length; t < table.max_length; ++t) to[int64_t(r) * table.max_length + t] = -INF;
   });
@@ -86,7 +88,8 @@ void value_sum(const Codec& codec, Shape shape, const float* p, const Table& tab
           any |= w > 0;
         }
       if (!any) continue;
-      kernel.weigh(codec, records, length, part, length, block.rows, o + count, thread_scratch(1, kernel.scratch_bytes(dim, block.rows)));
+      kernel.weigh(codec, records, length, part, length, block.rows, o + count,
+                   thread_scratch(1, kernel.scratch_bytes(dim, block.rows)));
       for (size_t i = 0; i < count; ++i) o[i] += sign * o[count + i];
     }
     kernel.apply(codec.v_inverse, block.head, o, block.rows, o + count);

@@ -1,18 +1,21 @@
-// Which codes a vector gets: trellis paths of least squared error, and codes with feedback (codec/shaping.py), where each
-// channel makes up for the errors of the channels before it.
+// Which codes a vector gets: trellis paths of least squared error, and codes with feedback (codec/shaping.py), where
+// each channel makes up for the errors of the channels before it.
 #pragma once
 
 #include "numbers.h"
 
 namespace forge {
 
-// Units of keys that lie on the same channels of different tokens are searched side by side. In arrays [dim][64] of this file the
-// tokens stand in that order: column (local * chains + chain) * 8 + g is token (g >> 1) 16 + 2 (chain * tokens + local) + (g & 1).
-// The rows are a token's channels in the order in which paths visit them (codec/packing.py, key_orders).
+// Units of keys that lie on the same channels of different tokens are searched side by side. In arrays [dim][64] of
+// this file the tokens stand in that order: column (local * chains + chain) * 8 + g is token (g >> 1) 16 + 2 (chain *
+// tokens + local) + (g & 1). The rows are a token's channels in the order in which paths visit them (codec/packing.py,
+// key_orders).
 struct KeyOrder {
-  int steps, run, tokens, chains;  // nibble words of a token in a lane; units and tokens until a unit begins with a token
-  int orders, order[4];            // order of each local token
-  uint16_t channel[4][MAX_DIM];    // by order and rank
+  int steps;                     // nibble words of a token in a lane
+  int run, tokens;               // units and tokens until a unit begins with a token
+  int chains;                    // runs that the eight tokens of one g make
+  int orders, order[4];          // order of each local token
+  uint16_t channel[4][MAX_DIM];  // by order and rank
   explicit KeyOrder(int dim);
   FORGE_INLINE int local(int column) const { return column / 8 / chains; }
   FORGE_INLINE int token(int column) const {
@@ -41,8 +44,8 @@ struct Search {
   // finds the state from which the best circle starts, the second follows that circle (Viterbi 1967).
   template <int STATES, int BITS>
   static void viterbi(const float* x, int stride, const float* values, uint8_t* codes) {
-    F32 best[32][4];   // least squared error of each subset of levels
-    U32 history[32];   // from bit 8 on two bits for the level bits of each subset; below, bit s: which predecessor of s
+    F32 best[32][4];  // least squared error of each subset of levels
+    U32 history[32];  // from bit 8 on two bits for the level bits of each subset; below, bit s: which predecessor of s
     F32 cost[STATES][STATES];
     for (int a = 0; a < STATES; ++a)
       for (int s = 0; s < STATES; ++s) cost[a][s] = F32{} + (s == a ? 0.0f : INF);
@@ -143,7 +146,9 @@ struct Search {
     U32 origin[STATES], next[STATES];
     for (int s = 0; s < STATES; ++s) origin[s] = U32{} + uint32_t(s);
     for (int i = 0; i < 16; ++i) {
-      step<STATES>(cost, best[i], [&](int after, I32 upper) { next[after] = upper ? origin[after >> 1 | STATES / 2] : origin[after >> 1]; });
+      step<STATES>(cost, best[i], [&](int after, I32 upper) {
+        next[after] = upper ? origin[after >> 1 | STATES / 2] : origin[after >> 1];
+      });
       for (int s = 0; s < STATES; ++s) origin[s] = next[s];
     }
     U32 state = origin[0];
@@ -155,18 +160,19 @@ struct Search {
     return state;
   }
 
-  // How a unit of keys is coded: of each code in turn the rank of its channel, the columns of its token, its weight, and the
-  // factors of those codes before it (`prior`) that are of the same token.
+  // How a unit of keys is coded: of each code in turn the rank of its channel, the columns of its token, its weight,
+  // and the factors of those codes before it (`prior`) that are of the same token.
   struct Unit {
     int rank[32], before[32], column[32], priors[32], prior[32][32];
     float weight[32], inside[32][32];
     const float* factor[32];  // row of the channel: [before] factors of what earlier units coded
   };
 
-  // Keys x on trellis paths with feedback; errors (x less its level) and codes, all [dim][64] by ranks and columns. Every
-  // survivor of a search carries the errors of its own path.
+  // Keys x on trellis paths with feedback; errors (x less its level) and codes, all [dim][64] by ranks and columns.
+  // Every survivor of a search carries the errors of its own path.
   template <int STATES, int BITS>
-  static void shaped_paths(int dim, const float* x, const Feedback& feedback, const float* values, float* error, uint8_t* codes) {
+  static void shaped_paths(int dim, const float* x, const Feedback& feedback, const float* values, float* error,
+                           uint8_t* codes) {
     const KeyOrder& order = key_order(dim);
     const Subsets<BITS> levels(values);
     for (int t = 0; t < 4; ++t) {
@@ -194,7 +200,8 @@ struct Search {
           F32 target[32], shifted[32];
           for (int e = 0; e < 32; ++e) {
             F32 sum = F32{};
-            for (int j = 0; j < unit.before[e]; ++j) sum += unit.factor[e][j] * load<F32>(error + j * PAGE + unit.column[e] + row);
+            for (int j = 0; j < unit.before[e]; ++j)
+              sum += unit.factor[e][j] * load<F32>(error + j * PAGE + unit.column[e] + row);
             target[e] = load<F32>(x + unit.rank[e] * PAGE + unit.column[e] + row);
             shifted[e] = target[e] + sum;
           }
@@ -230,10 +237,11 @@ struct Search {
     }
   }
 
-  // Viterbi search from `start` back to it: bit s of upper[e] says that state s after step e comes from its upper predecessor.
+  // Viterbi search from `start` back to it: bit s of upper[e] says that state s after step e comes from its upper
+  // predecessor.
   template <int STATES, int BITS>
-  static void survivors(const F32 (&target)[32], const F32 (&shifted)[32], const Unit& unit, const Subsets<BITS>& levels, U32 start,
-                        U32 (&upper)[32]) {
+  static void survivors(const F32 (&target)[32], const F32 (&shifted)[32], const Unit& unit,
+                        const Subsets<BITS>& levels, U32 start, U32 (&upper)[32]) {
     F32 carried[2][STATES][32];
     F32 cost[STATES], next[STATES];
     for (int s = 0; s < STATES; ++s) cost[s] = start == uint32_t(s) ? F32{} : F32{} + INF;
@@ -264,8 +272,8 @@ struct Search {
   }
 
   // The same for scalar codes, all tokens in the first order.
-  static void shaped_scalars(const Side& side, int dim, const float* x, const Feedback& feedback, const float* values, float* error,
-                             uint8_t* codes) {
+  static void shaped_scalars(const Side& side, int dim, const float* x, const Feedback& feedback, const float* values,
+                             float* error, uint8_t* codes) {
     for (int i = 0; i < dim; ++i)
       for (int column = 0; column < PAGE; column += W) {
         const F32 target = load<F32>(x + i * PAGE + column);
@@ -281,12 +289,15 @@ struct Search {
         for (int k = 0; k < W; ++k) codes[i * PAGE + column + k] = uint8_t(code[k]);
       }
   }
-  static void shaped(const Side& side, int dim, const float* x, const Feedback& feedback, const float* values, float* error, uint8_t* codes) {
+  static void shaped(const Side& side, int dim, const float* x, const Feedback& feedback, const float* values,
+                     float* error, uint8_t* codes) {
     if (side.code == SCALAR) return shaped_scalars(side, dim, x, feedback, values, error, codes);
     if (side.bits == 3)
-      side.states() == 4 ? shaped_paths<4, 3>(dim, x, feedback, values, error, codes) : shaped_paths<8, 3>(dim, x, feedback, values, error, codes);
+      side.states() == 4 ? shaped_paths<4, 3>(dim, x, feedback, values, error, codes)
+                         : shaped_paths<8, 3>(dim, x, feedback, values, error, codes);
     else
-      side.states() == 4 ? shaped_paths<4, 2>(dim, x, feedback, values, error, codes) : shaped_paths<8, 2>(dim, x, feedback, values, error, codes);
+      side.states() == 4 ? shaped_paths<4, 2>(dim, x, feedback, values, error, codes)
+                         : shaped_paths<8, 2>(dim, x, feedback, values, error, codes);
   }
 
   // e^T H e of errors [dim][64], all in the first order, to out [64].

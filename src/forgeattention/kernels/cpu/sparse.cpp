@@ -63,7 +63,8 @@ void advise_huge_pages(float* memory, int64_t count) {
   constexpr uintptr_t HUGE_PAGE = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uintptr_t end = reinterpret_cast<uintptr_t>(memory + count) / HUGE_PAGE * HUGE_PAGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
 #endif
 }
 
@@ -97,7 +98,8 @@ template <class Visit>
 void each_reaching(const float* line, int length, const float* stats, int pages, float bound, Visit visit) {
   for (int p = 0; p < pages; ++p)
     if (stats[2 * p] >= bound)
-      at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound, [&](int t, float score) { visit(p * PAGE + t, score); });
+      at_least(line + p * PAGE, std::min(length - p * PAGE, int(PAGE)), bound,
+               [&](int t, float score) { visit(p * PAGE + t, score); });
 }
 // A score that k tokens reach, found by counting; k is at least the number of pages.
 float lower_bound_many(const float* line, int length, const float* stats, int pages, int k, float top) {
@@ -116,11 +118,11 @@ float lower_bound_k(const float* stats, int pages, int k, std::vector<float>& ro
   std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<float>());
   return room[k - 1];
 }
-// The fewest tokens, largest scores first, that leave at most `may_drop` of the mass `packed`; the mass of all but the last
-// bin's is known by bins, so that only the tokens of that bin are sorted. Gives the last one kept; `held` and `count` are of
-// all that are.
-Candidate last_by_mass(const float* line, int length, const float* stats, int pages, float top, double packed, double may_drop,
-                       float bound, std::vector<Candidate>& room, double& held, int& count) {
+// The fewest tokens, largest scores first, that leave at most `may_drop` of the mass `packed`; the mass of all but the
+// last bin's is known by bins, so that only the tokens of that bin are sorted. Gives the last one kept; `held` and
+// `count` are of all that are.
+Candidate last_by_mass(const float* line, int length, const float* stats, int pages, float top, double packed,
+                       double may_drop, float bound, std::vector<Candidate>& room, double& held, int& count) {
   const Bins bins(stats, pages, top, 40);
   static thread_local std::vector<double> mass;
   static thread_local std::vector<int> counts;
@@ -179,8 +181,8 @@ float lower_bound_p(const float* stats, int pages, float top, double may_drop, s
 
 }  // namespace
 
-void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* scores, float* stats,
-                   int threads) {
+void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* scores,
+                   float* stats, int threads) {
   const Kernels& kernel = kernels();
   const int kv_heads = codec.kv_heads, rows = shape.q_heads / kv_heads * shape.n, dim = codec.dim;
   const int all_pages = pages_of(table.max_length), runs = (all_pages + RUN - 1) / RUN;
@@ -190,7 +192,8 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
   const size_t query_bytes = kernel.queries_bytes(dim, rows);
   auto* prepared = static_cast<uint8_t*>(thread_scratch(3, jobs * query_bytes));
   parallel_for(jobs, threads, [&](int64_t job) {
-    prepare_queries(codec, shape, q, int(job / kv_heads), int(job % kv_heads), 0, rows, scale, prepared + job * query_bytes);
+    prepare_queries(codec, shape, q, int(job / kv_heads), int(job % kv_heads), 0, rows, scale,
+                    prepared + job * query_bytes);
   });
   // Memory is read as it lies, the heads of a page together.
   const int heads = together(kv_heads, int64_t(shape.batch) * runs, threads);
@@ -221,7 +224,8 @@ void sparse_scores(const Codec& codec, Shape shape, const Array4& q, const Table
   });
 }
 
-void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out, int threads) {
+void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& table, float scale, float* out,
+                 int threads) {
   const int rows = shape.q_heads / codec.kv_heads * shape.n, dim = codec.dim, all_pages = pages_of(table.max_length);
   constexpr int MANY = 512, AHEAD = 12;  // pages of one piece of work; pages whose means are fetched ahead
   const int runs = (all_pages + MANY - 1) / MANY;
@@ -258,21 +262,24 @@ void page_scores(const Codec& codec, Shape shape, const Array4& q, const Table& 
   });
 }
 
-void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, int budget, float top_p, const float* exact_lse,
-                      float* threshold, int* last, int* kept, float* dropped, float* tops, int threads) {
+void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, int budget, float top_p,
+                      const float* exact_lse, float* threshold, int* last, int* kept, float* dropped, float* tops,
+                      int threads) {
   const int pages = pages_of(s.max_length);
   for (int b = 0; b < s.shape.batch; ++b)
     if (lengths[b] < 0 || lengths[b] > s.max_length)
       throw std::invalid_argument("[sparse_threshold] expected packed lengths within max_length; got another one");
   const int per_row = s.shape.q_heads * s.shape.n;
   parallel_for(int64_t(s.shape.batch) * per_row, threads, [&](int64_t row) {
-    const int b = int(row / per_row), head = int(row % per_row / s.shape.n), length = lengths[b], used = pages_of(length);
+    const int b = int(row / per_row), head = int(row % per_row / s.shape.n), length = lengths[b],
+              used = pages_of(length);
     const float* line = s.scores + row * s.max_length;
     const float* stats = s.stats + row * pages * 2;
     float top = -INF;
     for (int p = 0; p < used; ++p) top = std::max(top, stats[2 * p]);
     const double packed = mass_of(stats, used, top);
-    const double exact = exact_lse && exact_lse[row] > -INF ? std::exp(double(exact_lse[row]) - top) : 0, total = packed + exact;
+    const double exact = exact_lse && exact_lse[row] > -INF ? std::exp(double(exact_lse[row]) - top) : 0,
+                 total = packed + exact;
     threshold[row] = packed == packed ? INF : __builtin_nanf("");  // a query that is not finite gives NaN
     last[row] = -1;
     kept[row] = 0;
@@ -291,9 +298,11 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
       const float bound = lower_bound_p(stats, used, top, may_drop, candidates);
       lowest = last_by_mass(line, length, stats, used, top, packed, may_drop, bound, candidates, held, count);
     } else {
-      const float bound = k >= used ? lower_bound_many(line, length, stats, used, k, top) : lower_bound_k(stats, used, k, maxima);
+      const float bound =
+          k >= used ? lower_bound_many(line, length, stats, used, k, top) : lower_bound_k(stats, used, k, maxima);
       candidates.clear();
-      each_reaching(line, length, stats, used, bound, [&](int token, float score) { candidates.push_back({score, token}); });
+      each_reaching(line, length, stats, used, bound,
+                    [&](int token, float score) { candidates.push_back({score, token}); });
       if (count < int(candidates.size()))
         std::nth_element(candidates.begin(), candidates.begin() + (count - 1), candidates.end());
       for (int i = 0; i < count; ++i) {
@@ -308,8 +317,8 @@ void sparse_threshold(const Scored& s, const int* lengths, const int* budgets, i
   });
 }
 
-void sparse_attention(const Codec& codec, const Scored& s, const Table& table, const float* threshold, const int* last, const float* top,
-                      float* out, float* lse, int threads) {
+void sparse_attention(const Codec& codec, const Scored& s, const Table& table, const float* threshold, const int* last,
+                      const float* top, float* out, float* lse, int threads) {
   const Kernels& kernel = kernels();
   const int rows = s.shape.q_heads / codec.kv_heads * s.shape.n, dim = codec.dim, pages = pages_of(s.max_length);
   const int heads = s.shape.batch * codec.kv_heads;

@@ -19,8 +19,8 @@
 namespace forge {
 namespace {
 
-// Waiting threads look for work this long before they sleep: longer than the gap between two phases of a call, shorter than
-// what another library's threads would notice.
+// Waiting threads look for work this long before they sleep: longer than the gap between two phases of a call, shorter
+// than what another library's threads would notice.
 constexpr std::chrono::microseconds SPIN{30};
 
 void relax() {
@@ -31,8 +31,8 @@ void relax() {
 #endif
 }
 
-// A call opens a gate; workers that pass it in time take items, and the caller closes it when no item is left. So a worker
-// that the scheduler wakes late, or not at all, delays nobody.
+// A call opens a gate; workers that pass it in time take items, and the caller closes it when no item is left. So a
+// worker that the scheduler wakes late, or not at all, delays nobody.
 class Pool {
  public:
   void run(int64_t items, int threads, const std::function<void(int64_t)>& body) {
@@ -48,7 +48,8 @@ class Pool {
     next_.store(0, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      gate_.store(((gate_.load(std::memory_order_relaxed) & ~uint64_t(CALL - 1)) + CALL) | OPEN, std::memory_order_release);
+      gate_.store(((gate_.load(std::memory_order_relaxed) & ~uint64_t(CALL - 1)) + CALL) | OPEN,
+                  std::memory_order_release);
     }
     wake_.notify_all();
     take();
@@ -111,8 +112,8 @@ Pool& shared_pool() {
   return *pool;
 }
 
-// The OpenMP runtime that PyTorch runs on, once PyTorch is loaded. Its threads spin for milliseconds after each of PyTorch's
-// operations, and threads of another pool would fight with them for the processors.
+// The OpenMP runtime that PyTorch runs on, once PyTorch is loaded. Its threads spin for milliseconds after each of
+// PyTorch's operations, and threads of another pool would fight with them for the processors.
 struct OpenMP {
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*max_threads)() = nullptr;
@@ -127,10 +128,13 @@ const OpenMP* torch_openmp() {
   if (const OpenMP* known = usable.load(std::memory_order_acquire)) return known;
   std::lock_guard<std::mutex> lock(mutex);
   unsigned long long loaded = 0;  // libraries loaded so far: without a new one there is nothing new to find
-  dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *static_cast<unsigned long long*>(out) = info->dlpi_adds, 1; }, &loaded);
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) { return *static_cast<unsigned long long*>(out) = info->dlpi_adds, 1; },
+      &loaded);
   if (loaded == searched) return nullptr;
   searched = loaded;
-  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);  // symbols of what it depends on are found through it
+  void* torch =
+      dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);  // symbols of what it depends on are found through it
   if (!torch) return nullptr;
   found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(torch, "GOMP_parallel"));
   found.max_threads = reinterpret_cast<decltype(found.max_threads)>(dlsym(torch, "omp_get_max_threads"));
@@ -171,7 +175,8 @@ void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>
   const OpenMP* openmp = threads > 1 && !forked ? torch_openmp() : nullptr;
   const int team = openmp ? openmp->max_threads() : 0;
   if (threads > 1 && threads <= team) {
-    // All of them, though some may have nothing to do: for a smaller team the runtime would end threads and start them again.
+    // All of them, though some may have nothing to do: for a smaller team the runtime would end threads and start them
+    // again.
     Job job{body, items, threads};
     openmp->parallel([](void* data) { static_cast<Job*>(data)->take(); }, &job, unsigned(team), 0);
     return;

@@ -38,7 +38,8 @@ struct Transform {
         for (int i = 0; i < size; ++i) {
           const float a = y[i], b = y[size + i], c = y[2 * size + i];
           for (int o = 0; o < 3; ++o)
-            y[o * size + i] = inverse ? dct[0][o] * a + dct[1][o] * b + dct[2][o] * c : dct[o][0] * a + dct[o][1] * b + dct[o][2] * c;
+            y[o * size + i] =
+                inverse ? dct[0][o] * a + dct[1][o] * b + dct[2][o] * c : dct[o][0] * a + dct[o][1] * b + dct[o][2] * c;
         }
       if (inverse)
         for (int i = 0; i < dim; ++i) y[i] *= signs[i];
@@ -95,7 +96,6 @@ struct Transform {
     }
     return worst == 0;
   }
-
 
   static void store(const float* x, int64_t count, int dtype, void* out) {
     if (dtype == FLOAT32) {

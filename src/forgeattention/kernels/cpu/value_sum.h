@@ -45,7 +45,8 @@ void prepare_weights(const float* weights, float up, typename Isa::Operand* out)
 // acc[r] [uc][lv][half][WORDS] = acc[r] * keep[r] + back[r] * (integer sums over the pages).
 template <class Isa, int CHUNK, class Source, int ROWS>
 void value_tile(const uint8_t* const* codes, const uint8_t* const* ahead, int pages, int dim, const int8_t* levels,
-                const typename Isa::Operand* weights, size_t acc_stride, float* acc, const float* keep, const float* back) {
+                const typename Isa::Operand* weights, size_t acc_stride, float* acc, const float* keep,
+                const float* back) {
   using L = Layout<Isa, CHUNK>;
   using U32 = typename Isa::U32;
   using F32 = typename Isa::F32;

@@ -43,6 +43,7 @@ FORGE_KERNEL(THREADS) append_step(FORGE_PARAMS p) {
     const int page = packed / 64;
     p.exact[row] = held;
     p.packed[row] = packed;
-    p.encode_offsets[row] = held == p.encode_at && page < p.max_pages ? p.page_table[(i64)row * p.max_pages + page] : -1;
+    p.encode_offsets[row] =
+        held == p.encode_at && page < p.max_pages ? p.page_table[(i64)row * p.max_pages + page] : -1;
   }
 }

@@ -10,10 +10,11 @@ FORGE_FN void unit_indices(const forge_u32 (&w)[BITS], forge_u32 (&n)[4]) {
   unit_nibbles<BITS, CODE>(w, n);
 }
 
-// Level tables as byte-permute operands. Sixteen levels are two tables, of the negative half (index bit 3 clear) and of the
-// positive half. A selector nibble with bit 3 set gives the sign of the byte it points to in all bits: 0 in the positive
-// table, -1 in the negative one. So the negative table holds level - 1, and the sum of what both give is level - 1 for all
-// sixteen; who sums products adds the sum of the other factors once (`low` is used with the index, `high` with bit 3 flipped).
+// Level tables as byte-permute operands. Sixteen levels are two tables, of the negative half (index bit 3 clear) and of
+// the positive half. A selector nibble with bit 3 set gives the sign of the byte it points to in all bits: 0 in the
+// positive table, -1 in the negative one. So the negative table holds (level - 1), and the sum of what both give is
+// (level - 1) for all sixteen; who sums products adds the sum of the other factors once (`low` is used with the index,
+// `high` with bit 3 flipped).
 template <int N>
 struct LevelTable {
   static constexpr bool PAIR = N == 16;

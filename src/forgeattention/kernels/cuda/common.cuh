@@ -8,8 +8,8 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 // How a kernel's function begins: one structure is all it takes. `struct Params` is made of the kernel's table in
-// backends/cuda/params.py and stands before this text. MLX passes no structure: for it, the text before this one makes the
-// kernel a function that an entry point calls (backends/cuda/structs.py).
+// backends/cuda/params.py and stands before this text. MLX passes no structure: for it, the text before this one makes
+// the kernel a function that an entry point calls (backends/cuda/structs.py).
 #ifndef FORGE_KERNEL
 #define FORGE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define FORGE_PARAMS const __grid_constant__ Params
@@ -70,11 +70,11 @@ __device__ __forceinline__ u32 half2(float a, float b) {
 }
 
 // ---- pairs of fp16
-#define FORGE_HALF2(name, instruction)                                           \
-  __device__ __forceinline__ u32 name(u32 a, u32 b) {                            \
-    u32 d;                                                                       \
-    asm(instruction ".f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));            \
-    return d;                                                                    \
+#define FORGE_HALF2(name, instruction)                                \
+  __device__ __forceinline__ u32 name(u32 a, u32 b) {                 \
+    u32 d;                                                            \
+    asm(instruction ".f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); \
+    return d;                                                         \
   }
 FORGE_HALF2(hadd2, "add.rn")
 FORGE_HALF2(hsub2, "sub.rn")
@@ -105,7 +105,8 @@ __device__ __forceinline__ float load_element(const void* p, i64 i) {
   const u32 bits = __ldg((const unsigned short*)p + i);
   return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
 }
-// Loads that begin where they stand in the program: the compiler would begin them where they are used, behind the flood of pages.
+// Loads that begin where they stand in the program: the compiler would begin them where they are used, behind the flood
+// of pages.
 template <int T>
 __device__ __forceinline__ float load_early(const void* p, i64 i) {
   if constexpr (T == FLOAT) {
@@ -114,7 +115,9 @@ __device__ __forceinline__ float load_early(const void* p, i64 i) {
     return x;
   } else {
     u32 bits;
-    asm volatile("{.reg .b16 h; ld.global.nc.b16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(bits) : "l"((const unsigned short*)p + i));
+    asm volatile("{.reg .b16 h; ld.global.nc.b16 h, [%1]; cvt.u32.u16 %0, h;}"
+                 : "=r"(bits)
+                 : "l"((const unsigned short*)p + i));
     return T == HALF ? half_to_float(bits) : __uint_as_float(bits << 16);
   }
 }
@@ -151,16 +154,16 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Four words from shared memory: constants that the compiler must not know to be constants, as it would move them into new
-// registers at every use.
+// Four words from shared memory: constants that the compiler must not know to be constants, as it would move them into
+// new registers at every use.
 __device__ __forceinline__ void load_constants(const u32* from, u32 (&r)[4]) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(smem_address(from)));
 }
 
-// ---- int8 tensor cores. Sums start at MAGIC_BITS, so that an accumulator read as a float is MAGIC + sum, exactly, while
-// |sum| < 2^22: 127 * 128 * 256 for the sums of one chain here.
+// ---- int8 tensor cores. Sums start at MAGIC_BITS, so that an accumulator read as a float is MAGIC + sum, exactly,
+// while |sum| < 2^22: 127 * 128 * 256 for the sums of one chain here.
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23
 constexpr u32 MAGIC_BITS = 0x4B400000;
 
@@ -170,26 +173,32 @@ struct Sums {
 };
 // d = a b + c, a and b signed. Volatile keeps the order in which chains are interleaved.
 __device__ __forceinline__ void mma_ss(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]),
+        "r"(c.c[3]));
 }
 // b unsigned.
 __device__ __forceinline__ void mma_su(Sums& d, const u32* a, u32 b0, u32 b1, const Sums& c) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d.c[0]), "=r"(d.c[1]), "=r"(d.c[2]), "=r"(d.c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]), "r"(c.c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c.c[0]), "r"(c.c[1]), "r"(c.c[2]),
+        "r"(c.c[3]));
 }
 
 // ---- 16-bit tensor cores. d += a b, a [16 x 16] and b [16 x 8] of half (HALF) or bfloat16 (else).
 template <int T>
 __device__ __forceinline__ void mma_16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (T == HALF) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -218,7 +227,8 @@ struct Ring {
     data = data_;
     barriers = smem_address(barriers_);
     if (lane == 0) {
-      for (int i = 0; i < 2 * STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
+      for (int i = 0; i < 2 * STAGES; ++i)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -232,20 +242,21 @@ struct Ring {
     const int bytes = half ? V_BYTES : K_BYTES;
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(min(count, PAGES) * bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(min(count, PAGES) * bytes)
+                 : "memory");
 #pragma unroll
     for (int i = 0; i < PAGES; ++i)
       if (i < count)
         asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                to + i * (K_BYTES + V_BYTES)),
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                "r"(to + i * (K_BYTES + V_BYTES)),
             "l"(records[i] + half * K_BYTES), "r"(bytes), "r"(barrier), "l"(policy)
             : "memory");
   }
   __device__ __forceinline__ void wait(int group, int half, u32 phase) {
     asm volatile(
-        "{\n.reg .pred P1;\nW_%=:\nmbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra D_%=;\nbra W_%=;\nD_%=:\n}" ::"r"(
-            barriers + 16 * group + 8 * half),
+        "{\n.reg .pred P1;\nW_%=:\nmbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra D_%=;\nbra W_%=;\nD_%=:\n}" ::
+            "r"(barriers + 16 * group + 8 * half),
         "r"(phase)
         : "memory");
   }
@@ -263,7 +274,8 @@ struct Ring {
       if (i < count) {
         const u32 to = smem_address(data) + (group * PAGES + i) * (K_BYTES + V_BYTES) + half * K_BYTES;
         for (int at = lane * 16; at < bytes; at += 512)
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(records[i] + half * K_BYTES + at) : "memory");
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(records[i] + half * K_BYTES + at)
+                       : "memory");
       }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }

@@ -1,8 +1,9 @@
 // Arguments of decode attention, and how its work is cut.
 //
-// Macros besides those of page.cuh: FORGE_QUERIES (4, 8 or 16 queries of one KV head at a time), FORGE_WARPS, FORGE_PAGES (a warp's at a
-// time, 1 or 2), FORGE_STAGES (of FORGE_PAGES records, that a warp's ring holds), FORGE_CTAS (per multiprocessor), FORGE_ROTATION, FORGE_TYPE
-// (queries and output), FORGE_EXACT_TYPE, FORGE_EXACT_BLOCK (tokens of a block of exact tokens; 0: a row's lie side by side).
+// Macros besides those of page.cuh: FORGE_QUERIES (4, 8 or 16 queries of one KV head at a time), FORGE_WARPS,
+// FORGE_PAGES (a warp's at a time, 1 or 2), FORGE_STAGES (of FORGE_PAGES records, that a warp's ring holds), FORGE_CTAS
+// (per multiprocessor), FORGE_ROTATION, FORGE_TYPE (queries and output), FORGE_EXACT_TYPE, FORGE_EXACT_BLOCK (tokens of
+// a block of exact tokens; 0: a row's lie side by side).
 #pragma once
 #include "page.cuh"
 #include "transform.cuh"
@@ -13,8 +14,8 @@ constexpr int E = DIM / 32;
 constexpr float WEIGHT_MAX = 65500.f;
 constexpr int EXACT_TOKENS = 16;  // of a task
 
-// How a row's work for one KV head is cut: by the row's own lengths alone, so that its result does not depend on the batch.
-// Chunks are runs of pages; exact tokens are dealt out to the chunks' warps in tasks.
+// How a row's work for one KV head is cut: by the row's own lengths alone, so that its result does not depend on the
+// batch. Chunks are runs of pages; exact tokens are dealt out to the chunks' warps in tasks.
 struct Cut {
   int pages, chunks, tasks;
   __device__ __forceinline__ Cut(const Params& p, int length, int exact)
@@ -37,17 +38,17 @@ struct Item {
 constexpr int QUERY_ROWS = QUERIES < 8 ? QUERIES : 8;
 constexpr int ROW_BYTES = 4 * DIM;  // of a query's 16-bit fragments
 struct Shared {
-  u8* ring;      // [WARPS][STAGES][PAGES][RECORD]; when pages are done, what the merges need
-  u8* terms;     // [QUERIES][QUERY_BYTES]
-  u8* plain;     // queries as 16-bit fragments, see exact.cuh
-  float* scales;  // [WARPS][PAGES][PAGE] of the pages at work, of keys, then of values
-  u64* barriers;  // [WARPS][STAGES][2]
+  u8* ring;        // [WARPS][STAGES][PAGES][RECORD]; when pages are done, what the merges need
+  u8* terms;       // [QUERIES][QUERY_BYTES]
+  u8* plain;       // queries as 16-bit fragments, see exact.cuh
+  float* scales;   // [WARPS][PAGES][PAGE] of the pages at work, of keys, then of values
+  u64* barriers;   // [WARPS][STAGES][2]
   u32* constants;  // [CONSTANT_WORDS]
-  float* step;   // [QUERIES] 256 step of a query
-  float* shift;  // [QUERIES] q . mu
-  float* size;   // [QUERIES] what the 16-bit fragments are multiplied by
-  int* totals;   // [QUERIES][2] sums of the terms
-  u32* last;     // whether this CTA is the last of its head
+  float* step;     // [QUERIES] 256 step of a query
+  float* shift;    // [QUERIES] q . mu
+  float* size;     // [QUERIES] what the 16-bit fragments are multiplied by
+  int* totals;     // [QUERIES][2] sums of the terms
+  u32* last;       // whether this CTA is the last of its head
   __device__ __forceinline__ explicit Shared(u8* at) {
     ring = at + FORGE_AT_RING;
     terms = at + FORGE_AT_TERMS;

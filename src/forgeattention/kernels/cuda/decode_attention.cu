@@ -1,15 +1,16 @@
 // Decode attention: the newest queries of every row over its pages and its exact tokens, in one launch.
 //
-// Grid: (chunks, kv_heads * blocks, rows). A CTA takes one chunk of a row's pages for one KV head, a warp every WARPS-th group of
-// pages in it. CTAs end early, so several share a multiprocessor and one loads while another merges. The last CTA of a head
-// to finish joins the chunks, applies the values' inverse transform and adds the exact tokens.
+// Grid: (chunks, kv_heads * blocks, rows). A CTA takes one chunk of a row's pages for one KV head, a warp every
+// WARPS-th group of pages in it. CTAs end early, so several share a multiprocessor and one loads while another merges.
+// The last CTA of a head to finish joins the chunks, applies the values' inverse transform and adds the exact tokens.
 #include "decode_args.cuh"
 #include "exact.cuh"
 
 // A query of the CTA, across the warp: element lane + 32 k.
 __device__ __forceinline__ void load_query(const Params& p, const Item& it, int i, int lane, float (&x)[E]) {
   const int query = it.block * QUERIES + i;
-  const i64 at = it.row * p.q_stride[0] + (it.head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
+  const i64 at =
+      it.row * p.q_stride[0] + (it.head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
   for (int k = 0; k < E; ++k) {
     x[k] = 0.f;
@@ -17,8 +18,8 @@ __device__ __forceinline__ void load_query(const Params& p, const Item& it, int 
   }
 }
 // Keeps it as it is for the exact tokens and splits the transformed one.
-__device__ __forceinline__ void keep_query(const Params& p, const Item& it, const Shared& sh, int i, int lane, float (&x)[E],
-                                           const Signs<DIM, FORGE_ROTATION>& signs) {
+__device__ __forceinline__ void keep_query(const Params& p, const Item& it, const Shared& sh, int i, int lane,
+                                           float (&x)[E], const Signs<DIM, FORGE_ROTATION>& signs) {
   const float size = exact::keep_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
   transform_in<DIM, FORGE_ROTATION>(x, p.k_transform, signs, it.head, lane);
   int totals[2];
@@ -32,8 +33,8 @@ __device__ __forceinline__ void keep_query(const Params& p, const Item& it, cons
   }
 }
 
-// A warp's running attention over pages, of query 4 b + t: m[b] in log2 units is near its maximum, l[b] the lane's share of the sum.
-// acc[2 (u BLOCKS + b) + h] is channel 16 u + 8 h + g.
+// A warp's running attention over pages, of query 4 b + t: m[b] in log2 units is near its maximum, l[b] the lane's
+// share of the sum. acc[2 (u BLOCKS + b) + h] is channel 16 u + 8 h + g.
 struct State {
   float m[BLOCKS], l[BLOCKS], acc[BLOCKS * DIM / 8];
 };
@@ -64,9 +65,10 @@ __device__ __forceinline__ void load_scales_of(const float* scales, int lane, fl
   }
 }
 
-// Scores s in units of `unit`, `shift` added per page -> weights as fragments, and the factor `step` of 256 times their sums.
-__device__ __forceinline__ void weigh(const float* scales, int lane, int b, float (&s)[PAGES][SPAN], float unit, const float (&shift)[PAGES], State& st,
-                                      u32 (&w)[PAGES][BLOCKS][4], float& step) {
+// Scores s in units of `unit`, `shift` added per page -> weights as fragments, and the factor `step` of 256 times their
+// sums.
+__device__ __forceinline__ void weigh(const float* scales, int lane, int b, float (&s)[PAGES][SPAN], float unit,
+                                      const float (&shift)[PAGES], State& st, u32 (&w)[PAGES][BLOCKS][4], float& step) {
   float top = NO_MAX;
 #pragma unroll
   for (int page = 0; page < PAGES; ++page) {
@@ -107,12 +109,14 @@ __device__ __forceinline__ void weigh(const float* scales, int lane, int b, floa
   for (int page = 0; page < PAGES; ++page)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const u32 x = __float_as_uint(fmaf(s[page][2 * i], fixed, 8388608.f)), y = __float_as_uint(fmaf(s[page][2 * i + 1], fixed, 8388608.f));
+      const u32 x = __float_as_uint(fmaf(s[page][2 * i], fixed, 8388608.f)),
+                y = __float_as_uint(fmaf(s[page][2 * i + 1], fixed, 8388608.f));
       w[page][b][i] = weight_fragment(prmt(x, y, 0x4051));
     }
 }
 
-// A CTA's states to the chunk's slot, by way of the ring: [WARPS][QUERIES][DIM + 8], in each warp's part of it, and maxima and sums.
+// A CTA's states to the chunk's slot, by way of the ring: [WARPS][QUERIES][DIM + 8], in each warp's part of it, and
+// maxima and sums.
 constexpr int MERGE_ROW = DIM + 8;
 static_assert(QUERIES * (MERGE_ROW * 4 + 8) <= STAGES * PAGES * RECORD, "a warp's part of the ring holds its state");
 static_assert(2 * DIM * 4 <= STAGES * PAGES * RECORD, "and the sums of `finish`");
@@ -127,7 +131,8 @@ __device__ __forceinline__ void merge(const Params& p, State& st, const Shared& 
 #pragma unroll
     for (int u = 0; u < UNITS; ++u)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) rows(warp)[(4 * b + t) * MERGE_ROW + 16 * u + 8 * h + g] = st.acc[2 * (u * BLOCKS + b) + h];
+      for (int h = 0; h < 2; ++h)
+        rows(warp)[(4 * b + t) * MERGE_ROW + 16 * u + 8 * h + g] = st.acc[2 * (u * BLOCKS + b) + h];
   }
   __syncthreads();
   for (int i = thread; i < QUERIES * DIM / 2; i += 32 * WARPS) {
@@ -170,9 +175,12 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[E]) {
   }
 }
 
-// Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it needs one.
-__device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot, int warp, int lane) {
-  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1, AHEAD = E > 4 ? 64 / E : PARTS > 2 ? 32 / PARTS : 16;
+// Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it
+// needs one.
+__device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot,
+                                       int warp, int lane) {
+  constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1;
+  constexpr int AHEAD_OF_FEW = PARTS > 2 ? 32 / PARTS : 16, AHEAD = E > 4 ? 64 / E : AHEAD_OF_FEW;
   static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
   const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
   const Signs<DIM, FORGE_ROTATION> signs(p.v_transform, it.head, lane);
@@ -266,7 +274,8 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     for (int k = 0; k < E; ++k) {
       const int channel = 32 * k + lane;
       if (channel >= HEAD_DIM) break;
-      if (p.v_transform.mu) y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
+      if (p.v_transform.mu)
+        y[k] = fmaf(packed, __ldg(p.v_transform.mu + it.head * p.v_transform.mu_stride + channel), y[k]);
       store_element<FORGE_TYPE>(p.out, to + channel, (y[k] + exact[k]) * inverse);
     }
     if (lane == 0) p.lse[at] = total > 0.f ? (top + lg2(total)) * LN2 : NEG_INF;
@@ -278,9 +287,10 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const Shared sh(shared);
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
-  it.row = blockIdx.z, it.head = blockIdx.y / p.query_tiles, it.block = blockIdx.y % p.query_tiles, it.chunk = blockIdx.x;
-  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries and,
-  // supposing that the row is as long as the longest may be, where its first pages are.
+  it.row = blockIdx.z, it.head = blockIdx.y / p.query_tiles, it.block = blockIdx.y % p.query_tiles,
+  it.chunk = blockIdx.x;
+  // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries
+  // and, supposing that the row is as long as the longest may be, where its first pages are.
   constexpr int OF_WARP = QUERIES > WARPS / 2 ? QUERIES / (WARPS / 2) : 1, QUERY_WARPS = QUERIES / OF_WARP;
   float x[OF_WARP][E];
   if (warp < QUERY_WARPS)
@@ -378,7 +388,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
       const Header header(means[i], lane);
       mean_scale[i] = i == 0 || valid > i * forge::PAGE ? header.mean_scale() : 0.f;
       v_base[i] = header.v_base();
-      store_scales(scales + i * forge::PAGE, decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
+      store_scales(scales + i * forge::PAGE,
+                   decode_scales(load_scales(here[i] + SCALE_OFFSET_K, lane), header.k_base()), lane);
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
@@ -414,7 +425,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
       float2 two = make_float2(0.f, 0.f);
-      if (i == 0 || valid > i * forge::PAGE) two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
+      if (i == 0 || valid > i * forge::PAGE)
+        two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
       store_scales(scales + i * forge::PAGE, two, lane);
     }
     __syncwarp();
@@ -444,7 +456,10 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   if (thread == 0) {
     u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.block;
     u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(cut.chunks - 1) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(cut.chunks - 1)
+                 : "memory");
     *sh.last = before == cut.chunks - 1;
   }
   __syncthreads();

@@ -1,15 +1,15 @@
 // Pages back to vectors. One CTA per page, KV head and row.
 //
-// Macros besides those of page.cuh: FORGE_ROTATION (IDENTITY leaves the stored vectors rotated), FORGE_WIDTH (channels of a result),
-// FORGE_TYPE.
+// Macros besides those of page.cuh: FORGE_ROTATION (IDENTITY leaves the stored vectors rotated), FORGE_WIDTH (channels
+// of a result), FORGE_TYPE.
 #include "page.cuh"
 #include "transform.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
 constexpr int ROW = DIM + 4;  // floats between tokens in shared memory
 
-// Where a level lies in shared memory. Runs of eight channels change places within their 32, so that neither the lanes of a key's
-// unit (quarters of the channels) nor those of a value's (tokens 16 apart) meet in a bank.
+// Where a level lies in shared memory. Runs of eight channels change places within their 32, so that neither the lanes
+// of a key's unit (quarters of the channels) nor those of a value's (tokens 16 apart) meet in a bank.
 __device__ __forceinline__ int place(int token, int channel) {
   return token * ROW + (channel ^ ((token >> 4 ^ channel >> 5) & 3) << 3);
 }
@@ -26,7 +26,8 @@ __device__ __forceinline__ u32 biased_levels(const forge::LevelTable<COUNT>& tab
 }
 
 template <bool KEYS, int BITS, int CODE, int COUNT>
-__device__ __forceinline__ void decode(const u8* codes, const forge::LevelTable<COUNT>& table, float* y, int warp, int lane) {
+__device__ __forceinline__ void decode(const u8* codes, const forge::LevelTable<COUNT>& table, float* y, int warp,
+                                       int lane) {
   for (int unit = warp; unit < UNITS; unit += WARPS) {
     u32 words[BITS], index[4];
 #pragma unroll
@@ -61,14 +62,15 @@ __device__ __forceinline__ void store_eight(void* to, i64 at, const float (&x)[8
     u32 w[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      w[i] = FORGE_TYPE == HALF ? half2(x[2 * i], x[2 * i + 1]) : float_to_bfloat(x[2 * i]) | float_to_bfloat(x[2 * i + 1]) << 16;
+      w[i] = FORGE_TYPE == HALF ? half2(x[2 * i], x[2 * i + 1])
+                                : float_to_bfloat(x[2 * i]) | float_to_bfloat(x[2 * i + 1]) << 16;
     *(uint4*)((unsigned short*)to + at) = make_uint4(w[0], w[1], w[2], w[3]);
   }
 }
 
 template <bool KEYS>
-__device__ __forceinline__ void write(const Params& p, const u8* record, const float* scales, const Header& header, const float* y,
-                                      int row, int head, int page, int warp, int lane) {
+__device__ __forceinline__ void write(const Params& p, const u8* record, const float* scales, const Header& header,
+                                      const float* y, int row, int head, int page, int warp, int lane) {
   const TransformArgs& t = KEYS ? p.k_transform : p.v_transform;
   const float unit = KEYS ? p.k_unit : p.v_unit;
   void* to = KEYS ? p.k : p.v;
@@ -88,7 +90,8 @@ __device__ __forceinline__ void write(const Params& p, const u8* record, const f
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         x[e] *= scale;
-        if (KEYS) x[e] = fmaf((float)(signed char)((e < 4 ? row8.x : row8.y) >> 8 * (e & 3)), header.mean_scale(), x[e]);
+        if (KEYS)
+          x[e] = fmaf((float)(signed char)((e < 4 ? row8.x : row8.y) >> 8 * (e & 3)), header.mean_scale(), x[e]);
         if (t.mu) x[e] += __ldg(t.mu + head * t.mu_stride + c + e);
         x[e] = valid ? x[e] : 0.f;
       }
@@ -108,7 +111,9 @@ __device__ __forceinline__ void write(const Params& p, const u8* record, const f
       for (int k = 0; k < E; ++k) {
         const int c = 32 * k + lane;
         if (FORGE_WIDTH == HEAD_DIM && t.mu) x[k] += __ldg(t.mu + head * t.mu_stride + c);
-        if (c < FORGE_WIDTH) store_element<FORGE_TYPE>(to, first + (i64)token * FORGE_WIDTH + c, page * forge::PAGE + token < length ? x[k] : 0.f);
+        if (c < FORGE_WIDTH)
+          store_element<FORGE_TYPE>(to, first + (i64)token * FORGE_WIDTH + c,
+                                    page * forge::PAGE + token < length ? x[k] : 0.f);
       }
     }
   }
@@ -131,12 +136,15 @@ FORGE_KERNEL(THREADS) decode_pages(FORGE_PARAMS p) {
   const u8* record = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD;
   const Header header(record + MEAN_OFFSET, lane);
   decode<true, FORGE_K_BITS, FORGE_K_CODE>(record, K_TABLE, y, warp, lane);
-  if (warp == 0) *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + SCALE_OFFSET_K, lane), header.k_base());
+  if (warp == 0)
+    *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + SCALE_OFFSET_K, lane), header.k_base());
   __syncthreads();
   write<true>(p, record, scales, header, y, row, head, page, warp, lane);
   __syncthreads();
   decode<false, FORGE_V_BITS, FORGE_V_CODE>(record + K_BYTES, V_TABLE, y, warp, lane);
-  if (warp == 0) *(float2*)(scales + 2 * lane) = decode_scales(load_scales(record + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
+  if (warp == 0)
+    *(float2*)(scales + 2 * lane) =
+        decode_scales(load_scales(record + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
   __syncthreads();
   write<false>(p, record, scales, header, y, row, head, page, warp, lane);
 }

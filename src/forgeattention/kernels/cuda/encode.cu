@@ -1,30 +1,31 @@
 // Encode: 64 tokens of one KV head to a page record, from the model's dtype. One CTA per page and head.
 //
-// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased, 1 least squares, 2 norm),
-// FORGE_REFINE (several scales are tried), FORGE_SHAPED (keys with feedback), FORGE_PAIRS (half of the multiples tried of keys),
-// FORGE_KEY_WARPS (that search keys), FORGE_SHARED_BYTES. The meaning of every step is reference/pages.py.
+// Macros besides those of page.cuh: FORGE_ROTATION, FORGE_TYPE, FORGE_KEY_MEAN, FORGE_K_RULE, FORGE_V_RULE (0 unbiased,
+// 1 least squares, 2 norm), FORGE_REFINE (several scales are tried), FORGE_SHAPED (keys with feedback), FORGE_PAIRS
+// (half of the multiples tried of keys), FORGE_KEY_WARPS (that search keys), FORGE_SHARED_BYTES. The meaning of every
+// step is reference/pages.py.
 #include "key_search.cuh"
 #include "transform.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, E = DIM / 32;
-constexpr int ROW = DIM + 1;  // floats between tokens in shared memory
+constexpr int ROW = DIM + 1;                                              // floats between tokens in shared memory
 constexpr bool SEARCHED = FORGE_K_CODE != forge::SCALAR || FORGE_SHAPED;  // keys by key_search.cuh
 constexpr int LINES = DIM < THREADS ? DIM : THREADS;  // pairs of units of values that are searched at once
 
 // Shared memory; backends/cuda/encoder.py counts its bytes.
 struct Shared {
-  float* mean;      // [DIM] key mean in steps, then as rounded
-  float* norm;      // [64] root mean square
-  float* inverse;   // [64] its inverse, 0 for 0
-  float* scale;     // [64]
-  float* reduce;    // [WARPS]
-  uint2* bins;      // [256] of the side at work
-  u8* best;         // [64] multiple that is kept
-  u8* u;            // keys that are searched: [CHAINS][U_ROW] halves, then areas and results; vectors stand where areas do
-  float* y;         // [64][ROW] rotated vectors
+  float* mean;     // [DIM] key mean in steps, then as rounded
+  float* norm;     // [64] root mean square
+  float* inverse;  // [64] its inverse, 0 for 0
+  float* scale;    // [64]
+  float* reduce;   // [WARPS]
+  uint2* bins;     // [256] of the side at work
+  u8* best;        // [64] multiple that is kept
+  u8* u;     // keys that are searched: [CHAINS][U_ROW] halves, then areas and results; vectors stand where areas do
+  float* y;  // [64][ROW] rotated vectors
   signed char* bytes;  // [64][DIM] levels of values on paths, or codes of scalars
-  u32* x;           // [32][LINES] values on paths
-  u32* choices;     // [16][LINES]
+  u32* x;              // [32][LINES] values on paths
+  u32* choices;        // [16][LINES]
   __device__ __forceinline__ Shared(u8* at, bool searched) {
     bins = (uint2*)at;
     mean = (float*)(bins + paths::BINS);
@@ -41,10 +42,12 @@ struct Shared {
   }
 };
 constexpr int FIXED_BYTES = 8 * paths::BINS + 4 * (DIM + 3 * forge::PAGE + WARPS) + forge::PAGE;
-constexpr int Y_BYTES = 4 * forge::PAGE * ROW, VECTOR_BYTES = Y_BYTES + forge::PAGE * DIM + (FORGE_V_CODE == forge::SCALAR ? 0 : 4 * 48 * LINES);
+constexpr int Y_BYTES = 4 * forge::PAGE * ROW,
+              VECTOR_BYTES = Y_BYTES + forge::PAGE * DIM + (FORGE_V_CODE == forge::SCALAR ? 0 : 4 * 48 * LINES);
 constexpr int SEARCH_BYTES = keys::KEY_WARPS * keys::Area::BYTES + keys::Results::BYTES;
 constexpr int KEY_BYTES = SEARCHED ? keys::U_BYTES + (SEARCH_BYTES > Y_BYTES ? SEARCH_BYTES : Y_BYTES) : 0;
-static_assert(FIXED_BYTES + (KEY_BYTES > VECTOR_BYTES ? KEY_BYTES : VECTOR_BYTES) == FORGE_SHARED_BYTES, "the launcher counts other sizes");
+static_assert(FIXED_BYTES + (KEY_BYTES > VECTOR_BYTES ? KEY_BYTES : VECTOR_BYTES) == FORGE_SHARED_BYTES,
+              "the launcher counts other sizes");
 
 __device__ __forceinline__ float block_max(float x, float* reduce) {
   x = warp_max(x);
@@ -63,8 +66,8 @@ __device__ __forceinline__ i64 token_at(const Params& p, const i64 (&stride)[3],
   return slot / block * stride[0] + head * stride[1] + slot % block * stride[2];
 }
 // Rotated vectors of a page to shared memory; true if a value is not finite.
-__device__ __forceinline__ bool rotate(const Params& p, const void* x, const i64 (&stride)[3], const TransformArgs& t, int page, int head,
-                                       const Shared& sh, int warp, int lane) {
+__device__ __forceinline__ bool rotate(const Params& p, const void* x, const i64 (&stride)[3], const TransformArgs& t,
+                                       int page, int head, const Shared& sh, int warp, int lane) {
   bool bad = false;
   for (int token = warp; token < forge::PAGE; token += WARPS) {
     const i64 at = token_at(p, stride, page, head, token);
@@ -110,7 +113,8 @@ __device__ __forceinline__ void measure(float step, const Shared& sh, int warp, 
 
 // Scalar codes, each token at the best of several scales; writes codes, leaves scales. Barriers before and after.
 template <bool KEYS, int BITS, int RULE, int COUNT>
-__device__ __forceinline__ void quantize_scalar(const int (&levels)[COUNT], float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
+__device__ __forceinline__ void quantize_scalar(const int (&levels)[COUNT], float unit, float step, u8* codes,
+                                                const Shared& sh, int warp, int lane) {
   const float inverse_unit = 1.f / unit;
   for (int token = warp; token < forge::PAGE; token += WARPS) {
     const float n = sh.norm[token], inverse = sh.inverse[token];
@@ -199,9 +203,9 @@ __device__ __forceinline__ void quantize_paths(float unit, u8* codes, const Shar
 #pragma unroll 4
     for (int i = 0; i < 32; ++i) x[i * LINES] = half2(number(i, 0), number(i, 1));
     const auto value = [&](int i) { return x[i * LINES]; };
-    const auto none = [](int, u32 (&)[8]) {};
+    const auto none = [](int, u32(&)[8]) {};
     const u32 seam = Path::seam(sh.bins, value);
-    Path::template search<false>(sh.bins, seam, choices, nullptr, LINES, value, none, none, [](int, int, u32 (&)[8]) {});
+    Path::template search<false>(sh.bins, seam, choices, nullptr, LINES, value, none, none, [](int, int, u32(&)[8]) {});
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       const u32 bits = Path::path(seam, choices, LINES, h);
@@ -218,11 +222,13 @@ __device__ __forceinline__ void quantize_paths(float unit, u8* codes, const Shar
           const uint2 found = sh.bins[place];
           const u32 c = 8 * ((c1 >> i & 1) << 1 | (c0 >> i & 1));
           nibbles[n] |= (found.y >> c & 255) << (4 * e);
-          sh.bytes[forge::v_token(at, n, e) * DIM + forge::v_channel(at, which + h * (UNITS / 2), e)] = (signed char)((int)(found.x >> c & 255) - 128);
+          sh.bytes[forge::v_token(at, n, e) * DIM + forge::v_channel(at, which + h * (UNITS / 2), e)] =
+              (signed char)((int)(found.x >> c & 255) - 128);
         }
       keys::pack_unit<BITS, CODE>(nibbles, words);
 #pragma unroll
-      for (int b = 0; b < BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, BITS, at, which + h * (UNITS / 2), b)) = words[b];
+      for (int b = 0; b < BITS; ++b)
+        *(u32*)(codes + 4 * forge::word_index(DIM, BITS, at, which + h * (UNITS / 2), b)) = words[b];
     }
   }
   __syncthreads();
@@ -245,7 +251,8 @@ __device__ __forceinline__ void quantize_paths(float unit, u8* codes, const Shar
 
 // Keys by the search: takes the vectors from shared memory, writes codes, leaves scales. Barriers before and after.
 template <int RULE>
-__device__ __forceinline__ void quantize_keys(const u32* feedback, float unit, float step, u8* codes, const Shared& sh, int warp, int lane) {
+__device__ __forceinline__ void quantize_keys(const u32* feedback, float unit, float step, u8* codes, const Shared& sh,
+                                              int warp, int lane) {
   unsigned short* const u = (unsigned short*)sh.u;
   // Key after key, each channel to the position at which paths visit it: the inverse of forge::k_token and k_channel.
   for (int token = warp; token < forge::PAGE; token += WARPS) {
@@ -255,7 +262,8 @@ __device__ __forceinline__ void quantize_keys(const u32* feedback, float unit, f
     for (int k = 0; k < E; ++k) {
       const int c = 32 * k + lane, t = c / (DIM / 4), word = j % keys::TOKENS * STEPS + c % (DIM / 4) / 8;
       const int at = (t * keys::RUN + word / 4) * 32 + 4 * (c & 7) + word % 4;
-      u[chain * keys::U_ROW + at] = (unsigned short)float_to_half((sh.y[token * ROW + c] - sh.mean[c] * step) * inverse);
+      u[chain * keys::U_ROW + at] =
+          (unsigned short)float_to_half((sh.y[token * ROW + c] - sh.mean[c] * step) * inverse);
     }
   }
   __syncthreads();
@@ -288,7 +296,8 @@ __device__ __forceinline__ bool store_scales(u8* to, int base, const Shared& sh)
   }
 }
 
-// The mean row with its header, as codec/packing.py, pack_header; `mean` is in steps. Bytes stay in `rounded` (may be `mean`).
+// The mean row with its header, as codec/packing.py, pack_header; `mean` is in steps. Bytes stay in `rounded` (may be
+// `mean`).
 __device__ __forceinline__ float header_byte(float mean, u32 header, int channel) {
   if (channel >= forge::HEADER_BYTES) return rintf(mean);
   const float bit = (float)(header >> channel & 1), x = rintf((mean - bit) * 0.5f) * 2.f + bit;
@@ -316,7 +325,8 @@ __device__ __forceinline__ void encode_page(const Params& p, int page, int head,
     quantize_paths<FORGE_V_BITS, FORGE_V_CODE, FORGE_V_RULE>(p.v_unit, record + K_BYTES, sh, warp, lane);
   }
   int v_base = 0, k_base = 0;
-  if constexpr (FORGE_SCALES == forge::LOG8) v_base = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
+  if constexpr (FORGE_SCALES == forge::LOG8)
+    v_base = log8_base(block_max(threadIdx.x < forge::PAGE ? sh.scale[threadIdx.x] : 0.f, sh.reduce));
   bad = store_scales(record + K_BYTES + SCALE_OFFSET_V, v_base, sh);
   make_bins<FORGE_K_BITS, FORGE_K_CODE>(K_LEVELS, sh);
 
@@ -358,8 +368,9 @@ __device__ __forceinline__ void encode_page(const Params& p, int page, int head,
     measure<true>(step, sh, warp, lane);
     __syncthreads();
   };
-  // The base of the scales stands in low bits of the row, on which the residual depends: it is guessed from the vectors' norms,
-  // with room for what those bits and the search may add, and raised where a scale does not fit after all.
+  // The base of the scales stands in low bits of the row, on which the residual depends: it is guessed from the
+  // vectors' norms, with room for what those bits and the search may add, and raised where a scale does not fit after
+  // all.
   round();
   if constexpr (FORGE_SCALES == forge::LOG8) {
     const float room = 1.02f * (FORGE_REFINE ? 1.189207115f : 1.0442737824f);  // 2^(1/4), 2^(1/16)

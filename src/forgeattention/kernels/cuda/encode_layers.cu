@@ -1,4 +1,5 @@
-// The pages that fill in a step, in every layer of a paged engine at once: one layer's few pages would leave most of the device idle.
+// The pages that fill in a step, in every layer of a paged engine at once: one layer's few pages would leave most of
+// the device idle.
 //
 // A CTA takes every gridDim.x-th of layers x heads x pages. Macros: those of encode.cu.
 #undef FORGE_KERNEL
@@ -14,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_layers(const __g
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int rest = item % per_fill, layer = rest / q.kv_heads;
     __syncthreads();
-    for (int i = threadIdx.x; i < (int)sizeof(Params) / 4; i += THREADS) ((u32*)own)[i] = ((const u32*)(q.layers + layer))[i];
+    for (int i = threadIdx.x; i < (int)sizeof(Params) / 4; i += THREADS)
+      ((u32*)own)[i] = ((const u32*)(q.layers + layer))[i];
     __syncthreads();
     encode_page(*(const Params*)own, q.filled[item / per_fill], rest % q.kv_heads, shared);
   }

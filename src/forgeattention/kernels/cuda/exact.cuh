@@ -1,6 +1,6 @@
-// The exact tokens of a row (sinks and recent ones) on 16-bit tensor cores, by tasks of one warp: products of eight queries
-// (A: high terms in rows 0-7, low terms in rows 8-15) with 16 keys, then of their weights, split alike, with values. Float
-// tokens are two bfloat16 terms each.
+// The exact tokens of a row (sinks and recent ones) on 16-bit tensor cores, by tasks of one warp: products of eight
+// queries (A: high terms in rows 0-7, low terms in rows 8-15) with 16 keys, then of their weights, split alike, with
+// values. Float tokens are two bfloat16 terms each.
 #pragma once
 #include "decode_args.cuh"
 
@@ -11,8 +11,9 @@ constexpr int EXACT_BLOCK = FORGE_EXACT_BLOCK > 0 ? FORGE_EXACT_BLOCK : 1;
 constexpr bool EARLY = !TWO && HEAD_DIM <= 128;  // all of a task's tokens fit the registers
 static_assert(HEAD_DIM % 16 == 0, "a lane reads eight channels at a time");
 
-// Channel c of a query is in product step, lane and register of the A fragment as keys are read: lane t takes channels 8 t .. 8 t + 7
-// of 32, four for each of two products. Keeps a query that lies across the warp (element lane + 32 k). Returns its factor.
+// Channel c of a query is in product step, lane and register of the A fragment as keys are read: lane t takes channels
+// 8 t .. 8 t + 7 of 32, four for each of two products. Keeps a query that lies across the warp (element lane + 32 k).
+// Returns its factor.
 __device__ __forceinline__ float keep_query(const float (&x)[E], u8* plain, int query, int lane) {
   float top = 1e-30f;
 #pragma unroll
@@ -25,7 +26,8 @@ __device__ __forceinline__ float keep_query(const float (&x)[E], u8* plain, int 
     u32 high, low;
     split_16<TERM>(x[k] * inverse, 0.f, high, low);
     const int step = 2 * k + (lane >> 2 & 1), t = lane >> 3;
-    unsigned short* at = (unsigned short*)(rows + ((step * QUERY_ROWS + (query & 7)) * 4 + t) * 16) + (lane >> 1 & 1) * 4 + (lane & 1);
+    unsigned short* at =
+        (unsigned short*)(rows + ((step * QUERY_ROWS + (query & 7)) * 4 + t) * 16) + (lane >> 1 & 1) * 4 + (lane & 1);
     at[0] = (unsigned short)high;
     at[2] = (unsigned short)low;
   }
@@ -53,7 +55,8 @@ __device__ __forceinline__ void load(const void* p, i64 at, bool any, u32 (&firs
   }
 }
 
-// Where a token of a row begins: rows of neighbouring tokens, or blocks of FORGE_EXACT_BLOCK tokens, of which stride[0] is the distance.
+// Where a token of a row begins: rows of neighbouring tokens, or blocks of FORGE_EXACT_BLOCK tokens, of which stride[0]
+// is the distance.
 __device__ __forceinline__ i64 place(const Params& p, const Item& it, const i64 (&stride)[3], int token) {
   if constexpr (FORGE_EXACT_BLOCK > 0) {
     const i64 block = __ldg(p.exact_blocks + it.row * p.exact_stride + token / EXACT_BLOCK);
@@ -69,13 +72,16 @@ struct Task {
   u32 k[EARLY ? 2 : 1][EARLY ? E : 1][4], v[EARLY ? (HEAD_DIM + 63) / 64 : 1][4][4];
 
   // Keys: token 8 half + g, channels 32 b + 8 t ..
-  __device__ __forceinline__ void load_key(const Params& p, const Item& it, int half, int b, int lane, u32 (&first)[4], u32 (&second)[4]) {
+  __device__ __forceinline__ void load_key(const Params& p, const Item& it, int half, int b, int lane, u32 (&first)[4],
+                                           u32 (&second)[4]) {
     const int channel = 32 * b + 8 * (lane & 3), token = min(from + 8 * half + (lane >> 2), it.exact - 1);
     load(p.exact_k, place(p, it, p.k_stride, token) + channel, channel < HEAD_DIM, first, second);
   }
   // Values: token 8 (j / 2) + 2 t + j % 2, channels 64 c + 8 g ..
-  __device__ __forceinline__ void load_value(const Params& p, const Item& it, int j, int c, int lane, u32 (&first)[4], u32 (&second)[4]) {
-    const int channel = 64 * c + 8 * (lane >> 2), token = min(from + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1), it.exact - 1);
+  __device__ __forceinline__ void load_value(const Params& p, const Item& it, int j, int c, int lane, u32 (&first)[4],
+                                             u32 (&second)[4]) {
+    const int channel = 64 * c + 8 * (lane >> 2),
+              token = min(from + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1), it.exact - 1);
     load(p.exact_v, place(p, it, p.v_stride, token) + channel, channel < HEAD_DIM, first, second);
   }
   __device__ __forceinline__ void begin(const Params& p, const Item& it, int task, int lane) {
@@ -156,7 +162,8 @@ struct Task {
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
             const u32 pick = n & 1 ? 0x7632u : 0x5410u;
-            mma_16<TERM>(acc[n], w, prmt(words[0][n / 2], words[1][n / 2], pick), prmt(words[2][n / 2], words[3][n / 2], pick));
+            mma_16<TERM>(acc[n], w, prmt(words[0][n / 2], words[1][n / 2], pick),
+                         prmt(words[2][n / 2], words[3][n / 2], pick));
           }
         }
         if (any)
@@ -167,8 +174,8 @@ struct Task {
 #pragma unroll
               for (int n = 0; n < 8; n += 4)
                 *(float4*)(p.part + (slot * QUERIES + i) * DIM + channel + n) =
-                    make_float4(acc[n][j] + acc[n][2 + j], acc[n + 1][j] + acc[n + 1][2 + j], acc[n + 2][j] + acc[n + 2][2 + j],
-                                acc[n + 3][j] + acc[n + 3][2 + j]);
+                    make_float4(acc[n][j] + acc[n][2 + j], acc[n + 1][j] + acc[n + 1][2 + j],
+                                acc[n + 2][j] + acc[n + 2][2 + j], acc[n + 3][j] + acc[n + 3][2 + j]);
           }
       }
     }

@@ -1,8 +1,8 @@
 // Codes of a page's keys on trellis paths or with feedback, at several multiples of each vector's norm.
 //
-// A chain is a run of units that begins and ends with whole tokens: TOKENS tokens, LENGTH codes in the order in which paths
-// visit them (position: 32 unit + code). A lane searches one chain for two multiples; what earlier units feed back comes from
-// tensor cores, for all chains of a warp at once.
+// A chain is a run of units that begins and ends with whole tokens: TOKENS tokens, LENGTH codes in the order in which
+// paths visit them (position: 32 unit + code). A lane searches one chain for two multiples; what earlier units feed
+// back comes from tensor cores, for all chains of a warp at once.
 #pragma once
 #include "paths.cuh"
 
@@ -15,8 +15,8 @@ constexpr bool SHAPED = FORGE_SHAPED, PATHS = FORGE_K_CODE != forge::SCALAR;
 constexpr int U_ROW = LENGTH + 16, E_ROW = LENGTH - 16, X_ROW = 36;  // so that loads of fragments meet no bank twice
 constexpr int SUMS = 9;  // of a token: <u, c>, <c, c>, u^T H e, e^T H e for either multiple; u^T H u
 
-// Words of feedback of a head (backends/cuda/params.py, Feedback): factors as A fragments [unit][2][LENGTH / 16][32 lanes][4], then
-// those within a unit, [unit][from 32][in 32], then weights [LENGTH], both as pairs of equal halves.
+// Words of feedback of a head (backends/cuda/params.py, Feedback): factors as A fragments [unit][2][LENGTH / 16][32
+// lanes][4], then those within a unit, [unit][from 32][in 32], then weights [LENGTH], both as pairs of equal halves.
 constexpr int FRAGMENTS = CHAIN_UNITS * 2 * (LENGTH / 16) * 128, INSIDE = CHAIN_UNITS * 1024;
 
 // A warp's part of shared memory, and what warps share.
@@ -39,9 +39,9 @@ struct Area {
   }
 };
 struct Results {
-  u32* nibbles;    // [TRIES][CHAINS][LENGTH / 8] codes
-  float* energy;   // [TRIES][64]
-  float* scale;    // [TRIES][64]
+  u32* nibbles;   // [TRIES][CHAINS][LENGTH / 8] codes
+  float* energy;  // [TRIES][64]
+  float* scale;   // [TRIES][64]
   static constexpr int BYTES = TRIES * (CHAINS * LENGTH / 2 + 512);
   __device__ __forceinline__ explicit Results(u8* at) {
     nibbles = (u32*)at;
@@ -59,7 +59,10 @@ __device__ __forceinline__ int token_of(int chain, int local) {
 __device__ __forceinline__ float multiple(int i) {
   // As good as multiples of each vector's own fit, which would need a search before the others.
   if constexpr (!FORGE_REFINE) return 1.f;
-  return TRIES == 2 ? 0.96f + 0.08f * i : TRIES == 4 ? 0.90f + 0.06f * i : TRIES == 6 ? 0.86f + 0.05f * i : 0.86f + 0.0375f * i;
+  return TRIES == 2   ? 0.96f + 0.08f * i
+         : TRIES == 4 ? 0.90f + 0.06f * i
+         : TRIES == 6 ? 0.86f + 0.05f * i
+                      : 0.86f + 0.0375f * i;
 }
 
 template <int RULE>
@@ -69,8 +72,8 @@ __device__ __forceinline__ float gain(float uu, float uc, float cc) {
 
 // u: [CHAINS][U_ROW] halves, vectors of unit variance by chain and position.
 template <int RULE>
-__device__ __forceinline__ void search(const u32* feedback, const uint2* table, float unit, const unsigned short* u, const float* norm,
-                                       u8* areas, const Results& results, int warp, int lane) {
+__device__ __forceinline__ void search(const u32* feedback, const uint2* table, float unit, const unsigned short* u,
+                                       const float* norm, u8* areas, const Results& results, int warp, int lane) {
   if (warp >= KEY_WARPS) return;
   const int g = lane >> 2, t = lane & 3;
   const Area area(areas + warp * Area::BYTES);
@@ -128,13 +131,13 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
         __syncwarp();
       }
       // Eight numbers of the unit, as they are, in both halves.
-      const auto doubled = [&](int block, u32 (&x)[8]) {
+      const auto doubled = [&](int block, u32(&x)[8]) {
         const uint4 v = *(const uint4*)(own_u + 32 * part + 8 * block);
         const u32 w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = prmt(w[i / 2], 0, i & 1 ? 0x3232u : 0x1010u);
       };
-      const auto plain = [&](int block, u32 (&x)[8]) {
+      const auto plain = [&](int block, u32(&x)[8]) {
         doubled(block, x);
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i] = hmul2(x[i], multiples);
@@ -150,12 +153,12 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
         }
       }
       const auto value = [&](int i) { return area.x[i * X_ROW + lane]; };
-      const auto eight = [&](const u32* from, u32 (&x)[8]) {
+      const auto eight = [&](const u32* from, u32(&x)[8]) {
         const uint4 a = __ldg((const uint4*)from), b = __ldg((const uint4*)from + 1);
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
       };
-      const auto weight = [&](int block, u32 (&w)[8]) { eight(weights + 32 * part + 8 * block, w); };
-      const auto factor = [&](int i, int block, u32 (&f)[8]) { eight(inside + (32 * part + i) * 32 + 8 * block, f); };
+      const auto weight = [&](int block, u32(&w)[8]) { eight(weights + 32 * part + 8 * block, w); };
+      const auto factor = [&](int i, int block, u32(&f)[8]) { eight(inside + (32 * part + i) * 32 + 8 * block, f); };
       u32* const errors = area.found + lane;
       u32 bits[2] = {0, 0}, c1[2] = {0, 0}, c0[2] = {0, 0};
       if constexpr (PATHS) {
@@ -169,7 +172,8 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
         }
       }
       // The codes themselves, with the feedback that they give; sums by nibble word.
-      u32 nibbles[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, uc[4] = {0, 0, 0, 0}, cc[4] = {0, 0, 0, 0}, ze[4] = {0, 0, 0, 0}, ee[4] = {0, 0, 0, 0};
+      u32 nibbles[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, uc[4] = {0, 0, 0, 0}, cc[4] = {0, 0, 0, 0},
+          ze[4] = {0, 0, 0, 0}, ee[4] = {0, 0, 0, 0};
       float zz[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
       for (int block = 0; block < 4; ++block) {
@@ -196,7 +200,8 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
           u32 pick = 0x40;
           if constexpr (PATHS) {
             const int shift = 8 * block + i;
-            pick |= (c1[0] >> shift & 1) << 1 | (c0[0] >> shift & 1) | (c1[1] >> shift & 1) << 5 | (c0[1] >> shift & 1) << 4;
+            pick |= (c1[0] >> shift & 1) << 1 | (c0[0] >> shift & 1) | (c1[1] >> shift & 1) << 5 |
+                    (c0[1] >> shift & 1) << 4;
           }
           const u32 level = paths::level_of(prmt(prmt(a.x, b.x, pick), 0x64646464u, 0x4140u));
           places[n] |= prmt(prmt(a.y, b.y, pick), 0, 0x4140u) << (4 * (i >> 2));
@@ -229,8 +234,8 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const u32 which = h ? 0x7632u : 0x5410u;
-              *(uint4*)(area.errors + (2 * lane + h) * E_ROW + 32 * part + 8 * block) =
-                  make_uint4(prmt(e[0], e[1], which), prmt(e[2], e[3], which), prmt(e[4], e[5], which), prmt(e[6], e[7], which));
+              *(uint4*)(area.errors + (2 * lane + h) * E_ROW + 32 * part + 8 * block) = make_uint4(
+                  prmt(e[0], e[1], which), prmt(e[2], e[3], which), prmt(e[4], e[5], which), prmt(e[6], e[7], which));
             }
         }
       }
@@ -261,12 +266,15 @@ __device__ __forceinline__ void search(const u32* feedback, const uint2* table, 
       const float* sums = area.sums + local * SUMS * 32 + lane;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float uc = sixteen * sums[4 * h * 32], cc = sixteen * sixteen * sums[(4 * h + 1) * 32], scale = gain<RULE>(uu, uc, cc);
+        const float uc = sixteen * sums[4 * h * 32], cc = sixteen * sixteen * sums[(4 * h + 1) * 32],
+                    scale = gain<RULE>(uu, uc, cc);
         float energy = uu - 2.f * scale * uc + scale * scale * cc;
         if constexpr (SHAPED) {
           // u - scale c, with c = m u - e
-          const float m = half_to_float(h ? multiples >> 16 : multiples & 0xFFFFu) * sixteen, rest = 1.f - scale * m, left = scale * sixteen;
-          energy = rest * rest * sums[8 * 32] + 2.f * rest * left * sums[(4 * h + 2) * 32] + left * left * sums[(4 * h + 3) * 32];
+          const float m = half_to_float(h ? multiples >> 16 : multiples & 0xFFFFu) * sixteen, rest = 1.f - scale * m,
+                      left = scale * sixteen;
+          energy = rest * rest * sums[8 * 32] + 2.f * rest * left * sums[(4 * h + 2) * 32] +
+                   left * left * sums[(4 * h + 3) * 32];
         }
         results.energy[(2 * pair + h) * forge::PAGE + token] = energy;
         results.scale[(2 * pair + h) * forge::PAGE + token] = n * scale;
@@ -303,8 +311,8 @@ __device__ __forceinline__ void pack_unit(const u32 (&n)[4], u32 (&w)[BITS]) {
   }
 }
 
-// Takes the best multiple of each token, or of the tokens that share paths; best[64] and scale[64] are told. A barrier must
-// stand before and after.
+// Takes the best multiple of each token, or of the tokens that share paths; best[64] and scale[64] are told. A barrier
+// must stand before and after.
 __device__ __forceinline__ void choose(const Results& results, u8* best, float* scale) {
   const int me = (int)threadIdx.x;
   constexpr int EACH = PATHS ? TOKENS : 1;
@@ -314,7 +322,8 @@ __device__ __forceinline__ void choose(const Results& results, u8* best, float* 
 #pragma unroll 1
   for (int i = 0; i < TRIES; ++i) {
     float energy = 0.f;
-    for (int local = 0; local < EACH; ++local) energy += results.energy[i * forge::PAGE + (PATHS ? token_of(me, local) : me)];
+    for (int local = 0; local < EACH; ++local)
+      energy += results.energy[i * forge::PAGE + (PATHS ? token_of(me, local) : me)];
     if (i == 0 || energy < least) least = energy, found = i;
   }
   for (int local = 0; local < EACH; ++local) {
@@ -332,7 +341,8 @@ __device__ __forceinline__ void write(const Results& results, const u8* best, u8
       n[k] = results.nibbles[(best[forge::k_token(DIM, lane, unit, k)] * CHAINS + chain) * (LENGTH / 8) + 4 * part + k];
     pack_unit<FORGE_K_BITS, FORGE_K_CODE>(n, w);
 #pragma unroll
-    for (int b = 0; b < FORGE_K_BITS; ++b) *(u32*)(codes + 4 * forge::word_index(DIM, FORGE_K_BITS, lane, unit, b)) = w[b];
+    for (int b = 0; b < FORGE_K_BITS; ++b)
+      *(u32*)(codes + 4 * forge::word_index(DIM, FORGE_K_BITS, lane, unit, b)) = w[b];
   }
 }
 }  // namespace keys

@@ -15,7 +15,8 @@ FORGE_KERNEL(32 * WARPS) merge(FORGE_PARAMS p) {
   for (int c = 2 * lane; c < DIM; c += 64)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      store_element<FORGE_TYPE>(p.out, to + c + i,
-                             (wa * load_element<FORGE_TYPE>(p.a, from + c + i) + wb * __ldg(p.b + to + c + i)) * inverse);
+      store_element<FORGE_TYPE>(
+          p.out, to + c + i,
+          (wa * load_element<FORGE_TYPE>(p.a, from + c + i) + wb * __ldg(p.b + to + c + i)) * inverse);
   if (lane == 0) p.lse[row] = safe + __logf(sum);
 }

@@ -1,4 +1,5 @@
-// Attention over parts of the packed tokens, joined by log-sum-exp and brought back to the model's coordinates. One warp per query.
+// Attention over parts of the packed tokens, joined by log-sum-exp and brought back to the model's coordinates. One
+// warp per query.
 //
 // Macros: FORGE_DIM, FORGE_HEAD_DIM, FORGE_ROTATION.
 #include "transform.cuh"

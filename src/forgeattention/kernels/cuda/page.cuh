@@ -1,12 +1,12 @@
 // One page record on int8 tensor cores by one warp: scores of its keys, weighted sums of its values.
 //
-// FORGE_DIM (padded), FORGE_HEAD_DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_K_CODE, FORGE_V_CODE, FORGE_SCALES, FORGE_K_LEVELS and FORGE_V_LEVELS
-// (ascending int8 levels) are given by the launcher. Lane 4 g + t throughout.
+// FORGE_DIM (padded), FORGE_HEAD_DIM, FORGE_K_BITS, FORGE_V_BITS, FORGE_K_CODE, FORGE_V_CODE, FORGE_SCALES,
+// FORGE_K_LEVELS and FORGE_V_LEVELS (ascending int8 levels) are given by the launcher. Lane 4 g + t throughout.
 //
-// Four queries at a time (a block). A query is 16 bits, int8 high and low terms. Keys: mma.m16n8k32 with 16 keys as A and
-// queries as B, the terms of query t in columns 2 t and 2 t + 1, so a lane ends with both sums of its query t for two
-// tokens. Values (transposed) as A meet weights as B, again high and low bytes in columns 2 t and 2 t + 1; one `movmatrix`
-// brings the weights of four tokens there.
+// Four queries at a time (a block). A query is 16 bits, int8 high and low terms. Keys: mma.m16n8k32 with 16 keys as A
+// and queries as B, the terms of query t in columns 2 t and 2 t + 1, so a lane ends with both sums of its query t for
+// two tokens. Values (transposed) as A meet weights as B, again high and low bytes in columns 2 t and 2 t + 1; one
+// `movmatrix` brings the weights of four tokens there.
 #pragma once
 #include "codes.cuh"
 #include "common.cuh"
@@ -21,18 +21,20 @@ constexpr int V_BYTES = RECORD - K_BYTES;
 constexpr int SCALE_OFFSET_V = forge::code_bytes(DIM, FORGE_V_BITS);  // within the V part
 static_assert(K_BYTES % 16 == 0 && RECORD % 16 == 0, "bulk copies move 16-byte units");
 
-constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE), V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
+constexpr int K_COUNT = forge::level_count(FORGE_K_BITS, FORGE_K_CODE),
+              V_COUNT = forge::level_count(FORGE_V_BITS, FORGE_V_CODE);
 constexpr int K_LEVELS[K_COUNT] = {FORGE_K_LEVELS}, V_LEVELS[V_COUNT] = {FORGE_V_LEVELS};
 constexpr forge::LevelTable<K_COUNT> K_TABLE(K_LEVELS);
 constexpr forge::LevelTable<V_COUNT> V_TABLE(V_LEVELS);
 constexpr bool K_PAIR = K_COUNT == 16, V_PAIR = V_COUNT == 16;
 constexpr u32 FLIP = 0x88888888u;
 
-// Constants in registers for the time pages are read (see load_constants): MAGIC_BITS, then the levels of keys and values.
+// Constants in registers for the time pages are read (see load_constants): MAGIC_BITS, then the levels of keys and
+// values.
 constexpr bool SAME_TABLE = K_COUNT == V_COUNT && K_TABLE.low[0] == V_TABLE.low[0] && K_TABLE.low[1] == V_TABLE.low[1];
 struct Constants {
-  Sums start;        // of a chain
-  u32 k[4], v[4];    // byte-permute tables: low (or the only one) and high
+  Sums start;      // of a chain
+  u32 k[4], v[4];  // byte-permute tables: low (or the only one) and high
   static __device__ __forceinline__ void store(u32* to) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = MAGIC_BITS;
@@ -91,15 +93,16 @@ __device__ __forceinline__ float2 decode_scales(u32 two, float base) {
     const u32 a = two & 255, b = two >> 8;
     // 2^23 + code as a float; its 32nd part minus 2^18 is exact.
     const float step = 1.f / forge::LOG8_STEPS, zero = base - step - 262144.f;
-    const float x = ex2(fmaf(__uint_as_float(0x4B000000u | a), step, zero)), y = ex2(fmaf(__uint_as_float(0x4B000000u | b), step, zero));
+    const float x = ex2(fmaf(__uint_as_float(0x4B000000u | a), step, zero)),
+                y = ex2(fmaf(__uint_as_float(0x4B000000u | b), step, zero));
     return make_float2(a ? x : 0.f, b ? y : 0.f);
   }
 }
 
 // Int8 terms of queries in shared memory: [query][high, low][channel], rows padded so that loads spread over banks.
 constexpr int TERMS_ROW = DIM + 16, QUERY_BYTES = 2 * TERMS_ROW;
-// Splits a query that lies across the warp (element lane + 32 k) into terms: x = step * (256 high + low). `totals` are the sums
-// of its terms. Returns 256 step.
+// Splits a query that lies across the warp (element lane + 32 k) into terms: x = step * (256 high + low). `totals` are
+// the sums of its terms. Returns 256 step.
 __device__ __forceinline__ float split_query(const float (&x)[DIM / 32], u8* terms, int (&totals)[2], int lane) {
   float top = 1e-30f;
 #pragma unroll
@@ -136,7 +139,9 @@ struct Queries {
       for (int s = 0; s < STEPS; ++s) b[s] = at[s];
     if constexpr (K_PAIR) total = fmaf((float)totals[2 * t + 1], 1.f / 256.f, (float)totals[2 * t]);
   }
-  __device__ __forceinline__ uint2 get(int s) const { return QUERIES_IN_REGISTERS ? b[QUERIES_IN_REGISTERS ? s : 0] : at[s]; }
+  __device__ __forceinline__ uint2 get(int s) const {
+    return QUERIES_IN_REGISTERS ? b[QUERIES_IN_REGISTERS ? s : 0] : at[s];
+  }
 };
 
 // A chain of products holds at most 256 channels (see MAGIC).
@@ -145,14 +150,18 @@ constexpr int CHAIN = 8;
 constexpr int SPAN = 8;
 __device__ __forceinline__ int key_token(int lane, int i) { return (lane >> 3) * 16 + 2 * i + (lane >> 2 & 1); }
 // High and low sums to high + low / 256; the first difference is exact.
-__device__ __forceinline__ float join_terms(float high, float low) { return fmaf(low, 1.f / 256.f, high - (MAGIC + MAGIC / 256.f)); }
+__device__ __forceinline__ float join_terms(float high, float low) {
+  return fmaf(low, 1.f / 256.f, high - (MAGIC + MAGIC / 256.f));
+}
 
-// Scores of a page, unscaled: query . levels in units of the query's 256 step. Tokens i = 2 j and 2 j + 1 (a pair) are the two
-// halves of a fragment; TOGETHER chains of products are interleaved, since a product waits long for the one before it.
+// Scores of a page, unscaled: query . levels in units of the query's 256 step. Tokens i = 2 j and 2 j + 1 (a pair) are
+// the two halves of a fragment; TOGETHER chains of products are interleaved, since a product waits long for the one
+// before it.
 template <int BLOCKS>
-__device__ __forceinline__ void key_sums(const u8* codes, int lane, const Queries (&q)[BLOCKS], const Constants& c, float (&s)[BLOCKS][SPAN]) {
+__device__ __forceinline__ void key_sums(const u8* codes, int lane, const Queries (&q)[BLOCKS], const Constants& c,
+                                         float (&s)[BLOCKS][SPAN]) {
   constexpr int TOGETHER = STEPS <= 4 ? 2 : 1;
-  constexpr int BATCH = TOGETHER * STEPS / 2;                               // units of so many pairs
+  constexpr int BATCH = TOGETHER * STEPS / 2;                                // units of so many pairs
   constexpr int GROUP = STEPS == 3 ? UNITS : BATCH > CHUNK ? BATCH : CHUNK;  // units loaded at once
   static_assert(UNITS % GROUP == 0 && GROUP % BATCH == 0 && GROUP % CHUNK == 0, "pairs of tokens are whole units");
 #pragma unroll
@@ -206,7 +215,8 @@ __device__ __forceinline__ void key_sums(const u8* codes, int lane, const Querie
 
 // Query t . mean rows of PAGES pages, in units of the query's 256 step.
 template <int PAGES>
-__device__ __forceinline__ void mean_sums(const u8* const (&means)[PAGES], int lane, const Queries& q, const Constants& c, float (&sums)[PAGES]) {
+__device__ __forceinline__ void mean_sums(const u8* const (&means)[PAGES], int lane, const Queries& q,
+                                          const Constants& c, float (&sums)[PAGES]) {
   static_assert(PAGES <= 2, "a fragment has two halves");
   Sums d;
 #pragma unroll
@@ -224,8 +234,8 @@ __device__ __forceinline__ void mean_sums(const u8* const (&means)[PAGES], int l
   }
 }
 
-// Weights of four tokens to a lane's B fragment. `bytes` are the high bytes of key_token(lane, 2 i) and (lane, 2 i + 1), then the low
-// ones, of query t; the result holds the bytes of column g for tokens 16 t + 4 i .. + 3.
+// Weights of four tokens to a lane's B fragment. `bytes` are the high bytes of key_token(lane, 2 i) and (lane, 2 i +
+// 1), then the low ones, of query t; the result holds the bytes of column g for tokens 16 t + 4 i .. + 3.
 __device__ __forceinline__ u32 weight_fragment(u32 bytes) {
   u32 d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(bytes));
@@ -251,11 +261,12 @@ __device__ __forceinline__ void mma_weights(Sums& d, const u32* a, const u32* w,
   }
 }
 
-// Weights (u8, or s8 if SIGNED, tokens 16 t + 4 i .. + 3 of a page in w[page][set][i], column g) times values, added over PAGES pages.
-// Calls use(unit, set, sums) for every unit: channel 16 unit + g of columns 2 t, 2 t + 1 in sums 0, 1 and channel + 8 in 2, 3, each
-// MAGIC more. TOGETHER units are interleaved, as chains wait.
+// Weights (u8, or s8 if SIGNED, tokens 16 t + 4 i .. + 3 of a page in w[page][set][i], column g) times values, added
+// over PAGES pages. Calls use(unit, set, sums) for every unit: channel 16 unit + g of columns 2 t, 2 t + 1 in sums 0, 1
+// and channel + 8 in 2, 3, each MAGIC more. TOGETHER units are interleaved, as chains wait.
 template <bool SIGNED = false, int PAGES, int SETS, class Use>
-__device__ __forceinline__ void value_sums(const u8* const (&codes)[PAGES], int lane, const u32 (&w)[PAGES][SETS][4], const Constants& c, Use use) {
+__device__ __forceinline__ void value_sums(const u8* const (&codes)[PAGES], int lane, const u32 (&w)[PAGES][SETS][4],
+                                           const Constants& c, Use use) {
   static_assert(PAGES <= 2, "a chain holds 128 tokens (see MAGIC)");
   constexpr int TOGETHER = PAGES > 1 ? CHUNK : SETS > 1 ? 1 : 2;
   Sums start[SETS];
@@ -289,7 +300,8 @@ __device__ __forceinline__ void value_sums(const u8* const (&codes)[PAGES], int 
           for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int set = 0; set < SETS; ++set) {
-              mma_weights<SIGNED>(d[a][set], low + 4 * half, w[page][set] + 2 * half, page + half ? d[a][set] : start[set]);
+              mma_weights<SIGNED>(d[a][set], low + 4 * half, w[page][set] + 2 * half,
+                                  page + half ? d[a][set] : start[set]);
               if constexpr (V_PAIR) mma_weights<SIGNED>(d[a][set], high + 4 * half, w[page][set] + 2 * half, d[a][set]);
             }
         }

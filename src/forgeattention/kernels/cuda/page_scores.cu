@@ -1,5 +1,5 @@
-// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen pages at a
-// time, whose mean rows are the rows of one product.
+// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen
+// pages at a time, whose mean rows are the rows of one product.
 //
 // Macros besides those of page.cuh: FORGE_WARPS, FORGE_ROTATION, FORGE_TYPE (queries).
 #include "page.cuh"
@@ -55,7 +55,8 @@ FORGE_KERNEL(32 * WARPS) page_scores(FORGE_PARAMS p) {
         const int page = min(from + g + 8 * i, used - 1);
         means[i] = p.base + __ldg(p.page_table + row * p.max_pages + page) + (i64)head * RECORD + MEAN_OFFSET;
         const uint4 header = __ldg((const uint4*)means[i]);
-        sizes[i] = half_to_float(low_bits(header.x) | low_bits(header.y) << 4 | low_bits(header.z) << 8 | low_bits(header.w) << 12);
+        sizes[i] = half_to_float(low_bits(header.x) | low_bits(header.y) << 4 | low_bits(header.z) << 8 |
+                                 low_bits(header.w) << 12);
       }
 #pragma unroll
     for (int b = 0; b < QUERIES / 4; ++b) {

@@ -1,8 +1,8 @@
-// The pages of each KV head to which its queries are estimated to give the largest shares (see sparse/pages.py). Grid: one CTA for
-// each row and KV head.
+// The pages of each KV head to which its queries are estimated to give the largest shares (see sparse/pages.py). Grid:
+// one CTA for each row and KV head.
 //
-// A page's rank is the largest, over the queries of the KV head, of the score of its mean less the log-sum-exp of all means. The
-// `budget` pages of largest rank are taken, the earlier of equal ones first, and listed in their order.
+// A page's rank is the largest, over the queries of the KV head, of the score of its mean less the log-sum-exp of all
+// means. The `budget` pages of largest rank are taken, the earlier of equal ones first, and listed in their order.
 #include "block.cuh"
 
 __device__ __forceinline__ u32 ordered(float x) {

@@ -1,9 +1,10 @@
-// Where the tokens of a paged engine's step lie, from its block tables: page offsets, exact blocks and the pages that fill. One
-// CTA per row; ops/page_tables.py says the same in NumPy and is its oracle.
+// Where the tokens of a paged engine's step lie, from its block tables: page offsets, exact blocks and the pages that
+// fill. One CTA per row; ops/page_tables.py says the same in NumPy and is its oracle.
 //
-// A row has `past` tokens before the step and `length` after it. Packed are its pages before page `whole`: those that lie `window`
-// tokens back, and those whose exact blocks are gone (block 0). All later tokens are exact. The first sink_blocks exact blocks stay
-// exact: page 0 holds them last, and is the last of a row's packed pages, cut before them.
+// A row has `past` tokens before the step and `length` after it. Packed are its pages before page `whole`: those that
+// lie `window` tokens back, and those whose exact blocks are gone (block 0). All later tokens are exact. The first
+// sink_blocks exact blocks stay exact: page 0 holds them last, and is the last of a row's packed pages, cut before
+// them.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
@@ -27,7 +28,8 @@ FORGE_KERNEL(THREADS) page_tables(FORGE_PARAMS p) {
   const int lead = whole ? p.sink_blocks : 0, first = whole * PAGE / block;
   const int last = row < p.decode_rows ? length : past;
   const int count = min(lead + (last + block - 1) / block - first, (int)p.max_blocks);
-  for (int i = threadIdx.x; i < count; i += THREADS) p.blocks[row * p.max_blocks + i] = exact_table[i < lead ? i : i - lead + first];
+  for (int i = threadIdx.x; i < count; i += THREADS)
+    p.blocks[row * p.max_blocks + i] = exact_table[i < lead ? i : i - lead + first];
   if (threadIdx.x == 0) {
     p.packed[row] = max(whole * PAGE - sinks, 0);
     p.exact[row] = lead * block + last - whole * PAGE;

@@ -1,6 +1,8 @@
-// A step's new keys and values to their places in exact blocks, and the tokens of the pages that fill to where `encode` reads them.
+// A step's new keys and values to their places in exact blocks, and the tokens of the pages that fill to where `encode`
+// reads them.
 //
-// Grid: tokens by TOKENS first, then one CTA per page that may fill (page_tables.cu) and head, which returns where none does.
+// Grid: tokens by TOKENS first, then one CTA per page that may fill (page_tables.cu) and head, which returns where none
+// does.
 #include "common.cuh"
 
 constexpr int THREADS = 256, TOKENS = 4;
@@ -12,8 +14,8 @@ FORGE_KERNEL(THREADS) paged_append(FORGE_PARAMS p) {
     return (side ? p.v : p.k) + token * stride[0] + head * stride[1] + 16 * word;
   };
   const auto exact_token = [&](i64 slot, int head, int side, int word) {
-    return p.cache + slot / p.exact_block * p.cache_stride[0] + slot % p.exact_block * p.cache_stride[1] + head * p.cache_stride[2] +
-           16 * (side * p.words + word);
+    return p.cache + slot / p.exact_block * p.cache_stride[0] + slot % p.exact_block * p.cache_stride[1] +
+           head * p.cache_stride[2] + 16 * (side * p.words + word);
   };
   if ((int)blockIdx.x < writers) {
     for (int i = threadIdx.x; i < TOKENS * per_token; i += THREADS) {
@@ -21,7 +23,8 @@ FORGE_KERNEL(THREADS) paged_append(FORGE_PARAMS p) {
       const int head = rest / (2 * p.words), side = rest / p.words % 2, word = rest % p.words;
       if (token >= p.tokens) break;
       const i64 slot = p.slots[token];
-      if (slot >= p.exact_block) *(uint4*)exact_token(slot, head, side, word) = *(const uint4*)new_token(token, head, side, word);
+      if (slot >= p.exact_block)
+        *(uint4*)exact_token(slot, head, side, word) = *(const uint4*)new_token(token, head, side, word);
     }
     return;
   }
@@ -31,7 +34,7 @@ FORGE_KERNEL(THREADS) paged_append(FORGE_PARAMS p) {
     const int word = i % p.words, at = i / p.words % forge::PAGE, side = i / p.words / forge::PAGE;
     const int token = p.fill_tokens[(i64)fill * forge::PAGE + at];
     const u8* from = token >= 0 ? new_token(token, head, side, word) : exact_token(-1 - token, head, side, word);
-    *(uint4*)((side ? p.fill_v : p.fill_k) + head * p.fill_stride + 16 * (((i64)fill * forge::PAGE + at) * p.words + word)) =
-        *(const uint4*)from;
+    *(uint4*)((side ? p.fill_v : p.fill_k) + head * p.fill_stride +
+              16 * (((i64)fill * forge::PAGE + at) * p.words + word)) = *(const uint4*)from;
   }
 }

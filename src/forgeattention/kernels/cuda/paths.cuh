@@ -1,25 +1,25 @@
 // Which codes a run of 32 values gets: trellis paths of least squared error (Viterbi 1967), and keys with feedback
 // (codec/shaping.py), where each code makes up for the errors of the codes before it.
 //
-// Two searches share a thread, one in each half of every register: numbers are pairs of fp16. All values are in units of
-// sixteen levels, in which levels are exact and squares stay small.
+// Two searches share a thread, one in each half of every register: numbers are pairs of fp16. All values are in units
+// of sixteen levels, in which levels are exact and squares stay small.
 #pragma once
 #include "page.cuh"
 
 namespace paths {
 constexpr u32 ONE = 0x3C003C00u, SIXTEEN = 0x4C004C00u, SIXTEENTH = 0x2C002C00u;
-constexpr u32 BIAS = 0x64806480u;      // 1152: an integer of +-127 beside it is the low byte, plus 128
-constexpr u32 UNBIAS = 0xD480D480u;    // -72, a sixteenth of it
+constexpr u32 BIAS = 0x64806480u;    // 1152: an integer of +-127 beside it is the low byte, plus 128
+constexpr u32 UNBIAS = 0xD480D480u;  // -72, a sixteenth of it
 constexpr u32 FIRST_BIN = 0x64016401u, LAST_BIN = 0x64FF64FFu;  // 1025 and 1279
 constexpr u32 REACH = 0x4B804B80u, MINUS_REACH = 0xCB80CB80u;   // +-15: what a metric sees of a value
-constexpr u32 NEVER = 0x63D063D0u;     // 1000, a cost that no path has
+constexpr u32 NEVER = 0x63D063D0u;                              // 1000, a cost that no path has
 constexpr int BINS = 256;
 constexpr int REACHED = 24;  // codes on either side of a seam that rank its states
 
 __device__ __forceinline__ u32 pair_of(u32 half_bits) { return half_bits | half_bits << 16; }
 
-// By integer value + 128: the nearest level of each of four subsets (byte c: level + 128), and its level bits, shifted by
-// one for the path bit. Of a scalar code there is one subset, and the second word is the code.
+// By integer value + 128: the nearest level of each of four subsets (byte c: level + 128), and its level bits, shifted
+// by one for the path bit. Of a scalar code there is one subset, and the second word is the code.
 template <int BITS, int CODE, int COUNT>
 __device__ __forceinline__ uint2 bin(const int (&levels)[COUNT], int value) {
   constexpr int SUBSETS = CODE == forge::SCALAR ? 1 : 4;
@@ -54,7 +54,8 @@ template <int CODE>
 struct Trellis {
   static constexpr int STATES = CODE == forge::TRELLIS4 ? 4 : 8, HALF_OF = STATES / 2;
   static constexpr FORGE_FN int subset(int path) {
-    const int c1 = STATES == 4 ? path ^ path >> 2 : path ^ path >> 1 ^ path >> 3, c0 = STATES == 4 ? path >> 1 : path >> 2;
+    const int c1 = STATES == 4 ? path ^ path >> 2 : path ^ path >> 1 ^ path >> 3,
+              c0 = STATES == 4 ? path >> 1 : path >> 2;
     return (c1 & 1) << 1 | (c0 & 1);
   }
   static __device__ __forceinline__ void squares(const uint2* table, u32 x, u32 (&best)[4]) {
@@ -89,7 +90,8 @@ struct Trellis {
 #pragma unroll
       for (int to = 0; to < STATES; ++to) {
         const int from = to >> 1, u = to & 1;
-        next[to] = hmin2(hadd2(before[from], best[subset(from << 1 | u)]), hadd2(before[from + HALF_OF], best[subset((from + HALF_OF) << 1 | u)]));
+        next[to] = hmin2(hadd2(before[from], best[subset(from << 1 | u)]),
+                         hadd2(before[from + HALF_OF], best[subset((from + HALF_OF) << 1 | u)]));
       }
 #pragma unroll
       for (int s = 0; s < STATES; ++s) before[s] = next[s];
@@ -112,17 +114,18 @@ struct Trellis {
     }
     return seam;
   }
-  // Viterbi search from `seam` back to it. choices[(i / 2) * stride]: bit s of code i in bits s (even i) or 8 + s (odd i) of each
-  // half: whether state s after the code has its upper predecessor. value(i): code i's numbers. With SHAPED the errors of the
-  // best path so far are fed back: plain(b, x) gives the numbers of codes 8 b .. 8 b + 7 without feedback of earlier
-  // codes, weight(b, w) the weights of their squares, factor(i, b, f) what code i's error counts in them, and errors[i * stride]
-  // keeps what was taken for it.
+  // Viterbi search from `seam` back to it. choices[(i / 2) * stride]: bit s of code i in bits s (even i) or 8 + s (odd
+  // i) of each half: whether state s after the code has its upper predecessor. value(i): code i's numbers. With SHAPED
+  // the errors of the best path so far are fed back: plain(b, x) gives the numbers of codes 8 b .. 8 b + 7 without
+  // feedback of earlier codes, weight(b, w) the weights of their squares, factor(i, b, f) what code i's error counts in
+  // them, and errors[i * stride] keeps what was taken for it.
   template <bool SHAPED, class Value, class Plain, class Weight, class Factor>
-  static __device__ __forceinline__ void search(const uint2* table, u32 seam, u32* choices, u32* errors, int stride, Value value, Plain plain,
-                                                Weight weight, Factor factor) {
+  static __device__ __forceinline__ void search(const uint2* table, u32 seam, u32* choices, u32* errors, int stride,
+                                                Value value, Plain plain, Weight weight, Factor factor) {
     u32 cost[STATES], least = 0;
 #pragma unroll
-    for (u32 s = 0; s < STATES; ++s) cost[s] = ((seam & 0xFFFFu) == s ? 0u : NEVER & 0xFFFFu) | (seam >> 16 == s ? 0u : NEVER & 0xFFFF0000u);
+    for (u32 s = 0; s < STATES; ++s)
+      cost[s] = ((seam & 0xFFFFu) == s ? 0u : NEVER & 0xFFFFu) | (seam >> 16 == s ? 0u : NEVER & 0xFFFF0000u);
 #pragma unroll 1
     for (int block = 0; block < 4; ++block) {
       u32 x[8], own[8], w[8];
@@ -153,7 +156,8 @@ struct Trellis {
         }
 #pragma unroll
         for (int to = 0; to < STATES; ++to) {
-          const int from = to >> 1, u = to & 1, lower = subset(from << 1 | u), upper = subset((from + HALF_OF) << 1 | u);
+          const int from = to >> 1, u = to & 1, lower = subset(from << 1 | u),
+                    upper = subset((from + HALF_OF) << 1 | u);
           const u32 a = hadd2(cost[from], best[lower]), b = hadd2(cost[from + HALF_OF], best[upper]);
           next[to] = hmin2(a, b);
           taken |= hlt2(b, a) & (0x00010001u << to);
@@ -166,8 +170,8 @@ struct Trellis {
 #pragma unroll
         for (int s = 0; s < STATES; ++s) cost[s] = next[s];
         if constexpr (SHAPED) {
-          // The branch that is the cheapest now tells the error that is fed back, for good: following the best path's past
-          // would gain less than a per cent.
+          // The branch that is the cheapest now tells the error that is fed back, for good: following the best path's
+          // past would gain less than a per cent.
           least = hmin2(hmin2(most[0], most[1]), hmin2(most[2], most[3]));
           u32 of = level[0];
 #pragma unroll

@@ -49,7 +49,8 @@ FORGE_KERNEL(32 * WARPS) qk_scores(FORGE_PARAMS p) {
       __syncwarp();
       const u8* const means[1] = {parts[warp] + MEAN_OFFSET};
       const Header header(means[0], lane);
-      *(float2*)(scales[warp] + 2 * lane) = decode_scales(load_scales(parts[warp] + SCALE_OFFSET_K, lane), header.k_base());
+      *(float2*)(scales[warp] + 2 * lane) =
+          decode_scales(load_scales(parts[warp] + SCALE_OFFSET_K, lane), header.k_base());
       __syncwarp();
       float s[BLOCKS][SPAN];
       key_sums(parts[warp], lane, q, constants, s);

@@ -1,8 +1,9 @@
-// Softmax over the tokens that reach their query's threshold, joined with attention over other tokens. Grid: (splits, kv_heads *
-// blocks, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor unread. The last CTA of a head
-// adds the splits. Splits do not depend on lengths, so that a row's result ignores the batch.
+// Softmax over the tokens that reach their query's threshold, joined with attention over other tokens. Grid: (splits,
+// kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor unread. The
+// last CTA of a head adds the splits. Splits do not depend on lengths, so that a row's result ignores the batch.
 //
-// Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the other tokens' output).
+// Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the
+// other tokens' output).
 #include "page.cuh"
 #include "transform.cuh"
 
@@ -12,12 +13,14 @@ constexpr int LINE = DIM + 1;               // sums of a query and, last, of its
 constexpr float WEIGHT_MAX = 65500.f;
 
 FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
-  extern __shared__ __align__(128) u8 shared[];  // ring [WARPS][STAGES][TAIL], barriers; then sums [WARPS][QUERIES][LINE]
+  extern __shared__ __align__(128)
+      u8 shared[];  // ring [WARPS][STAGES][TAIL], barriers; then sums [WARPS][QUERIES][LINE]
   __shared__ __align__(16) u32 words[CONSTANT_WORDS];
   __shared__ __align__(16) float all_scales[WARPS][forge::PAGE];
   __shared__ float limits[QUERIES];
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, block = blockIdx.y % p.query_tiles, first = block * QUERIES;
+  const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, block = blockIdx.y % p.query_tiles,
+            first = block * QUERIES;
   const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int count = min(QUERIES, p.queries - first);
   const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first;  // of the block's first query
@@ -26,7 +29,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   Ring<STAGES, 1, TAIL, 0> ring;
   ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);
   if (thread == 0) Constants::store(words);
-  if (thread < QUERIES) limits[thread] = thread < count ? __ldg(p.threshold + line + thread) : __int_as_float(0x7f800000);
+  if (thread < QUERIES)
+    limits[thread] = thread < count ? __ldg(p.threshold + line + thread) : __int_as_float(0x7f800000);
   __syncthreads();
   const Constants constants(words);
   const bool mine = g < count;
@@ -65,14 +69,16 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
       if (!left) return;
       const int page = from + (__ffs(left) - 1) * step;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) next[i] = mine ? __ldg((const float4*)(scores + (i64)page * forge::PAGE) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int i = 0; i < 4; ++i)
+        next[i] = mine ? __ldg((const float4*)(scores + (i64)page * forge::PAGE) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
     };
     read(mask);
     for (u32 left = mask; left; left &= left - 1) {
       const int page = from + (__ffs(left) - 1) * step;
       float x[16], most = 1e-30f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[4 * i] = next[i].x, x[4 * i + 1] = next[i].y, x[4 * i + 2] = next[i].z, x[4 * i + 3] = next[i].w;
+      for (int i = 0; i < 4; ++i)
+        x[4 * i] = next[i].x, x[4 * i + 1] = next[i].y, x[4 * i + 2] = next[i].z, x[4 * i + 3] = next[i].w;
       read(left & (left - 1));
       const u8* part = shared + (warp * STAGES + stage) * TAIL;
       ring.wait(stage, 0, phase);
@@ -129,7 +135,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   __syncthreads();
   float* sums = (float*)shared + warp * QUERIES * LINE;
 #pragma unroll
-  for (int i = 0; i < DIM / 4; ++i) sums[(2 * t + (i & 1)) * LINE + i / 4 * 16 + g + 8 * (i >> 1 & 1)] = acc[i] * (256.f * p.unit);
+  for (int i = 0; i < DIM / 4; ++i)
+    sums[(2 * t + (i & 1)) * LINE + i / 4 * 16 + g + 8 * (i >> 1 & 1)] = acc[i] * (256.f * p.unit);
   if (t == 0) sums[g * LINE + DIM] = mass;
   __syncthreads();
   const int splits = gridDim.x;

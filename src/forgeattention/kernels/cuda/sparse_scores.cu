@@ -1,7 +1,9 @@
 // Scores of queries against all packed keys, and each page's largest score and sum of exponentials. Grid: (splits,
-// kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of records.
+// kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of
+// records.
 //
-// Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE.
+// Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS,
+// FORGE_ROTATION, FORGE_TYPE.
 #include "page.cuh"
 #include "transform.cuh"
 
@@ -84,7 +86,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
       const int query = 4 * b + t;
-      const float factor = steps[query] * p.unit, shift = fmaf(mean[b][0] * header.mean_scale(), steps[query], shifts[query]);
+      const float factor = steps[query] * p.unit,
+                  shift = fmaf(mean[b][0] * header.mean_scale(), steps[query], shifts[query]);
       float top = NEG_INF, sum = 0.f;
 #pragma unroll
       for (int i = 0; i < SPAN; ++i) {

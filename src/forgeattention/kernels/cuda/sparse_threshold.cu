@@ -1,10 +1,11 @@
-// The exact threshold of one query (see ops/sparse.py): the K-th largest score, or the smallest of the fewest scores that carry a
-// share of the softmax mass. Grid: one CTA per query.
+// The exact threshold of one query (see ops/sparse.py): the K-th largest score, or the smallest of the fewest scores
+// that carry a share of the softmax mass. Grid: one CTA per query.
 //
-// Tokens are ordered by score and, where equal, by position, as one 64-bit number, so that there are no ties. The pages' maxima
-// give a bound under which no kept token can lie, in bins of 1/16 nat below the largest score. A histogram of the tokens above it
-// finds the bin in which the last kept token lies; bins are refined until their tokens fit a short list, which is searched by
-// counting. Tokens above the bound are kept in shared memory if they fit; else every pass reads their pages again.
+// Tokens are ordered by score and, where equal, by position, as one 64-bit number, so that there are no ties. The
+// pages' maxima give a bound under which no kept token can lie, in bins of 1/16 nat below the largest score. A
+// histogram of the tokens above it finds the bin in which the last kept token lies; bins are refined until their tokens
+// fit a short list, which is searched by counting. Tokens above the bound are kept in shared memory if they fit; else
+// every pass reads their pages again.
 //
 // Macros: FORGE_CAPACITY, FORGE_SHORT, FORGE_LISTED_PAGES, FORGE_SHARED_BYTES.
 #include "block.cuh"
@@ -24,7 +25,9 @@ __device__ __forceinline__ float score_of(u64 value) {
 }
 __device__ __forceinline__ int position_of(u64 value) { return (int)~(u32)value; }
 // Falls as the score rises.
-__device__ __forceinline__ int bin_of(float score, float top) { return (int)fminf((top - score) * BIN, (float)(BINS - 1)); }
+__device__ __forceinline__ int bin_of(float score, float top) {
+  return (int)fminf((top - score) * BIN, (float)(BINS - 1));
+}
 __device__ __forceinline__ u64 fixed_mass(float score, float top) { return (u64)(ex2((score - top) * LOG2E) * FIXED); }
 
 struct Shared {
@@ -183,7 +186,8 @@ FORGE_KERNEL(THREADS) sparse_threshold(FORGE_PARAMS p) {
   bool enough = upto >= (u64)budget;
   if (by_mass) {
     const u64 below = packed - block_scan(sh.bin(thread), sh.sums);
-    const float each = ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * forge::PAGE;  // of a page's tokens in later bins
+    const float each =
+        ex2(-(float)(thread + 1) / BIN * LOG2E) * 1.001f * forge::PAGE;  // of a page's tokens in later bins
     enough = (double)below + (double)upto * each * FIXED <= (double)may_drop;
   }
   const u32 first = block_max(enough ? (u32)(BINS - thread) : 0u, sh.sums);

@@ -87,12 +87,14 @@ struct Signs {
   }
 };
 template <int DIM, int ROTATION>
-__device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
+__device__ __forceinline__ void transform_in(float (&x)[DIM / 32], const TransformArgs& t,
+                                             const Signs<DIM, ROTATION>& signs, int head, int lane) {
   if constexpr (ROTATION == HADAMARD) Rotate<DIM>::forward(x, signs.s, lane);
   if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.in_matrix + head * t.stride, lane);
 }
 template <int DIM, int ROTATION>
-__device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t, const Signs<DIM, ROTATION>& signs, int head, int lane) {
+__device__ __forceinline__ void transform_out(float (&x)[DIM / 32], const TransformArgs& t,
+                                              const Signs<DIM, ROTATION>& signs, int head, int lane) {
   if constexpr (ROTATION == HADAMARD) Rotate<DIM>::inverse(x, signs.s, lane);
   if constexpr (ROTATION == MATRIX) Rotate<DIM>::matrix(x, t.out_matrix + head * t.stride, lane);
 }

@@ -1,5 +1,5 @@
-// Sums of packed values with given weights of any sign. Grid: (splits, kv_heads * blocks, rows); a split takes every splits-th
-// group of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
+// Sums of packed values with given weights of any sign. Grid: (splits, kv_heads * blocks, rows); a split takes every
+// splits-th group of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
 #include "scores_args.cuh"
 
 FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {
@@ -23,7 +23,8 @@ FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {
     copy_part<RECORD>(part, record, lane);
     __syncwarp();
     const Header header(part + MEAN_OFFSET, lane);
-    *(float2*)(scales[warp] + 2 * lane) = decode_scales(load_scales(part + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
+    *(float2*)(scales[warp] + 2 * lane) =
+        decode_scales(load_scales(part + K_BYTES + SCALE_OFFSET_V, lane), header.v_base());
     __syncwarp();
     float x[16], most = 1e-30f;
 #pragma unroll

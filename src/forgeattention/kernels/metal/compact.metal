@@ -16,4 +16,5 @@ inline void compact(const device uchar* base, Offsets offsets, int words, device
 }  // namespace forge
 
 //! body
-  forge::compact(base, offsets, words, out, threadgroup_position_in_grid, threadgroups_per_grid, thread_index_in_threadgroup);
+forge::compact(base, offsets, words, out, threadgroup_position_in_grid, threadgroups_per_grid,
+               thread_index_in_threadgroup);

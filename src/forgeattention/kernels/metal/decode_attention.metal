@@ -124,8 +124,8 @@ inline void attend_packed(const device float* q, Bias bias, int rows, const devi
 // Results of this simdgroup: o [rows, DIM], (m, l) [rows, 2].
 template <class T, int DIM, int ROWS>
 inline void attend_exact(const device float* q, int rows, const device T* k, const device T* v, int length,
-                         thread const int (&limit)[ROWS], device float* o, device float* ml,
-                         threadgroup float* queries, uint simdgroup, uint lane) {
+                         thread const int (&limit)[ROWS], device float* o, device float* ml, threadgroup float* queries,
+                         uint simdgroup, uint lane) {
   enum { CHUNKS = (DIM + 31) / 32 };
   for (int i = int(simdgroup * 32 + lane); i < ROWS * DIM; i += 128) queries[i] = i < rows * DIM ? q[i] : 0.0f;
   float top[ROWS], total[ROWS], sum[ROWS][CHUNKS];
@@ -198,13 +198,12 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
 // splits, rows, D] f32, packed_ml: [.., 2]; exact_o: [batch, kv_heads, 4, rows, DIM] f32, exact_ml: [.., 2]; rows =
 // q_heads / kv_heads * n, query within.
 template <class P, class T, int DIM, int ROWS, bool CAUSAL, class Bias, class Offsets, class Lengths>
-inline void decode_attention(const device float* q, const device float* q_exact, Bias bias,
-                             const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,
-                             const device T* exact_k, const device T* exact_v, Lengths exact_lengths, int capacity,
-                             const device float* k_levels, const device float* v_levels, int kv_heads, int all_rows, int n,
-                             device float* packed_o, device float* packed_ml, device float* exact_o,
-                             device float* exact_ml, threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup,
-                             uint lane) {
+inline void decode_attention(const device float* q, const device float* q_exact, Bias bias, const device uchar* base,
+                             Offsets offsets, Lengths lengths, int max_pages, const device T* exact_k,
+                             const device T* exact_v, Lengths exact_lengths, int capacity, const device float* k_levels,
+                             const device float* v_levels, int kv_heads, int all_rows, int n, device float* packed_o,
+                             device float* packed_ml, device float* exact_o, device float* exact_ml,
+                             threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
   const int first = int(group.y) * ROWS, rows = min(ROWS, all_rows - first);
   const int length = lengths[row], exact_length = exact_lengths[row];
@@ -213,23 +212,24 @@ inline void decode_attention(const device float* q, const device float* q_exact,
     for (int r = 0; r < ROWS; ++r) limit[r] = exact_length - (CAUSAL ? n - 1 - (first + r) % n : 0);
     const long at = (long(pair) * TILE_PAGES + simdgroup) * all_rows + first;
     const long tokens = long(pair) * capacity * DIM;
-    attend_exact<T, DIM, ROWS>(q_exact + (long(pair) * all_rows + first) * DIM, rows, exact_k + tokens, exact_v + tokens,
-                               exact_length, limit, exact_o + at * DIM, exact_ml + at * 2, scratch, simdgroup, lane);
+    attend_exact<T, DIM, ROWS>(q_exact + (long(pair) * all_rows + first) * DIM, rows, exact_k + tokens,
+                               exact_v + tokens, exact_length, limit, exact_o + at * DIM, exact_ml + at * 2, scratch,
+                               simdgroup, lane);
     return;
   }
   const int split = int(group.x) - 1;
   const long at = (long(pair) * (groups.x - 1) + split) * all_rows + first, query = long(pair) * all_rows + first;
-  attend_packed<P, ROWS>(q + query * P::D, bias + query, rows, base, offsets + long(row) * max_pages, head, length, split,
-                         k_levels[lane & 15], v_levels[lane & 15], packed_o + at * P::D, packed_ml + at * 2, scratch,
-                         simdgroup, lane);
+  attend_packed<P, ROWS>(q + query * P::D, bias + query, rows, base, offsets + long(row) * max_pages, head, length,
+                         split, k_levels[lane & 15], v_levels[lane & 15], packed_o + at * P::D, packed_ml + at * 2,
+                         scratch, simdgroup, lane);
 }
 
 }  // namespace forge
 
 //! body
-  alignas(16) threadgroup float scratch[forge::decode_scratch(D, ROWS)];
-  forge::decode_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
-      q, q_exact, bias, base, offsets, lengths, offsets_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2], k_levels,
-      v_levels, exact_k_shape[1], q_shape[1] / exact_k_shape[1] * q_shape[2], q_shape[2], packed_o, packed_ml, exact_o,
-      exact_ml, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup);
+alignas(16) threadgroup float scratch[forge::decode_scratch(D, ROWS)];
+forge::decode_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
+    q, q_exact, bias, base, offsets, lengths, offsets_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2],
+    k_levels, v_levels, exact_k_shape[1], q_shape[1] / exact_k_shape[1] * q_shape[2], q_shape[2], packed_o, packed_ml,
+    exact_o, exact_ml, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);

@@ -66,6 +66,8 @@ inline void decode_pages(const device uchar* base, Offsets offsets, Lengths leng
 }  // namespace forge
 
 //! body
-  forge::decode_pages<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(
-      base, offsets, lengths, offsets_shape[1], k_levels, v_levels, KV_HEADS, max_length, k, v, threadgroup_position_in_grid,
-      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+forge::decode_pages<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(base, offsets, lengths, offsets_shape[1],
+                                                                               k_levels, v_levels, KV_HEADS, max_length,
+                                                                               k, v, threadgroup_position_in_grid,
+                                                                               simdgroup_index_in_threadgroup,
+                                                                               thread_index_in_simdgroup);

@@ -45,7 +45,8 @@ inline int nearest_in_subset(float x, int subset, threadgroup const float* level
 
 // Least cost of a path from `start` back to itself; choice[s], bit i: the upper predecessor of state s at step i.
 template <int BITS, int STATES>
-inline float viterbi(thread const float (&x)[32], int start, threadgroup const float* levels, thread uint (&choice)[STATES]) {
+inline float viterbi(thread const float (&x)[32], int start, threadgroup const float* levels,
+                     thread uint (&choice)[STATES]) {
   float cost[STATES];
   for (int s = 0; s < STATES; ++s) cost[s] = s == start ? 0.0f : INFINITY, choice[s] = 0;
   for (int i = 0; i < 32; ++i) {
@@ -118,8 +119,10 @@ inline void pack_unit(thread const uint (&codes)[32], thread uint (&w)[BITS]) {
     for (int k = 0; k < 4; ++k) {
       const uint level = n[k] >> 1;
       w[0] |= (n[k] & 0x11111111u) << k;
-      if (BITS == 2) w[1] |= (level & 0x11111111u) << k;
-      else w[1 + k % 2] |= (level & 0x33333333u) << (k < 2 ? 2 : 0);
+      if (BITS == 2)
+        w[1] |= (level & 0x11111111u) << k;
+      else
+        w[1 + k % 2] |= (level & 0x33333333u) << (k < 2 ? 2 : 0);
     }
   } else if (BITS == 2) {
     w[0] = n[0] | n[1] << 2;
@@ -129,13 +132,14 @@ inline void pack_unit(thread const uint (&codes)[32], thread uint (&w)[BITS]) {
   }
 }
 
-// How keys are shaped (codec/shaping.py), for one head, and what it takes in device memory; channels side by side by token.
+// How keys are shaped (codec/shaping.py), for one head, and what it takes in device memory; channels side by side by
+// token.
 struct Shape {
-  const device float* factor;   // [orders, D, D]
-  const device float* weight;   // [orders, D]
-  const device uchar* orders;   // [64], of each token (codec/packing.py, key_orders)
-  device float* errors;         // [D, 64]
-  device uchar* codes;          // [D, 64], code and level index << 4
+  const device float* factor;  // [orders, D, D]
+  const device float* weight;  // [orders, D]
+  const device uchar* orders;  // [64], of each token (codec/packing.py, key_orders)
+  device float* errors;        // [D, 64]
+  device uchar* codes;         // [D, 64], code and level index << 4
 
   const device float* row(int dim, int token, int channel) const {
     return factor + (long(orders[token]) * dim + channel) * dim;
@@ -243,11 +247,12 @@ struct UnitFeedback {
   }
 };
 
-// Codes of a unit on a path from `start` back to it, each survivor with the errors of its own path fed back. x: the unit,
-// base: what earlier units feed back; feedback: a UnitFeedback. found: code and level index << 4; x becomes its errors.
+// Codes of a unit on a path from `start` back to it, each survivor with the errors of its own path fed back. x: the
+// unit, base: what earlier units feed back; feedback: a UnitFeedback. found: code and level index << 4; x becomes its
+// errors.
 template <int BITS, int STATES, class Feedback>
-inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], int start, threadgroup const float* levels,
-                        Feedback feedback, thread uint (&found)[32]) {
+inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], int start,
+                        threadgroup const float* levels, Feedback feedback, thread uint (&found)[32]) {
   float cost[STATES], error[2][STATES][32];
   uint level[2][STATES][32];
   for (int s = 0; s < STATES; ++s) cost[s] = s == start ? 0.0f : INFINITY;
@@ -269,7 +274,8 @@ inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], i
       const float a = cost[low] + weight * distance[0], b = cost[high] + weight * distance[1];
       const int pick = b < a ? 1 : 0, from = pick ? high : low, index = w[pick] << 2 | kind[pick];
       next[s] = pick ? b : a;
-      for (int j = 0; j < i; ++j) error[now ^ 1][s][j] = error[now][from][j], level[now ^ 1][s][j] = level[now][from][j];
+      for (int j = 0; j < i; ++j)
+        error[now ^ 1][s][j] = error[now][from][j], level[now ^ 1][s][j] = level[now][from][j];
       error[now ^ 1][s][i] = x[i] - levels[index];
       level[now ^ 1][s][i] = uint(index << 4 | w[pick] << 1 | (s & 1));
     }
@@ -278,8 +284,8 @@ inline void shaped_path(thread float (&x)[32], thread const float (&base)[32], i
   for (int i = 0; i < 32; ++i) x[i] = error[0][start][i], found[i] = level[0][start][i];
 }
 
-// Codes keys with feedback into shape.codes; y, row, levels, rms, factor as in code_side. A thread codes the same tokens
-// from their first channel to their last, so that none waits for another.
+// Codes keys with feedback into shape.codes; y, row, levels, rms, factor as in code_side. A thread codes the same
+// tokens from their first channel to their last, so that none waits for another.
 template <int D, int BITS, int CODE>
 inline void shape_keys(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                        threadgroup const float* rms, threadgroup const float* factor, Shape shape, int me) {
@@ -333,8 +339,8 @@ inline void shape_keys(const device float* y, threadgroup const float* row, thre
 
 // e^T H e of a token whose code values times `gain` stand for it; its thread's alone.
 template <int D>
-inline float shaped_error(const device float* y, threadgroup const float* row, threadgroup const float* levels, float size,
-                          float gain, Shape shape, int token) {
+inline float shaped_error(const device float* y, threadgroup const float* row, threadgroup const float* levels,
+                          float size, float gain, Shape shape, int token) {
   for (int c = 0; c < D; ++c) {
     const float u = size > 0.0f ? (y[token * D + c] - row[c]) / size : 0.0f;
     shape.errors[c * PAGE + token] = u - gain * levels[shape.codes[c * PAGE + token] >> 4];
@@ -379,8 +385,8 @@ inline float multiplier(int round) { return 0.85f + 0.05f * float(round); }
 // Codes and scales of one side of a page; y, row, part as in code_side.
 // scales: [64] f32, the result. rms, factor: [64], sums: [4, 64, 2] f32 scratch. Ends with a barrier.
 // `refine` codes every token at its own scale and at five nearby ones, and keeps, group by group, what leaves the least
-// squared error. `shaped`, with SHAPED, codes with feedback, and the error is the shaped one. Both are known at run time
-// only, and a round that tries shares its code with the last one, which writes: a side is compiled once.
+// squared error. `shaped`, with SHAPED, codes with feedback, and the error is the shaped one. Both are known at run
+// time only, and a round that tries shares its code with the last one, which writes: a side is compiled once.
 template <int D, int BITS, int CODE, bool KEYS, int RULE, bool SHAPED>
 inline void quantise_side(const device float* y, threadgroup const float* row, threadgroup const float* levels,
                           device uint* part, threadgroup float* rms, threadgroup float* factor, threadgroup float* sums,
@@ -404,7 +410,8 @@ inline void quantise_side(const device float* y, threadgroup const float* row, t
       shape_keys<D, BITS, CODE>(y, row, levels, rms, factor, shape, me);
       threadgroup_barrier(mem_flags::mem_device);
     }
-    code_side<D, BITS, CODE, KEYS, SHAPED>(y, row, levels, part, rms, factor, sums, shape, last, shaped, simdgroup, lane);
+    code_side<D, BITS, CODE, KEYS, SHAPED>(y, row, levels, part, rms, factor, sums, shape, last, shaped, simdgroup,
+                                           lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (last) break;
     if (me < PAGE) {
@@ -460,16 +467,18 @@ inline void make_row(threadgroup const float* mean, float step, uint header, thr
 template <int SCALES>
 inline void store_scales(threadgroup const float* scales, int base, device uchar* part, int thread_index) {
   if (thread_index >= PAGE) return;
-  if (SCALES == FP16) ((device half*)part)[thread_index] = half(scales[thread_index]);
-  else part[thread_index] = log8_code(scales[thread_index], base);
+  if (SCALES == FP16)
+    ((device half*)part)[thread_index] = half(scales[thread_index]);
+  else
+    part[thread_index] = log8_code(scales[thread_index], base);
 }
 
 // Floats of threadgroup memory: mean, row, scaled row, zeros [D] each; levels [2, 16]; rms, factor [64]; sums
 // [4, 64, 2]; scales [64].
 constexpr int encode_scratch(int dim) { return 4 * dim + 32 + 11 * PAGE; }
 
-// y_k, y_v: [kv_heads, tokens, D] f32, rotated; k_levels, v_levels: [16] f32; shape: of this page and head, with SHAPED.
-// records: [pages, kv_heads, BYTES] u8; status: [pages, kv_heads] u32, NOT_FINITE and TOO_LARGE bits.
+// y_k, y_v: [kv_heads, tokens, D] f32, rotated; k_levels, v_levels: [16] f32; shape: of this page and head, with
+// SHAPED. records: [pages, kv_heads, BYTES] u8; status: [pages, kv_heads] u32, NOT_FINITE and TOO_LARGE bits.
 template <class P, int K_RULE, int V_RULE, bool KEY_MEAN, bool REFINE, bool SHAPED>
 inline void encode(const device float* y_k, const device float* y_v, int tokens, const device float* k_levels,
                    const device float* v_levels, Shape shape, device uchar* records, device uint* status,
@@ -507,17 +516,17 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
   for (int c = int(lane); c < P::D; c += 32) top = max(top, abs(mean[c]));
   const float step = float(half(simd_max(top) / 126.5f));
 
-  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, false>(
-      values, zeros, levels + 16, (device uint*)(record + P::V_CODES), rms, factor, sums, scales, shape, REFINE, false,
-      simdgroup, lane);
+  quantise_side<P::D, P::V_BITS, P::V_CODE, false, V_RULE, false>(values, zeros, levels + 16,
+                                                                  (device uint*)(record + P::V_CODES), rms, factor,
+                                                                  sums, scales, shape, REFINE, false, simdgroup, lane);
   bool fits = isfinite(step);
   int v_exponent = 0, k_exponent = 0;
   if (!fp16_scales) v_exponent = log8_base(scales, 1.0f, lane);
   if (me < PAGE) fits = fits && isfinite(fp16_scales ? float(half(scales[me])) : scales[me]);
   store_scales<P::SCALES>(scales, v_exponent, record + P::V_SCALES, me);
 
-  // The exponent of the keys' log8 scales is part of the row that keys are coded against: it is guessed from plain codes
-  // against the row without it, with a margin for refinement and the row, and raised where a scale does not fit.
+  // The exponent of the keys' log8 scales is part of the row that keys are coded against: it is guessed from plain
+  // codes against the row without it, with a margin for refinement and the row, and raised where a scale does not fit.
   bool guess = !fp16_scales;
   while (true) {
     const uint bits = uint(as_type<ushort>(half(step))) | uint(k_exponent & 255) << 16 | uint(v_exponent & 255) << 24;
@@ -525,9 +534,9 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
     make_row<P::D>(mean, step, bits, row, me);
     for (int c = me; c < P::D; c += 128) scaled[c] = row[c] * step;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, SHAPED>(
-        keys, scaled, levels, (device uint*)record, rms, factor, sums, scales, shape, REFINE && !guess, !guess, simdgroup,
-        lane);
+    quantise_side<P::D, P::K_BITS, P::K_CODE, true, K_RULE, SHAPED>(keys, scaled, levels, (device uint*)record, rms,
+                                                                    factor, sums, scales, shape, REFINE && !guess,
+                                                                    !guess, simdgroup, lane);
     if (guess) {
       k_exponent = log8_base(scales, precise::exp2(REFINE ? 0.25f : 0.0625f), lane);
       guess = false;
@@ -551,16 +560,16 @@ inline void encode(const device float* y_k, const device float* y_v, int tokens,
 }  // namespace forge
 
 //! body
-  threadgroup float scratch[forge::encode_scratch(D)];
-  const int head = int(threadgroup_position_in_grid.y), size = k_factor_shape[1] * D;
-  const int own = k_factor_shape[0] > 1 ? head : 0;
-  const long slot = SHAPED ? long(threadgroup_position_in_grid.x) * threadgroups_per_grid.y + head : 0;
-  if (!SHAPED && thread_position_in_grid.x < 8 && head == 0) {  // placeholders
-    errors[thread_position_in_grid.x] = 0.0f;
-    codes[thread_position_in_grid.x] = 0;
-  }
-  const forge::Shape shape = {k_factor + long(own) * size * D, k_weight + long(own) * size, orders,
-                           errors + slot * forge::PAGE * D, codes + slot * forge::PAGE * D};
-  forge::encode<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE, SHAPED>(
-      y_k, y_v, y_k_shape[1], k_levels, v_levels, shape, records, status, scratch, threadgroup_position_in_grid,
-      threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+threadgroup float scratch[forge::encode_scratch(D)];
+const int head = int(threadgroup_position_in_grid.y), size = k_factor_shape[1] * D;
+const int own = k_factor_shape[0] > 1 ? head : 0;
+const long slot = SHAPED ? long(threadgroup_position_in_grid.x) * threadgroups_per_grid.y + head : 0;
+if (!SHAPED && thread_position_in_grid.x < 8 && head == 0) {  // placeholders
+  errors[thread_position_in_grid.x] = 0.0f;
+  codes[thread_position_in_grid.x] = 0;
+}
+const forge::Shape shape = {k_factor + long(own) * size * D, k_weight + long(own) * size, orders,
+                            errors + slot * forge::PAGE * D, codes + slot * forge::PAGE * D};
+forge::encode<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, K_RULE, V_RULE, KEY_MEAN, REFINE, SHAPED>(
+    y_k, y_v, y_k_shape[1], k_levels, v_levels, shape, records, status, scratch, threadgroup_position_in_grid,
+    threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

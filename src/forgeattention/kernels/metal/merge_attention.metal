@@ -19,9 +19,10 @@ inline float split_weight(Parts ml, long at, float top) {
 // out_packed: [pairs, rows, D] and out_exact: [pairs, rows, DIM] f32, the two addends of the result; mass: [pairs,
 // rows] f32, the packed tokens' share of the softmax; lse: [pairs, rows] f32, natural log.
 template <int D, int DIM, class PackedStats, class ExactStats, class Sinks>
-inline void merge_attention(const device float* packed_o, PackedStats packed_ml, int splits, const device float* exact_o,
-                            ExactStats exact_ml, Sinks sinks, int kv_heads, int rows, int n, device float* out_packed,
-                            device float* out_exact, device float* mass, device float* lse, uint3 position) {
+inline void merge_attention(const device float* packed_o, PackedStats packed_ml, int splits,
+                            const device float* exact_o, ExactStats exact_ml, Sinks sinks, int kv_heads, int rows,
+                            int n, device float* out_packed, device float* out_exact, device float* mass,
+                            device float* lse, uint3 position) {
   enum { EXACT = TILE_PAGES };
   const int channel = int(position.x), row = int(position.y), pair = int(position.z);
   const float sink = sinks[pair % kv_heads * (rows / n) + row / n] * M_LOG2E_F;
@@ -58,6 +59,5 @@ inline void merge_attention(const device float* packed_o, PackedStats packed_ml,
 }  // namespace forge
 
 //! body
-  forge::merge_attention<D, DIM>(packed_o, packed_ml, packed_o_shape[2], exact_o, exact_ml, sinks, packed_o_shape[1],
-                              packed_o_shape[3], N, out_packed, out_exact, mass, lse,
-                              thread_position_in_grid);
+forge::merge_attention<D, DIM>(packed_o, packed_ml, packed_o_shape[2], exact_o, exact_ml, sinks, packed_o_shape[1],
+                               packed_o_shape[3], N, out_packed, out_exact, mass, lse, thread_position_in_grid);

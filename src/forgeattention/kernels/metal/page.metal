@@ -16,7 +16,12 @@ enum { TILE_PAGES = 4, TILE = TILE_PAGES * PAGE };
 template <int D_, int K_BITS_, int K_CODE_, int V_BITS_, int V_CODE_, int SCALES_>
 struct Page {
   enum {
-    D = D_, K_BITS = K_BITS_, K_CODE = K_CODE_, V_BITS = V_BITS_, V_CODE = V_CODE_, SCALES = SCALES_,
+    D = D_,
+    K_BITS = K_BITS_,
+    K_CODE = K_CODE_,
+    V_BITS = V_BITS_,
+    V_CODE = V_CODE_,
+    SCALES = SCALES_,
     STEPS = D / 32,  // nibble words of one token in one lane (keys)
     UNITS = D / 16,
     K_SCALES = k_scale_offset(D, K_BITS),
@@ -80,7 +85,9 @@ inline float token_scale(const device uchar* scales, int token, int base) {
 }
 
 // Token (of 64) whose score lane 4 g + t owns after page_scores, h = 0, 1.
-inline int owned_token(uint lane, int h) { return int(lane >> 3) * 16 + 2 * (int(lane & 3) + 4 * h) + int(lane >> 2 & 1); }
+inline int owned_token(uint lane, int h) {
+  return int(lane >> 3) * 16 + 2 * (int(lane & 3) + 4 * h) + int(lane >> 2 & 1);
+}
 
 // Position of a channel in a staged query: the order in which page_scores reads, such that the four lanes of a g read
 // neighbouring words.
@@ -93,7 +100,8 @@ inline int staged(int dim, int channel) {
 // q: [rows, D]; staged_q: [ROWS, D].
 template <int D, int ROWS>
 inline void stage_queries(const device float* q, int rows, threadgroup float* staged_q, int thread_index) {
-  for (int i = thread_index; i < ROWS * D; i += 128) staged_q[i / D * D + staged(D, i % D)] = i < rows * D ? q[i] : 0.0f;
+  for (int i = thread_index; i < ROWS * D; i += 128)
+    staged_q[i / D * D + staged(D, i % D)] = i < rows * D ? q[i] : 0.0f;
 }
 
 // Scores of the 64 tokens of a page for ROWS queries.
@@ -192,7 +200,8 @@ inline void page_values(const device uchar* record, int first, threadgroup const
     if (!used[n]) continue;
     float4 weight[ROWS];
     FORGE_UNROLL
-    for (int r = 0; r < ROWS; ++r) weight[r] = *(threadgroup const float4*)(p + r * stride + int(lane & 3) * 16 + 4 * n);
+    for (int r = 0; r < ROWS; ++r)
+      weight[r] = *(threadgroup const float4*)(p + r * stride + int(lane & 3) * 16 + 4 * n);
     FORGE_UNROLL
     for (int u = 0; u < COUNT; ++u) {
       float x[8];
@@ -209,14 +218,16 @@ inline void page_values(const device uchar* record, int first, threadgroup const
   }
 }
 
+constexpr int value_slices(int dim) { return dim >= 256 ? 4 : dim == 128 ? 2 : 1; }
+
 // How the four simdgroups of a threadgroup share the values of a tile: SLICES slices of channels, and 4 / SLICES
 // simdgroups to a slice, each with its own pages. Few sums to a lane, so that they stay in registers.
 template <class P>
 struct Share {
   enum {
-    SLICES = P::D >= 256 ? 4 : P::D == 128 ? 2 : 1,
-    COUNT = P::UNITS / SLICES,        // units of a slice
-    GROUPS = TILE_PAGES / SLICES      // simdgroups to a slice
+    SLICES = value_slices(P::D),
+    COUNT = P::UNITS / SLICES,    // units of a slice
+    GROUPS = TILE_PAGES / SLICES  // simdgroups to a slice
   };
 };
 
@@ -236,7 +247,8 @@ inline void tile_values(const device uchar* base, Offsets pages, int head, int f
 // Joins the sums of all lanes and simdgroups. o: [GROUPS, ROWS, D] float of threadgroup memory; afterwards its first
 // [ROWS, D] hold the result, for every thread to read.
 template <class P, int ROWS>
-inline void join_values(thread float (&sum)[2 * Share<P>::COUNT][ROWS], threadgroup float* o, uint simdgroup, uint lane) {
+inline void join_values(thread float (&sum)[2 * Share<P>::COUNT][ROWS], threadgroup float* o, uint simdgroup,
+                        uint lane) {
   const int slice = int(simdgroup) % Share<P>::SLICES, group = int(simdgroup) / Share<P>::SLICES;
   FORGE_UNROLL
   for (int i = 0; i < 2 * Share<P>::COUNT; ++i) {
@@ -260,7 +272,7 @@ inline void join_values(thread float (&sum)[2 * Share<P>::COUNT][ROWS], threadgr
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Floats that join_values needs.
-constexpr int join_scratch(int dim, int rows) { return TILE_PAGES * rows * dim / (dim >= 256 ? 4 : dim == 128 ? 2 : 1); }
+constexpr int join_scratch(int dim, int rows) { return TILE_PAGES * rows * dim / value_slices(dim); }
 
 // Splits of a sequence's tiles over threadgroups; a function of its own length alone.
 inline int split_count(int tiles) { return min((tiles + 1) / 2, 32); }

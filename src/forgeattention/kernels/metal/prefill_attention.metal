@@ -23,8 +23,8 @@ struct Tile {
     TOKENS = P::D > 256 ? 32 : 64,
     PARTS = PAGE / TOKENS,
     BLOCKS = TOKENS / 8,
-    K_STRIDE = P::D + 4,      // bytes from token to token
-    V_STRIDE = TOKENS + 4     // bytes from channel to channel
+    K_STRIDE = P::D + 4,   // bytes from token to token
+    V_STRIDE = TOKENS + 4  // bytes from channel to channel
   };
 };
 
@@ -48,7 +48,8 @@ inline uint four_levels(thread const float (&x)[8], int first) {
 
 // Levels of part `part` of a page's keys to tile[token][channel]; tokens of the part in their order on the page.
 template <class P>
-inline void decode_keys(const device uchar* record, int part, float levels, threadgroup uint* tile, uint simdgroup, uint lane) {
+inline void decode_keys(const device uchar* record, int part, float levels, threadgroup uint* tile, uint simdgroup,
+                        uint lane) {
   const int count = P::UNITS / Tile<P>::PARTS;
   for (int unit = part * count + int(simdgroup); unit < (part + 1) * count; unit += 4) {
     uint nibbles[4];
@@ -89,10 +90,11 @@ inline void decode_values(const device uchar* record, int part, float levels, th
 // score; the pages as in qk_scores; k_levels, v_levels: [16] f32, the int8 levels; units: [2] f32, what level 1 of keys
 // and of values is worth. o: [batch, q_heads, n, D] f32, stored coordinates; lse: [batch, q_heads, n] f32, natural log.
 template <class P, class Bias, class Offsets, class Lengths>
-inline void prefill_attention(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
-                              int max_pages, const device float* k_levels, const device float* v_levels, float k_unit,
-                              float v_unit, int kv_heads, int rows, device float* o, device float* lse,
-                              threadgroup uint* tile, threadgroup float* scales, uint3 group, uint simdgroup, uint lane) {
+inline void prefill_attention(const device float* q, Bias bias, const device uchar* base, Offsets offsets,
+                              Lengths lengths, int max_pages, const device float* k_levels,
+                              const device float* v_levels, float k_unit, float v_unit, int kv_heads, int rows,
+                              device float* o, device float* lse, threadgroup uint* tile, threadgroup float* scales,
+                              uint3 group, uint simdgroup, uint lane) {
   typedef simdgroup_matrix<float, 8, 8> Matrix;
   const int pair = int(group.y), head = pair % kv_heads, me = int(simdgroup * 32 + lane);
   const int length = lengths[pair / kv_heads], page_count = (length + PAGE - 1) / PAGE;
@@ -206,9 +208,9 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
 }  // namespace forge
 
 //! body
-  threadgroup uint tile[forge::prefill_words(D)];
-  threadgroup float scales[2 * forge::PAGE + D];
-  forge::prefill_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>>(
-      q, bias, base, offsets, lengths, offsets_shape[1], k_levels, v_levels, units[0], units[1], KV_HEADS,
-      q_shape[1] / KV_HEADS * q_shape[2], o, lse, tile, scales, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup);
+threadgroup uint tile[forge::prefill_words(D)];
+threadgroup float scales[2 * forge::PAGE + D];
+forge::prefill_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>>(
+    q, bias, base, offsets, lengths, offsets_shape[1], k_levels, v_levels, units[0], units[1], KV_HEADS,
+    q_shape[1] / KV_HEADS * q_shape[2], o, lse, tile, scales, threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

@@ -13,8 +13,8 @@ namespace forge {
 // q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
 // base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
 // scores: [batch, q_heads, n, max_length] f32, -inf from each row's length on.
-// pages: [batch, q_heads, n, page_count, 2] f32, of each page the largest score m and the sum of exp(score - m), -inf and 0
-// for a page without tokens; written with STATISTICS only.
+// pages: [batch, q_heads, n, page_count, 2] f32, of each page the largest score m and the sum of exp(score - m), -inf
+// and 0 for a page without tokens; written with STATISTICS only.
 template <class P, int ROWS, bool STATISTICS, class Bias, class Offsets, class Lengths>
 inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
                       int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
@@ -58,8 +58,8 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
 }  // namespace forge
 
 //! body
-  alignas(16) threadgroup float scratch[ROWS * D];
-  forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
-      q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2], max_length,
-      scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
-      thread_index_in_simdgroup);
+alignas(16) threadgroup float scratch[ROWS * D];
+forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
+    q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2],
+    max_length, scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);

@@ -2,8 +2,8 @@
 // A tile without survivors is left by its pages' maxima alone; of other tiles only pages and groups of 16 tokens with
 // survivors are unpacked. Grid as in value_sum.
 //
-// What limits it: 32 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for the
-// scores and the values of the pages that hold survivors (3,200 bytes each for head_dim 128 at 3 bits).
+// What limits it: 32 bytes per row and tile of 256 tokens where nothing survives; else 4 bytes per row and token for
+// the scores and the values of the pages that hold survivors (3,200 bytes each for head_dim 128 at 3 bits).
 
 #include "value_sum.metal"
 
@@ -49,8 +49,8 @@ inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima p
 }  // namespace forge
 
 //! body
-  alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
-  forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
-      forge::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
-      offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
-      threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
+forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
+    forge::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
+    offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
+    threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

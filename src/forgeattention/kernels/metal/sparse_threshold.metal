@@ -1,11 +1,11 @@
-// sparse_threshold: the exact threshold of each query, from all its scores: of its K largest ones, or of the fewest that
-// carry a share of the softmax mass. Grid: one threadgroup of 256 threads per query.
+// sparse_threshold: the exact threshold of each query, from all its scores: of its K largest ones, or of the fewest
+// that carry a share of the softmax mass. Grid: one threadgroup of 256 threads per query.
 //
-// Scores are ordered as integers and the threshold is found four bits at a time: a pass counts (or weighs) the tokens of
-// each of 16 digits, and the digit in which the wanted one lies is the next part of the threshold. A page whose maximum
-// is under what is known of it is passed over without its scores. Counts and positions are floats: exact to 2^24 tokens.
-// Where there are at least K pages, their maxima alone are searched first: the K-th largest of them bounds the threshold
-// from below.
+// Scores are ordered as integers and the threshold is found four bits at a time: a pass counts (or weighs) the tokens
+// of each of 16 digits, and the digit in which the wanted one lies is the next part of the threshold. A page whose
+// maximum is under what is known of it is passed over without its scores. Counts and positions are floats: exact to
+// 2^24 tokens. Where there are at least K pages, their maxima alone are searched first: the K-th largest of them bounds
+// the threshold from below.
 //
 // What limits it: eight passes over the scores of pages that may hold survivors, out of cache where they fit (200 KB a
 // query at 50K tokens), each of 40 instructions a token for a threadgroup: 10 cores (M4) take about 0.1 ms for 32
@@ -30,8 +30,8 @@ inline void add_digit(uint key, float weight, uint low, int shift, thread float*
   for (int d = 0; d < DIGITS; ++d) sums[d] += key >= low && digit == uint(d) ? weight : 0.0f;
 }
 
-// Joins all threads' sums and moves `low` to the digit in which `above` and what is larger reach `need`; `above` becomes
-// what lies over that digit. Where rounding keeps it out of reach, the lowest digit that holds anything.
+// Joins all threads' sums and moves `low` to the digit in which `above` and what is larger reach `need`; `above`
+// becomes what lies over that digit. Where rounding keeps it out of reach, the lowest digit that holds anything.
 inline void choose_digit(thread float* sums, float need, int shift, thread uint& low, thread float& above,
                          threadgroup float* scratch, uint simdgroup, uint lane) {
   FORGE_UNROLL
@@ -164,7 +164,8 @@ inline void sparse_threshold(Scores scores, Pages pages, Lengths lengths, Counts
       before += k < int(simdgroup) ? scratch[k] : 0.0f;
       seen += scratch[k];
     }
-    const float rank[2] = {before + simd_prefix_inclusive_sum(tie[0]), before + half_page + simd_prefix_inclusive_sum(tie[1])};
+    const float rank[2] = {before + simd_prefix_inclusive_sum(tie[0]),
+                           before + half_page + simd_prefix_inclusive_sum(tie[1])};
     for (int h = 0; h < 2; ++h)
       if (tie[h] != 0.0f && rank[h] <= ties) position = p * PAGE + 32 * h + int(lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -184,8 +185,8 @@ inline void sparse_threshold(Scores scores, Pages pages, Lengths lengths, Counts
 }  // namespace forge
 
 //! body
-  threadgroup float scratch[forge::SELECT_SIMDS * forge::DIGITS];
-  forge::sparse_threshold<BY_MASS>(scores, pages, lengths, top_k, share, exact_lse, scores_shape[1], scores_shape[2],
-                                scores_shape[3], pages_shape[3], score, last, kept, dropped, top, scratch,
-                                long(threadgroup_position_in_grid.x), simdgroup_index_in_threadgroup,
-                                thread_index_in_simdgroup);
+threadgroup float scratch[forge::SELECT_SIMDS * forge::DIGITS];
+forge::sparse_threshold<BY_MASS>(scores, pages, lengths, top_k, share, exact_lse, scores_shape[1], scores_shape[2],
+                                 scores_shape[3], pages_shape[3], score, last, kept, dropped, top, scratch,
+                                 long(threadgroup_position_in_grid.x), simdgroup_index_in_threadgroup,
+                                 thread_index_in_simdgroup);

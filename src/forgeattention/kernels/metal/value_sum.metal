@@ -77,8 +77,8 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    tile_values<P, ROWS, SKIP>(base, pages, head, tile * TILE_PAGES, page_count, weights, v_levels[lane & 15], simdgroup,
-                               lane, sum);
+    tile_values<P, ROWS, SKIP>(base, pages, head, tile * TILE_PAGES, page_count, weights, v_levels[lane & 15],
+                               simdgroup, lane, sum);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   FORGE_UNROLL
@@ -103,8 +103,8 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
 }  // namespace forge
 
 //! body
-  alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
-  forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
-      forge::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
-      p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
-      simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
+forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
+    forge::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
+    p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

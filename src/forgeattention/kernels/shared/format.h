@@ -32,7 +32,9 @@ enum ScaleFormat { FP16 = 0, LOG8 = 1 };
 constexpr FORGE_FN int code_bytes(int dim, int bits) { return PAGE * dim * bits / 8; }
 constexpr FORGE_FN int scale_bytes(int scales) { return scales == FP16 ? 2 * PAGE : PAGE; }
 constexpr FORGE_FN int k_scale_offset(int dim, int k_bits) { return code_bytes(dim, k_bits); }
-constexpr FORGE_FN int mean_offset(int dim, int k_bits, int scales) { return code_bytes(dim, k_bits) + scale_bytes(scales); }
+constexpr FORGE_FN int mean_offset(int dim, int k_bits, int scales) {
+  return code_bytes(dim, k_bits) + scale_bytes(scales);
+}
 constexpr FORGE_FN int v_offset(int dim, int k_bits, int scales) { return mean_offset(dim, k_bits, scales) + dim; }
 constexpr FORGE_FN int v_scale_offset(int dim, int k_bits, int v_bits, int scales) {
   return v_offset(dim, k_bits, scales) + code_bytes(dim, v_bits);
@@ -75,9 +77,9 @@ FORGE_FN W rotate_left(W x, int by) {
   return (x << by) | (x >> (32 - by));
 }
 
-// Path bits of a unit, code t in bit t -> c1 c0 of the codes 0, 2, 4.. and 1, 3, 5.. in pairs of bits: code t's in the bits
-// t + 1, t of `even` or t, t - 1 of `odd`. Shifting a circle is rotating its word. Ungerboeck's codes with 4 and 8 states
-// (codec/codebook.py, TRELLIS_TAPS).
+// Path bits of a unit, code t in bit t -> c1 c0 of the codes 0, 2, 4.. and 1, 3, 5.. in pairs of bits: code t's in the
+// bits t + 1, t of `even` or t, t - 1 of `odd`. Shifting a circle is rotating its word. Ungerboeck's codes with 4 and 8
+// states (codec/codebook.py, TRELLIS_TAPS).
 template <int CODE, class W>
 FORGE_FN void path_pairs(const W u, FORGE_LOCAL W& even, FORGE_LOCAL W& odd) {
   const W one_back = rotate_left(u, 1), two_back = rotate_left(u, 2);
