@@ -1,6 +1,7 @@
 # `make demo`, `make eval` and `make test` set up .venv themselves, once, and install again when a source file changes.
 PYTHON ?= python3
 BIN := .venv/bin
+KERNELS = $(shell find src tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' -o -name '*.metal')
 PACKAGE := pyproject.toml CMakeLists.txt constraints.txt \
            $(shell find src -type f ! -name '*.pyc' ! -name '*.so')
 
@@ -35,12 +36,14 @@ soak: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 	$(BIN)/python docs/wrap.py --check *.md docs/*.md
 	$(BIN)/mypy
 
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 	$(BIN)/python docs/wrap.py *.md docs/*.md
 
 # Attention of one new token beside torch's on this machine. benchmarks/ has the other measurements.

@@ -165,3 +165,12 @@ def test_the_first_screen_of_the_readme_holds_what_a_stranger_needs():
 def test_files_and_folders_named_in_contributing_exist():
     for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_linters_have_one_version_for_make_and_for_commits():
+    """What `make lint` passes, pre-commit passes."""
+    pinned = dict(re.findall(r"^(ruff|clang-format)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = re.findall(r"/(?:mirrors-)?(ruff|clang-format)(?:-pre-commit)?\n\s+rev: v(\S+)", hooks)
+    assert dict(found) == pinned
+    assert len(found) == 2
