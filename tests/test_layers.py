@@ -33,13 +33,6 @@ MAY_IMPORT = {
     },
 }  # fmt: skip
 
-# vLLM's steps on a CUDA device call the launchers of its page kernels, which are no ops. No others may follow.
-EXCEPTIONS = {
-    ("integrations.vllm.backend", "backends.cuda.paged"),
-    ("integrations.vllm.device", "backends.cuda.paged"),
-    ("integrations.vllm.past", "backends.cuda.pages"),
-}
-
 
 class Import(NamedTuple):
     source: str
@@ -175,7 +168,7 @@ def test_imports_follow_the_arrows():
     for each in imports():
         source, target = package_of(each.source), package_of(each.target)
         type_export = not source and each.types_only  # the package's public names, for type checkers
-        if source == target or not target or type_export or (each.source, each.target) in EXCEPTIONS:
+        if source == target or not target or type_export:
             continue
         if target not in MAY_IMPORT.get(source, set()):
             wrong.append(f"{each.source or '__init__'}:{each.line} imports {each.target}")

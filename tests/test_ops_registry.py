@@ -37,3 +37,12 @@ def test_the_report_says_what_a_backend_lacks() -> None:
     assert rows["metal"]["lacks"] == ["append_step", "append_tokens", "encode_rows"]
     if "cuda, MLX" in rows:
         assert "sparse_scores" in rows["cuda, MLX"]["lacks"]
+
+
+def test_a_paged_engines_steps_are_found_by_the_backends_name() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    steps = registry.paged_steps("cuda")
+    assert all(getattr(steps, name).__doc__ for name in steps.__all__)
+    for backend in ("cpu", "metal", "reference"):
+        with pytest.raises(ValueError, match=rf"\[paged_steps\] expected a backend that .*; got '{backend}'"):
+            registry.paged_steps(backend)

@@ -76,6 +76,24 @@ def find(name: str, backend: str, mlx: bool) -> tuple[Callable[..., Any] | None,
     return getattr(importlib.import_module(f"forgeattention.backends.{module}"), name), reason
 
 
+def paged_steps(backend: str) -> Any:
+    """What launches the steps of a paged engine, which owns the memory (integrations/vllm): a module of the backend.
+
+    These are no ops: a step reads block tables on the device and is captured in a CUDA graph, so its launchers get
+    memory that was allocated and checked when the engine bound it. Which they are says the module's `__all__`.
+
+    Args:
+        backend: one of `BACKENDS`.
+
+    Raises:
+        ValueError: the backend has none.
+    """
+    module = getattr(_package(backend), "PAGED_STEPS", None)
+    if module is None:
+        raise ValueError(f"[paged_steps] expected a backend that launches a paged engine's steps; got {backend!r}")
+    return importlib.import_module(f"forgeattention.backends.{module}")
+
+
 def native(device: str) -> str:
     """The backend that "auto" means for arrays of a device; "" for none. MLX arrays have no device of their own: the
     default device counts, as it does for MLX's own operations."""

@@ -1,6 +1,6 @@
 """The CUDA kernels, kernels/cuda: which module launches which op, and whether it can here.
 
-The modules of `OPS` need PyTorch, that of `MLX_OPS` needs MLX.
+The modules of `OPS` and `PAGED_STEPS` need PyTorch, that of `MLX_OPS` needs MLX.
 """
 
 from .nvrtc import available, available_to_mlx
@@ -33,5 +33,6 @@ MLX_OPS = {
     "qk_scores": "cuda.mlx",
     "value_sum": "cuda.mlx",
 }
+PAGED_STEPS = "cuda.paged"
 
-__all__ = ["MLX_OPS", "OPS", "available", "available_to_mlx"]
+__all__ = ["MLX_OPS", "OPS", "PAGED_STEPS", "available", "available_to_mlx"]

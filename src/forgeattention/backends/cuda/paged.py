@@ -21,6 +21,20 @@ from . import nvrtc, pages, params, plans
 from .attention import LOG2E, DecodeLaunch
 from .encoder import encode_plan
 from .launch import address, constants_of, current_stream, limits, on_device
+from .pages import decode_pages_into
+
+__all__ = [
+    "LayerEncoder",
+    "Scratch",
+    "Tables",
+    "append",
+    "decode_attention",
+    "decode_pages_into",
+    "kernels",
+    "prepare",
+    "scratch_sizes",
+    "start_compiling",
+]
 
 _pack_page_tables = params.PAGE_TABLES.packer()
 _pack_append = params.PAGED_APPEND.packer()
@@ -311,7 +325,7 @@ def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
         page = torch.zeros(codec.kv_heads, PAGE, tokens.shape[3] // 2, dtype=tokens.dtype, device=device)
         pages.encode(page, page, codec, blocks.pages, none)
         table = PageTable(blocks.pages, none[:, None], torch.zeros(1, dtype=torch.int32, device=device), PAGE)
-        pages.decode_pages_into(codec, table, page[None], page[None].clone())
+        decode_pages_into(codec, table, page[None], page[None].clone())
 
 
 def decode_attention(

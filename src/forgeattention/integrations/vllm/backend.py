@@ -19,6 +19,7 @@ from ...codec import PAGE, Codec
 from ...codec.spec import HEAD_DIMS, CodecSpec
 from ...models.weights.vllm import layer_codec
 from ...ops.page_tables import Blocks, Geometry, exact_block_tokens
+from ...ops.registry import paged_steps
 from . import check_version, own
 from .blocks import ExactSpec
 from .metadata import Builder, Metadata
@@ -254,9 +255,7 @@ class PackedImpl(AttentionImpl[Metadata]):
             self.exact_spec.sink_blocks,
         )
         if kv_cache.device.type != "cpu":
-            from ...backends.cuda import paged
-
-            paged.prepare(self.blocks, self.num_heads, {1, max_decode_query_len(self.vllm_config)})
+            paged_steps("cuda").prepare(self.blocks, self.num_heads, {1, max_decode_query_len(self.vllm_config)})
 
     def _step(self, layer: Any, kv_cache: torch.Tensor) -> Any:
         context = get_forward_context()

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-from ...backends.cuda import paged
 from ...codec.spec import PAGE
 from ...ops.page_tables import Geometry, fills
+from ...ops.registry import paged_steps
 from .metadata import Metadata
 from .past import Past
+
+paged = paged_steps("cuda")
 
 PAST_PAGES = 512
 """Packed pages of prompts' past that are decoded at a time: 32,768 tokens."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ...codec.spec import PAGE
+from ...ops.registry import paged_steps
+from ...ops.table import PageTable
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,8 @@ class Piece:
 
     def load(self, blocks: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         """Decodes a layer's packed pages and copies its exact tokens into k, v [pages + 1, kv_heads, 64, head_dim]."""
-        from ...backends.cuda.pages import decode_pages_into
-        from ...ops.table import PageTable
-
         table = PageTable(blocks.pages, self.offsets, self.lengths, PAGE)
-        decode_pages_into(blocks.codec, table, k[:-1], v[:-1])
+        paged_steps("cuda").decode_pages_into(blocks.codec, table, k[:-1], v[:-1])
         held = blocks.tokens[self.blocks, self.places]
         d = k.shape[-1]
         k.transpose(1, 2)[self.to_pages, self.to_places] = held[..., :d]
