@@ -68,9 +68,9 @@ def work(args: argparse.Namespace) -> list[Item]:
 
 
 def _groups(names: Sequence[str], count: int, batch: int) -> Iterator[tuple[Any, ...]]:
-    """(name, up to `batch` of the numbers below `count`)."""
-    for name in names:
-        for start in range(0, count, batch):
+    """(name, up to `batch` of the numbers below `count`); every name comes once before any comes again."""
+    for start in range(0, count, batch):
+        for name in names:
             yield (name, *range(start, min(start + batch, count)))
 
 
@@ -167,8 +167,8 @@ def _measure(item: Item) -> tuple[Item, list[Row], float]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all items that the journal does not hold, and sum up."""
-    every = work(args)
+    """Measure all items that the journal does not hold, as far as `args.minutes` reach, and sum up."""
+    every, until = work(args), time.time() + 60 * (args.minutes or math.inf)
     done: dict[Item, list[Row]] = {}
     if args.journal and args.journal.is_file():
         for line in args.journal.read_text().splitlines():
@@ -187,12 +187,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if left:
             _start(args)
         for item in left:
-            finish(*_measure(item))
+            if time.time() < until:
+                finish(*_measure(item))
     else:
         with torch.multiprocessing.get_context("spawn").Pool(args.workers, _start, (args,)) as pool:
             for result in pool.imap_unordered(_measure, left):
                 finish(*result)
-    result = summary(args, [row for item in every for row in done[item]])
+                if time.time() > until:
+                    break
+    result = summary(args, [row for item in every for row in done.get(item, [])])
     for row in result["rows"]:
         print(describe(row))
     for row in result["canaries"]:
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--decoded", action="store_true", help="read pages through decode_pages and stock attention")
     parser.add_argument("--workers", type=int, default=1, help="processes; set OMP_NUM_THREADS=1 with several")
     parser.add_argument("--journal", type=Path, help="where finished items are kept and looked for")
+    parser.add_argument("--minutes", type=float, help="begin no item later; sum up what there is")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -130,16 +130,24 @@ def slow_prompt_cache(made: Any, spec: CodecSpec = SPEC) -> list[Any]:
     return [swap(layer) for layer in stock.make_prompt_cache(made)]
 
 
+def flat(cache: list[Any]) -> list[Any]:
+    """The layers' caches, those in a `CacheList` too."""
+    return [part for layer in cache for part in getattr(layer, "caches", [layer])]
+
+
 def tokens(rows: int, n: int, seed: int = 0) -> list[list[int]]:
     return np.random.default_rng(seed).integers(1, 97, (rows, n)).tolist()
 
 
 def greedy(made: Any, cache: list[Any], prompt: list[int], n: int, chunk: int = 1000) -> tuple[list[int], Any]:
-    """n tokens after the prompt, read in chunks, and the log-probabilities of each, [n, vocab]."""
+    """n tokens after the prompt, read in chunks, and the log-probabilities of each, [n, vocab]. Slow caches read a few
+    tokens one by one, since a packed cache gives them the same."""
     out: list[int] = []
     found = []
-    for start in range(0, len(prompt), chunk):
-        logits = made(mx.array([prompt[start : start + chunk]]), cache=cache)
+    single = chunk <= STEP_TOKENS and any(isinstance(x, SlowCache) for x in flat(cache))
+    starts = [0, *range(chunk, len(prompt), 1 if single else chunk), len(prompt)]
+    for start, stop in zip(starts, starts[1:]):
+        logits = made(mx.array([prompt[start:stop]]), cache=cache)
     for _ in range(n):
         last = logits[0, -1].astype(mx.float32)
         found.append(np.array(last - mx.logsumexp(last)))

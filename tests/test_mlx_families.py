@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "mlx-families.md"
 # widths, shared keys, chunks and windows beside full layers, recurrent states, experts, fewer caches than layers.
 COMPUTED = (
     *("phi", "stablelm", "deepseek_v2", "mimo_v2_flash", "gemma3n", "gemma4_text", "llama4_text", "nemotron_h"),
-    *("jamba", "lfm2", "minimax"),
+    *("jamba", "lfm2", "minimax", "afm7"),
 )
 FLIPS = 0.1
 """Largest error, in nats: a key on the edge between two codes, or an expert chosen by a hair, may fall either way."""

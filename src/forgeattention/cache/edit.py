@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def trim_rows(cache: LayerCache, n: int | Sequence[int] | I64) -> None:
-    """What `LayerCache.trim` does."""
+    """What `LayerCache.trim` does where no page comes back."""
     rows, sinks = cache.rows, cache.codec.spec.sinks
     drop = np.broadcast_to(np.asarray(n, np.int64), rows.seen.shape)
     if (drop < 0).any() or (drop > rows.seen).any():
@@ -60,7 +60,7 @@ def fork_rows(cache: LayerCache, rows: Iterable[int] | None) -> LayerCache:
         cache.sharding.check_rows(index, cache.batch)
     taken, buffer = cache.rows.take(index), cache.buffer.take(index)
     other = object.__new__(type(cache))
-    other.__dict__.update({**cache.__dict__, "rows": None, "eviction": None})
+    other.__dict__.update({**cache.__dict__, "rows": None, "eviction": None, "undo": None})
     other.buffer = buffer
     eviction = None if cache.eviction is None else cache.eviction.take(index)
     cache.pool.share(taken.pages())

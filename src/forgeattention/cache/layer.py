@@ -13,10 +13,10 @@ from .. import ops
 from ..codec import PAGE, Codec
 from ..ops.arrays import FLOATS, dtype_of, is_torch
 from ..ops.table import ExactTokens, PageTable
-from .append import STEP_TOKENS, Keep, append, append_rows, check_append, check_step
+from . import pieces
+from .append import Keep, append, append_rows, check_append
 from .arrays import Arrays, arrays_of
-from .chunk import attend_chunk
-from .edit import check_join, fork_rows, join_rows, trim_rows
+from .edit import check_join, fork_rows, join_rows
 from .exact import ExactBuffer
 from .pool import Ids, PagePool
 from .rows import I64, RowTable
@@ -50,6 +50,7 @@ class LayerCache:
         rows: lengths and pages.
         buffer: the exact tokens.
         sparse_step: what the last call of `attend` left out; None for nothing.
+        undo: how to go back behind a page that the last call packed; None where that cannot be.
 
     Raises:
         ValueError: a batch, dtype or pool that does not fit, or strategies that do not go together.
@@ -84,6 +85,7 @@ class LayerCache:
         self.sparse = sparse
         self.sharding = sharding
         self.sparse_step: Any = None
+        self.undo: pieces.Undo | None = None
         self._prepared: tuple[Any, ops.PreparedDecode] | None = None
         capacity = codec.spec.sinks + codec.spec.window + PAGE
         self.buffer = ExactBuffer.empty(arrays, (batch, codec.kv_heads, capacity, codec.head_dim), dtype)
@@ -136,7 +138,8 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated: pages (shared and spare ones included), exact tokens, tables, lengths."""
-        return self.pool.nbytes + self.buffer.nbytes + self.rows.nbytes
+        kept = 0 if self.undo is None else self.undo.before.buffer.nbytes
+        return self.pool.nbytes + self.buffer.nbytes + self.rows.nbytes + kept
 
     @property
     def table(self) -> PageTable | None:
@@ -161,11 +164,9 @@ class LayerCache:
         return self.rows.row_starts(row)
 
     def is_step(self, n: int, keep: Keep | None = None) -> bool:
-        """Whether n new tokens are attended to by one call of `ops.decode_attention` over all that is then held; else
-        they are a chunk, which attends to itself exactly, however many of its tokens are packed at once."""
-        if keep is not None or n > min(STEP_TOKENS, self.codec.spec.window):
-            return n == 1 and keep is None
-        return n == 1 or bool(self.rows.seen.all())
+        """Whether n new tokens are attended to by one call of `ops.decode_attention` over all that is then held. Else
+        they come in several such calls, or are a chunk, which attends to itself exactly; see `pieces`."""
+        return pieces.is_step(self, n, keep)
 
     def step(
         self, q: Any, k: Any, v: Any, scale: float, *, keep: Keep | None = None, sink_logits: Any | None = None
@@ -180,35 +181,18 @@ class LayerCache:
             sink_logits: float32 [q_heads], extra logits without a value; None for none.
 
         Returns:
-            [batch, q_heads, m, head_dim] in q's dtype; zeros where a token is not real.
+            [batch, q_heads, m, head_dim] in q's dtype; means nothing where a token is not real.
 
         Raises:
             ValueError: as `append`; nothing has changed.
         """
-        confirm = check_append(self, k, v, keep)
-        check_step(self, q, k)
-        if self.eviction is not None:
-            self.eviction.prepare(self, q, scale, k.shape[2], keep)
-        if self.is_step(k.shape[2], keep):
-            rows, n = self.rows, k.shape[2]
-            if self.eviction is None and rows.most_exact + n < self.buffer.k.shape[2]:
-                confirm()
-                self.buffer.write(rows, k, v)
-                rows.grow(n)
-            else:
-                self.append(k, v, None, confirm)
-            return self.attend(q, scale, causal=q.shape[2] > 1, sink_logits=sink_logits)[0]
-        # The device attends to the past while what was asked of the new values comes back.
-        out = self.attend_chunk(q, k, v, scale, keep=keep, sink_logits=sink_logits)
-        self.append(k, v, keep, confirm)
-        return out
+        return pieces.step(self, q, k, v, scale, keep, sink_logits)
 
     def attend_chunk(
         self, q: Any, k: Any, v: Any, scale: float, *, keep: Keep | None = None, sink_logits: Any | None = None
     ) -> Any:
-        """Attention of new tokens, which are not appended, to all that is held and, causally, to themselves; arguments
-        and result as of `step`."""
-        return attend_chunk(self, q, k, v, keep, scale, sink_logits)
+        """Attention of new tokens that are no step, and are not appended; arguments and result as of `step`."""
+        return pieces.attend(self, q, k, v, scale, keep, sink_logits)
 
     def prepare(self, q: Any, scale: float, n: int, keep: Keep | None = None) -> None:
         """Told, before `append`, of the queries q [batch, q_heads, m, head_dim] of the last m of n tokens to come (real
@@ -236,6 +220,7 @@ class LayerCache:
                 than 8 tokens are appended, and else left to the encoder); a full pool.
         """
         n = (confirm or check_append(self, k, v, keep))()
+        self.undo = None
         if self.eviction is None:
             append(self, k, v, keep, n)
         else:
@@ -298,12 +283,13 @@ class LayerCache:
         """Removes the newest `n` tokens of each row (one number, or one per row), evicted ones counted.
 
         Where the cut falls inside a page, the page's remaining tokens return from their codes as exact ones. They keep
-        the error that the codes had, and when they are packed again it adds a second one.
+        the error that the codes had, and when they are packed again it adds a second one. A page that left in the last
+        `step` of several tokens for one of those that go now comes back as it was.
 
         Raises:
             ValueError: a negative number, or more tokens than a row has.
         """
-        trim_rows(self, n)
+        pieces.trim(self, n)
 
     def clear(self) -> None:
         """Removes all tokens; the rows stay."""
@@ -327,11 +313,14 @@ class LayerCache:
         Raises:
             ValueError: a row that is not there.
         """
-        other = self.fork(rows)
-        # The fork's contents become this cache's, and this one's go with the fork.
+        self.become(self.fork(rows))
+
+    def become(self, other: LayerCache) -> None:
+        """Takes the contents of a fork, which is of no use then."""
         mine = self.rows, self.buffer, self.eviction
         self.rows, self.buffer, self.eviction = other.rows, other.buffer, other.eviction
         other.rows, other.buffer, other.eviction = mine
+        self.undo = None
         other.release()
 
     def fork(self, rows: Iterable[int] | None = None) -> LayerCache:
@@ -389,7 +378,7 @@ class LayerCache:
         rows, eviction = self.__dict__.get("rows"), self.__dict__.get("eviction")
         if rows is None:
             return
-        pages, self.rows, self.eviction = rows.pages(), None, None  # type: ignore[assignment]
+        pages, self.rows, self.eviction, self.undo = rows.pages(), None, None, None  # type: ignore[assignment]
         self.pool.free(pages)
         if eviction is not None:
             eviction.release()
