@@ -123,11 +123,8 @@ def test_speculative_decoding(seam: Any, words: Any, kind: str) -> None:
     # a page leaves with the 167th token and every 64th then, mostly in the middle of a draft
     prompt, n = tokens(1, 150)[0], 150
     cache = forge.make_prompt_cache(made, SPEC, fitted=False) + forge.make_prompt_cache(draft, SPEC, fitted=False)
-    steps = list(
-        mlx_lm.stream_generate(
-            made, words, prompt, max_tokens=n, draft_model=draft, num_draft_tokens=3, prompt_cache=cache
-        )
-    )
+    drafts: dict[str, Any] = {"draft_model": draft, "num_draft_tokens": 3, "prompt_cache": cache}
+    steps = list(mlx_lm.stream_generate(made, words, prompt, max_tokens=n, **drafts))
     plain = forge.make_prompt_cache(made, SPEC, fitted=False)
     wanted = [r.token for r in mlx_lm.stream_generate(made, words, prompt, max_tokens=n, prompt_cache=plain)]
     assert [r.token for r in steps] == wanted

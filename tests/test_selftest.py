@@ -90,6 +90,28 @@ def test_devices() -> None:
     assert found_by({"step": "decode", "device": "metal", "quick": True})["status"] == "skipped"
 
 
+@pytest.mark.parametrize("torch", [True, False])
+def test_without_smollm2_its_steps_are_left_out_with_the_command_that_gets_it(monkeypatch: Any, torch: bool) -> None:
+    find, asked = arrays.importlib.util.find_spec, []
+
+    def load(name: str, *, dtype: str) -> Any:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("forgeattention.models.load_mlx", load)
+    monkeypatch.setattr(
+        arrays.importlib.util, "find_spec", lambda name: None if name == "torch" and not torch else find(name)
+    )
+    given = {"device": "mlx", "quick": True, "model": "smollm2"}
+    for step in ("needles", "generation"):
+        found = found_by({"step": step, **given})
+        assert found["status"] == "skipped"
+        assert "SmolLM2 is not on this machine: run `" in found["reason"]
+        assert ("forgeattn models fetch smollm2" in found["reason"]) == torch
+    assert asked == ["smollm2" if torch else "HuggingFaceTB/SmolLM2-135M-Instruct"] * 2
+    assert found_by({"step": "needles", **given, "model": "mine"})["status"] == "failed"
+
+
 def test_a_model_without_sense_passes_as_its_exact_cache_does(tmp_path: Path) -> None:
     from test_mlx_server import folder
 

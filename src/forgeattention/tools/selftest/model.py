@@ -24,7 +24,7 @@ def load(asked: dict[str, Any]) -> tuple[Any, Any, Device]:
     """mlx-lm's model and tokenizer, and where they run.
 
     Raises:
-        Skipped: another framework is tested, or mlx-lm is missing.
+        Skipped: another framework is tested, or mlx-lm or SmolLM2, which nobody asked for by name, is missing.
     """
     where = device(asked["device"])
     if where.framework != "mlx":
@@ -33,11 +33,15 @@ def load(asked: dict[str, Any]) -> tuple[Any, Any, Device]:
         raise Skipped("mlx-lm is not installed")
     from ... import models
 
-    name = asked["model"]
-    if name == "smollm2" and importlib.util.find_spec("torch") is None:
-        name = HUB
-    made, tokenizer = models.load_mlx(name, dtype="float16" if where.gpu else "float32")
-    return made, tokenizer, where
+    name, dtype = asked["model"], "float16" if where.gpu else "float32"
+    if name != "smollm2":
+        return *models.load_mlx(name, dtype=dtype), where
+    converts = all(importlib.util.find_spec(package) for package in ("torch", "transformers", "gguf"))
+    try:
+        return *models.load_mlx(name if converts else HUB, dtype=dtype), where
+    except Exception as error:  # offline the hub's client raises several kinds
+        how = "forgeattn models fetch smollm2" if converts else f"hf download {HUB}"
+        raise Skipped(f"SmolLM2 is not on this machine: run `{how}`, or name a model by --model") from error
 
 
 def caches(model: Any) -> dict[str, Callable[[], list[Any]]]:
