@@ -127,7 +127,7 @@ def packed_calls(
 def relative_error(codec: Codec, setup: Any, out: torch.Tensor) -> float:
     """Of the first row, against float64 over the decoded pages."""
     q, table, exact, scale = setup
-    one = PageTable(table.base, table.offsets[:1], table.lengths[:1], table.max_length)
+    one = PageTable(table.base, table.page_table[:1], table.lengths[:1], table.max_length)
     k, v = ops.decode_pages(codec, one)
     group, recent = q.shape[1] // codec.kv_heads, SINKS_AND_WINDOW
     error = norm = 0.0
@@ -203,7 +203,7 @@ def run(shape: tuple[int, ...], spec: CodecSpec, copy_gb_s: float, peers: dict[s
         "local_bytes": kernel.local_bytes,
         "ctas_per_sm": kernel.occupancy(32 * plan.warps),
         "warps_per_cta": plan.warps,
-        "pages": plan.pages,
+        "stage_pages": plan.stage_pages,
         "stages": plan.stages,
     }
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="", help="indices into SHAPES, all by default")
     parser.add_argument("--scattered", action="store_true", help="pages in random order in memory")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--plan", default="", help="warps=8,ctas=2,pages=2: a launch unlike the library's choice")
+    parser.add_argument("--plan", default="", help="warps=8,ctas=2,stage_pages=2: a launch unlike the library's choice")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
     options = parser.parse_args()
     if options.scattered:

@@ -74,7 +74,7 @@ def assert_agrees(cache: LayerCache, rows: list[Row]) -> None:
         assert cache.table.max_length == cache.packed_lengths.max()
         for row in range(cache.batch):
             pages = cache.row_pages(row)
-            addresses = host(cache.table.offsets)[row, : len(pages)].tolist()
+            addresses = host(cache.table.page_table)[row, : len(pages)].tolist()
             assert addresses == [cache.arrays.address(cache.pool.page(page)) for page in pages.tolist()]
     for row, plain in enumerate(rows):
         found, wanted = contents(cache, row), plain.sinks + plain.packed + plain.recent

@@ -56,7 +56,7 @@ class Case:
         n, e = int(self.table.lengths[b]), int(self.exact.lengths[b])
         table = PageTable(
             self.table.base,
-            self.table.offsets[b : b + 1, : -(-n // PAGE)].clone(),
+            self.table.page_table[b : b + 1, : -(-n // PAGE)].clone(),
             self.table.lengths[b : b + 1].clone(),
             n,
         )

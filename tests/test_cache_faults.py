@@ -48,7 +48,7 @@ def contents(cache: LayerCache) -> list[Any]:
         out += [x[row, :, :held].numpy().tobytes() for x in (cache.exact.k, cache.exact.v)]
         if table is not None:
             addresses = [cache.pool.page(page).data_ptr() for page in pages]
-            assert table.offsets[row, : len(pages)].tolist() == addresses
+            assert table.page_table[row, : len(pages)].tolist() == addresses
     return out
 
 

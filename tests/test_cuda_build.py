@@ -138,29 +138,29 @@ def test_plan_fits_the_device(case: Case) -> None:
             assert plan.query_tile * plan.query_tiles >= case.group * case.n
             assert plan.shared_bytes <= shared
             assert plan.ctas * (plan.shared_bytes + 1024) <= per_processor
-            assert plan.stages * plan.pages * fmt.record_bytes >= plan.query_tile * (4 * fmt.padded_dim + 40)
+            assert plan.stages * plan.stage_pages * fmt.record_bytes >= plan.query_tile * (4 * fmt.padded_dim + 40)
 
 
 def cut(plan: plans.DecodePlan, length: int) -> list[tuple[int, int]]:
-    """Pages of each chunk, as kernels/cuda/decode_args.cuh cuts a row."""
+    """Pages of each split, as kernels/cuda/decode_args.cuh cuts a row."""
     pages = -(-length // 64)
-    groups, chunks = -(-pages // plan.pages), max(1, min(plan.num_splits, pages // plan.min_pages))
-    begins = [min(pages, groups * i // chunks * plan.pages) for i in range(chunks + 1)]
+    stages, splits = -(-pages // plan.stage_pages), max(1, min(plan.num_splits, pages // plan.min_pages))
+    begins = [min(pages, stages * i // splits * plan.stage_pages) for i in range(splits + 1)]
     return list(zip(begins, begins[1:]))
 
 
 @pytest.mark.parametrize(("kv_heads", "queries"), [(1, 4), (3, 3), (8, 8), (32, 16)])
-def test_chunks_cover_every_page_within_the_slots(kv_heads: int, queries: int) -> None:
+def test_splits_cover_every_page_within_the_partials(kv_heads: int, queries: int) -> None:
     plan = plans.decode_plan(CodecSpec().page_format(128), kv_heads, queries, plans.Limits())
     for length in [*range(0, 5000, 37), 32768, 131072, 524288, 1 << 20]:
-        chunks = cut(plan, length)
-        assert [p for a, b in chunks for p in range(a, b)] == list(range(-(-length // 64)))
-        assert len({b - a for a, b in chunks[:-1]}) <= 2
-        assert plan.grid(5, kv_heads, length) == (len(chunks), kv_heads * plan.query_tiles, 5)
+        splits = cut(plan, length)
+        assert [p for a, b in splits for p in range(a, b)] == list(range(-(-length // 64)))
+        assert len({b - a for a, b in splits[:-1]}) <= 2
+        assert plan.grid(5, kv_heads, length) == (len(splits), kv_heads * plan.query_tiles, 5)
         for exact in (0, 1, 132, 195, 512, 513, 4000):
             tasks = -(-exact // 16)
             for bound in (exact, 4096):
-                assert len(chunks) + tasks <= plan.partials(length, bound)
+                assert len(splits) + tasks <= plan.partials(length, bound)
 
 
 @pytest.mark.parametrize("cudnn", [False, True])

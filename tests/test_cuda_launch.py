@@ -122,7 +122,7 @@ def test_a_paged_step_tells_every_member(launches: LAUNCHES) -> None:
     paged.decode_attention(q, blocks, tables, 0.125, None, 400, q.clone(), paged.Scratch(parts, counts, lse))
     assert set(launches) == {"page_tables", "paged_append", "decode_attention"}
     told = launches["decode_attention"][0]
-    assert told["page_table"] == tables.offsets.data_ptr()
+    assert told["page_table"] == tables.page_table.data_ptr()
     assert told["exact_blocks"] == tables.blocks.data_ptr()
     assert told["lengths"] == tables.packed.data_ptr()
     assert told["part_ml"] > told["part"] == parts.data_ptr()

@@ -27,7 +27,7 @@ def test_compiled_prefill_of_even_rows_does_not_wait() -> None:
     from test_cuda_ops import Setup
 
     setup = Setup(Case(n=16), [320, 320], [1, 1])
-    table = PageTable(setup.table.base, setup.offsets, setup.table.lengths, 320, uniform=True)
+    table = PageTable(setup.table.base, setup.page_table, setup.table.lengths, 320, uniform=True)
 
     def prefill(q: Any) -> Any:
         return ops.prefill_attention(q, setup.codec, table, 0.1)

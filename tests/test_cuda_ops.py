@@ -51,7 +51,7 @@ class Setup:
         for row, count in enumerate(pages):
             offsets[row, :count] = order[at : at + count] * self.codec.page_bytes + 16
             at += count
-        self.offsets = offsets.cuda()
+        self.page_table = offsets.cuda()
         k, v = (torch.randn(KV, 64 * total, d, generator=g, device="cuda") for _ in range(2))
         k = k * torch.exp(0.3 * torch.randn(KV, 64 * total, 1, generator=g, device="cuda")) + 2 * torch.randn(
             KV, 1, d, generator=g, device="cuda"
@@ -60,7 +60,7 @@ class Setup:
         if total:
             ops.encode(k, v, self.codec, self.buffer, torch.tensor(used).cuda())
         top = max(lengths)
-        self.table = PageTable(self.buffer, self.offsets, torch.tensor(lengths, dtype=torch.int32).cuda(), top)
+        self.table = PageTable(self.buffer, self.page_table, torch.tensor(lengths, dtype=torch.int32).cuda(), top)
         dtype = getattr(torch, case.exact_dtype)
         cap = max(*exact, 1) + 3
         self.ek, self.ev = (torch.randn(len(exact), KV, cap, d, generator=g, device="cuda").to(dtype) for _ in range(2))
@@ -253,7 +253,7 @@ def test_a_row_does_not_depend_on_its_batch(case: Case) -> None:
     out, lse = setup.run()
     for row in range(5):
         table = PageTable(
-            setup.buffer, setup.offsets[row : row + 1], setup.table.lengths[row : row + 1], setup.lengths[row]
+            setup.buffer, setup.page_table[row : row + 1], setup.table.lengths[row : row + 1], setup.lengths[row]
         )
         exact = ExactTokens(
             setup.ek[row : row + 1],
@@ -296,7 +296,7 @@ def test_strides_and_absolute_addresses() -> None:
     want = setup.run()
     q = torch.zeros(2, 1, KV * 4, 128 + 8, dtype=setup.q.dtype, device="cuda")[..., :128]
     q.copy_(setup.q.transpose(1, 2))
-    absolute = PageTable(None, setup.offsets + setup.buffer.data_ptr(), setup.table.lengths, setup.table.max_length)
+    absolute = PageTable(None, setup.page_table + setup.buffer.data_ptr(), setup.table.lengths, setup.table.max_length)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (setup.ek, setup.ev))
     exact = ExactTokens(k, v, setup.exact.lengths, setup.exact.max_length)
     got = ops.decode_attention(q.transpose(1, 2), setup.codec, absolute, exact, 128**-0.5)

@@ -71,10 +71,10 @@ def test_tables_are_those_of_the_reference(seed: int) -> None:
         rows = len(batch.rows)
         assert np.array_equal(tables.packed[:rows].cpu(), want.packed)
         assert np.array_equal(tables.exact[:rows].cpu(), want.exact)
-        offsets, blocks = tables.offsets.cpu().numpy(), tables.blocks.cpu().numpy()
+        offsets, blocks = tables.page_table.cpu().numpy(), tables.blocks.cpu().numpy()
         for r in range(rows):
             pages, held = -(-want.packed[r] // PAGE), -(-want.exact[r] // b)
-            assert np.array_equal(offsets[r, :pages], want.offsets[r, :pages])
+            assert np.array_equal(offsets[r, :pages], want.page_table[r, :pages])
             assert np.array_equal(blocks[r, :held], want.blocks[r, :held])
         count = fills(rows, int(batch.starts[-1]))
         assert np.array_equal(tables.fill_offsets[:count].cpu(), want.fill_offsets)
@@ -145,7 +145,7 @@ class Run:
         """Float64 attention over what the tables name."""
         n, heads, d, group = self.case.n, KV * self.case.group, self.case.head_dim, self.case.group
         lengths = self.tables.packed[:rows]
-        table = PageTable(self.pages, self.tables.offsets[:rows], lengths, int(lengths.max()))
+        table = PageTable(self.pages, self.tables.page_table[:rows], lengths, int(lengths.max()))
         k, v = (x.double() for x in ops.decode_pages(self.codec, table, backend="cuda"))
         out = torch.zeros(rows, n, heads, d, dtype=torch.float64, device="cuda")
         for r in range(rows):

@@ -135,7 +135,7 @@ def test_rows_do_not_depend_on_the_batch(setup) -> None:
     _, _, (out, _) = attend(made, None, top_k=100)
     for row, length in enumerate(made.lengths):
         one = slice(row, row + 1)
-        table = PageTable(made.buffer, made.offsets[one], made.table.lengths[one], length)
+        table = PageTable(made.buffer, made.page_table[one], made.table.lengths[one], length)
         scores = ops.sparse_scores(made.q[one], made.codec, table, 128**-0.5)
         threshold = ops.sparse_threshold(scores, table, top_k=100)
         alone = ops.sparse_attention(scores, threshold, made.codec, table)[0]
@@ -195,7 +195,7 @@ def test_pages_by_their_means(setup, rotation: str) -> None:
     assert step.fast[1].sum(-1).tolist() == [[10, 10], [10, 10]]
     for head in range(2):
         pages = step.fast[1][0, head].nonzero()[:, 0]
-        table = PageTable(made.buffer, made.offsets[:1, pages], torch.tensor([640], dtype=torch.int32).cuda(), 640)
+        table = PageTable(made.buffer, made.page_table[:1, pages], torch.tensor([640], dtype=torch.int32).cuda(), 640)
         exact = ops.ExactTokens(made.ek[:1], made.ev[:1], made.exact.lengths[:1], made.exact.max_length)
         want = ops.decode_attention(made.q[:1], made.codec, table, exact, scale)[0]
         rows = slice(4 * head, 4 * head + 4)

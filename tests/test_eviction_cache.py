@@ -250,7 +250,7 @@ def test_compaction_moves_pages_of_a_shared_pool():
     b.append(k[:, :, :200], v[:, :, :200])
     found = records(b)
     assert plain.items() <= found.items()
-    addresses = b.table.offsets[0, : len(found)].tolist()
+    addresses = b.table.page_table[0, : len(found)].tolist()
     assert addresses == [pool.page(page).data_ptr() for page in b.row_pages(0).tolist()]
 
 

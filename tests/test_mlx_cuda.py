@@ -65,7 +65,7 @@ class Tokens:
         self.base = np.zeros(5 * size, np.uint8)
         offsets = np.array([self.places[:3], [self.places[3], -1, -1], [-1, -1, -1]])
         self.lengths = np.array([130, 64, 0], np.int32)
-        self.offsets = offsets
+        self.page_table = offsets
         self.exact = rng.standard_normal((2, 3, KV, 9, d)).astype(np.float32)
         self.exact_lengths = np.array([9, 8, 8], np.int32)  # causal queries are among them
         self.q = rng.standard_normal((3, KV * case.group, case.n, d)).astype(np.float32)
@@ -76,7 +76,7 @@ class Tokens:
         case = self.case
         q = mx.array(self.q).astype(getattr(mx, case.dtype))
         exact = (mx.array(x).astype(getattr(mx, case.exact_dtype)) for x in self.exact)
-        table = PageTable(base, mx.array(self.offsets), mx.array(self.lengths), 130)
+        table = PageTable(base, mx.array(self.page_table), mx.array(self.lengths), 130)
         return q, table, ExactTokens(*exact, mx.array(self.exact_lengths), 9)
 
 
@@ -221,10 +221,10 @@ def test_ops_give_what_the_oracle_does(case: Case, mu: bool) -> None:
     ops.encode(k, v, codec, base, mx.array(made.places), backend="cuda")
     q, table, exact = made.mlx(base)
     # From here on the oracle reads the GPU's pages.
-    host = PageTable(np.array(base), made.offsets, made.lengths, 130)
+    host = PageTable(np.array(base), made.page_table, made.lengths, 130)
     rows = PageTable(host.base, made.places[None], np.array([320], np.int32), 320)
     ops.encode(*(np.array(x.astype(mx.float32)) for x in (k, v)), codec, made.base, made.places, backend="reference")
-    best = PageTable(made.base, *(getattr(rows, name) for name in ("offsets", "lengths", "max_length")))
+    best = PageTable(made.base, *(getattr(rows, name) for name in ("page_table", "lengths", "max_length")))
     for x, y, z in zip(*(ops.decode_pages(codec, t, backend="reference") for t in (rows, best)), (k, v)):
         mine, plain = (np.linalg.norm(decoded[0] - np.array(z.astype(mx.float32))) for decoded in (x, y))
         assert mine < (1 + tolerances.CUDA_ENCODE_LOSS) * plain

@@ -56,7 +56,7 @@ def pages(codec: Codec) -> Any:
 
 
 def in_mlx(table: PageTable) -> PageTable:
-    return PageTable(mx.array(table.base), mx.array(table.offsets), mx.array(table.lengths), table.max_length)
+    return PageTable(mx.array(table.base), mx.array(table.page_table), mx.array(table.lengths), table.max_length)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

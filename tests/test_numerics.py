@@ -94,7 +94,7 @@ def packed(k: np.ndarray, v: np.ndarray, codec: Codec, backend: str, dtype: str 
 
 def on_host(table: PageTable) -> PageTable:
     return PageTable(
-        *(torch.from_numpy(to_numpy(x)) for x in (table.base, table.offsets, table.lengths)), table.max_length
+        *(torch.from_numpy(to_numpy(x)) for x in (table.base, table.page_table, table.lengths)), table.max_length
     )
 
 
@@ -180,7 +180,7 @@ def test_contexts_around_the_size_of_a_page(backend: str, length: int, held: int
     k, v = tokens("plain", 3 * PAGE)
     table = packed(k, v, codec, backend)
     lengths = index(np.array([length], np.int32), backend)
-    table = PageTable(table.base, table.offsets, lengths, 3 * PAGE)
+    table = PageTable(table.base, table.page_table, lengths, 3 * PAGE)
     exact_k, exact_v = k[None, :, :70].copy(), v[None, :, :70].copy()
     exact_k[:, :, held:] = exact_v[:, :, held:] = np.nan
     exact = ExactTokens(
@@ -226,7 +226,7 @@ def test_masses_of_nothing(backend: str) -> None:
     )
     for a, b in zip(plain, with_sinks, strict=True):
         close(a, b, tolerances.MERGE)
-    empty = PageTable(table.base, table.offsets, index(np.zeros(1, np.int32), backend), PAGE)
+    empty = PageTable(table.base, table.page_table, index(np.zeros(1, np.int32), backend), PAGE)
     out, lse = ops.decode_attention(
         q, codec, empty, None, 0.125, causal=False, sink_logits=sinks, backend=named(backend)
     )

@@ -172,7 +172,7 @@ def test_addresses_instead_of_offsets():
     case = make_case(CodecSpec())
     expected = case.attend()
     table = ops.PageTable(
-        None, case.table.offsets + case.table.base.data_ptr(), case.table.lengths, case.table.max_length
+        None, case.table.page_table + case.table.base.data_ptr(), case.table.lengths, case.table.max_length
     )
     out, lse = case.attend(table=table)
     assert torch.equal(out, expected[0])
@@ -192,7 +192,7 @@ def test_numpy_arrays():
     case = make_case(CodecSpec())
     expected, _ = case.attend()
     table = ops.PageTable(
-        *(x.numpy() for x in (case.table.base, case.table.offsets, case.table.lengths)), case.table.max_length
+        *(x.numpy() for x in (case.table.base, case.table.page_table, case.table.lengths)), case.table.max_length
     )
     exact = ops.ExactTokens(
         *(x.numpy() for x in (case.exact.k, case.exact.v, case.exact.lengths)), case.exact.max_length

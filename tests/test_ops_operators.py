@@ -69,7 +69,7 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return out
 
     def compact(base: Any) -> Any:
-        return ops.compact(base + 0, table.offsets[:2].reshape(-1)[:2], codec.page_bytes)
+        return ops.compact(base + 0, table.page_table[:2].reshape(-1)[:2], codec.page_bytes)
 
     def decode_attention(q: Any) -> Any:
         return ops.decode_attention(q * 2, codec, table, exact, 0.1)
@@ -198,7 +198,7 @@ def test_compiled_with_a_table_of_its_own(case: Case) -> None:
     codec, exact, q, full = case.codec, case.exact, case.q, case.table
 
     def step(lengths: torch.Tensor, most: int) -> torch.Tensor:
-        table = ops.PageTable(full.base, full.offsets, lengths + 0, most)
+        table = ops.PageTable(full.base, full.page_table, lengths + 0, most)
         return ops.decode_attention(q, codec, table, exact, 0.1)[0]
 
     torch.compiler.reset()
@@ -213,7 +213,7 @@ def test_a_uniform_table_stays_one(case: Case, monkeypatch: pytest.MonkeyPatch) 
     row = int(case.table.lengths.argmax())
     one = slice(row, row + 1)
     length = int(case.table.lengths[row])
-    table = ops.PageTable(case.table.base, case.table.offsets[one], case.table.lengths[one], length, uniform=True)
+    table = ops.PageTable(case.table.base, case.table.page_table[one], case.table.lengths[one], length, uniform=True)
     queries = case.q[one]
     seen = []
 

@@ -66,7 +66,9 @@ def test_page_select(device: str, n: int, chosen: dict[str, Any], exact: bool) -
         means[row, ..., used:] = -torch.inf
     lse = torch.from_numpy(rng.standard_normal(means.shape[:3]).astype(np.float32)) + 3 if exact else None
     want = ops.page_select(means, case.codec, case.table, exact_lse=lse, backend="reference", **chosen)
-    table = ops.PageTable(None, on(device, case.table.offsets), on(device, case.table.lengths), case.table.max_length)
+    table = ops.PageTable(
+        None, on(device, case.table.page_table), on(device, case.table.lengths), case.table.max_length
+    )
     given = on(device, means), case.codec, table
     got = ops.page_select(*given, exact_lse=None if lse is None else on(device, lse), **chosen)
     assert [str(x.dtype).rpartition(".")[2] for x in got] == ["int64", "int32", "bool"]

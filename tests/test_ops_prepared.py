@@ -25,7 +25,7 @@ def on(device: str, x: Any) -> Any:
 
 def moved(case: Case, device: str) -> Case:
     table, exact = case.table, case.exact
-    parts = [on(device, x) for x in (table.base, table.offsets, table.lengths)]
+    parts = [on(device, x) for x in (table.base, table.page_table, table.lengths)]
     tokens = [on(device, x) for x in (exact.k, exact.v, exact.lengths)]
     return replace(
         case,

@@ -140,7 +140,7 @@ def test_pages_without_survivors_are_not_read():
     assert (sparse.survivors(scores.scores, t.score, t.last).nonzero()[3] // 64 == 4).all()
     before = ops.sparse_attention(scores, t, case.codec, case.table)[0]
     fmt, pool = case.codec.format, case.table.base
-    for page, offset in enumerate(case.table.offsets[0, :10].tolist()):
+    for page, offset in enumerate(case.table.page_table[0, :10].tolist()):
         for head in range(2):
             at = offset + head * fmt.record_bytes
             if page != 4:

@@ -69,7 +69,9 @@ def test_fast_is_dense_over_the_best_pages(own_diagonals):
     rank = (means - means.logsumexp(-1, keepdim=True)).amax(2)
     for row, head in np.ndindex(2, 2):
         best = rank[row, head].topk(4).indices
-        table = PageTable(None, cache.table.offsets[row : row + 1, best], torch.tensor([256], dtype=torch.int32), 256)
+        table = PageTable(
+            None, cache.table.page_table[row : row + 1, best], torch.tensor([256], dtype=torch.int32), 256
+        )
         exact = cache.exact
         own = ExactTokens(*(x[row : row + 1] for x in (exact.k, exact.v, exact.lengths)), exact.max_length)
         want = ops.decode_attention(q[row : row + 1], cache.codec, table, own, SCALE)[0]

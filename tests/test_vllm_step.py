@@ -54,7 +54,7 @@ class Memory:
         g, row = self.engine.geometry, self.engine.rows[number]
         past = len(row.names) - new
         packed: list[Token] = []
-        for page, offset in enumerate(tables.offsets[i].tolist()):
+        for page, offset in enumerate(tables.page_table[i].tolist()):
             left = int(tables.packed[i]) - page * PAGE
             packed += self.pages[offset][: min(left, PAGE)] if left > 0 else []
         slots = [int(block) * g.exact_block + at for block in tables.blocks[i] for at in range(g.exact_block)]
@@ -116,7 +116,7 @@ def test_the_past_of_chunks_is_every_token_once(data: st.DataObject) -> None:
     if batch.decode_rows == len(rows):
         return
     made = page_tables(geometry, batch.starts, batch.lengths, batch.packed_table, batch.exact_table, batch.decode_rows)
-    arrays = {name: torch.from_numpy(getattr(made, name)) for name in ("offsets", "packed", "blocks", "exact")}
+    arrays = {name: torch.from_numpy(getattr(made, name)) for name in ("page_table", "packed", "blocks", "exact")}
     step = SimpleNamespace(
         decode_rows=batch.decode_rows,
         rows=len(rows),
@@ -132,7 +132,7 @@ def test_the_past_of_chunks_is_every_token_once(data: st.DataObject) -> None:
         pages: list[list[Token | None]] = [[None] * PAGE for _ in range(piece.pages + 1)]
         for i in range(piece.pages):
             for at in range(int(piece.lengths[i])):
-                pages[i][at] = memory.pages[int(piece.offsets[i, 0])][at]
+                pages[i][at] = memory.pages[int(piece.page_table[i, 0])][at]
         to = zip(piece.blocks.tolist(), piece.places.tolist(), piece.to_pages.tolist(), piece.to_places.tolist())
         for block, place, page, at in to:
             if page < piece.pages:

@@ -60,7 +60,18 @@ def _as_mlx(x: Any) -> Any:
 
 # Inputs that launchers pad to the size from which on MLX passes them in device memory. The kernels take both forms.
 PADDED = (
-    *("bias", "offsets", "lengths", "exact_lengths", "sinks", "packed_ml", "top_k", "exact_lse", "threshold", "last"),
+    *(
+        "bias",
+        "page_table",
+        "lengths",
+        "exact_lengths",
+        "sinks",
+        "packed_ml",
+        "top_k",
+        "exact_lse",
+        "threshold",
+        "last",
+    ),
     "top",
 )
 
@@ -110,7 +121,7 @@ def others(device: Recorder, c: Codec, size: tuple[int, int], rows: tuple[int, i
     sparse.sparse_threshold(found, t, 3 if flag else None, None if flag else 0.9, None, device)
     f, i = np.zeros(q.shape[:3], np.float32), np.zeros(q.shape[:3], np.int32)
     sparse.sparse_attention(found, Threshold(f, i, i, f, f), c, t, None, device)
-    pages.compact(t.base, t.offsets[0], c.page_bytes, device)
+    pages.compact(t.base, t.page_table[0], c.page_bytes, device)
 
 
 def encode(device: Recorder, c: Codec, count: int) -> None:

@@ -117,7 +117,7 @@ def test_batch_rows_do_not_depend_on_each_other():
     lengths, exact_lengths = [1500, 70, 300, 0, 64, 257, 600, 129], [3, 20, 1, 9, 130, 64, 2, 2]
     q, table, exact, out, lse = check(rng, codec, lengths, exact_lengths)
     for row in range(len(lengths)):
-        one = type(table)(table.base, table.offsets[row : row + 1], table.lengths[row : row + 1], lengths[row])
+        one = type(table)(table.base, table.page_table[row : row + 1], table.lengths[row : row + 1], lengths[row])
         mine = type(exact)(
             exact.k[row : row + 1], exact.v[row : row + 1], exact.lengths[row : row + 1], exact.max_length
         )

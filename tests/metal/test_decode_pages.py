@@ -10,7 +10,7 @@ from .cases import FORMATS, HEAD_DIMS, Emulator, make_codec, make_table, relativ
 
 def check(rng, codec, lengths, dtype="float32", rotated=True, slack=0):
     table = make_table(rng, codec, lengths)
-    table = type(table)(table.base, table.offsets, table.lengths, table.max_length + slack)
+    table = type(table)(table.base, table.page_table, table.lengths, table.max_length + slack)
     ours = metal_pages.decode_pages(codec, table, dtype, rotated, Emulator())
     for got, want in zip(ours, oracle_pages.decode_pages(codec, table, "float64", rotated)):
         assert got.dtype == dtype

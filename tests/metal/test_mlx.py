@@ -42,7 +42,7 @@ class EmulatedMLX:
 
 def as_mlx(x, dtype=None):
     if isinstance(x, PageTable):
-        return PageTable(mx.array(x.base), mx.array(x.offsets), mx.array(x.lengths), x.max_length)
+        return PageTable(mx.array(x.base), mx.array(x.page_table), mx.array(x.lengths), x.max_length)
     if isinstance(x, ExactTokens):
         return ExactTokens(mx.array(x.k).astype(dtype), mx.array(x.v).astype(dtype), mx.array(x.lengths), x.max_length)
     if isinstance(x, (Scores, Threshold)):

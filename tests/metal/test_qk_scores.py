@@ -12,7 +12,7 @@ from .cases import CASES, Emulator, make_codec, make_table, queries, relative_er
 
 def check(rng, codec, lengths, group=2, n=1, slack=0):
     table = make_table(rng, codec, lengths)
-    table = type(table)(table.base, table.offsets, table.lengths, table.max_length + slack)
+    table = type(table)(table.base, table.page_table, table.lengths, table.max_length + slack)
     q = queries(rng, codec, len(lengths), group, n)
     scores = metal_scores.qk_scores(q, codec, table, 0.2, Emulator())
     assert relative_error(scores, oracle_scores.qk_scores(q, codec, table, 0.2)) < METAL["float32"]

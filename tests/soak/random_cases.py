@@ -55,7 +55,7 @@ def turned(x: Any, framework: str) -> Any:
 
 def tables(case: Case, framework: str) -> tuple[PageTable, ExactTokens]:
     t, e = case.table, case.exact
-    table = PageTable(*(turned(x, framework) for x in (t.base, t.offsets, t.lengths)), t.max_length)
+    table = PageTable(*(turned(x, framework) for x in (t.base, t.page_table, t.lengths)), t.max_length)
     return table, ExactTokens(*(turned(x, framework) for x in (e.k, e.v, e.lengths)), e.max_length)
 
 

@@ -298,13 +298,13 @@ def page_select(data: Any) -> None:
     case, framework = data.draw(cases())
     whole = (case.table.lengths + PAGE - 1) // PAGE * PAGE
     most = -(-case.table.max_length // PAGE) * PAGE
-    table = PageTable(case.table.base, case.table.offsets, whole.to(torch.int32), most)
+    table = PageTable(case.table.base, case.table.page_table, whole.to(torch.int32), most)
     rng = np.random.default_rng(data.draw(seeds))
     means = torch.from_numpy(lines(rng, (*case.q.shape[:3], most // PAGE)).astype(np.float32))
     for row, length in enumerate(whole.tolist()):
         means[row, ..., length // PAGE :] = -torch.inf
     given = {"top_k": data.draw(st.integers(0, 5))} if data.draw(st.booleans()) else {"top_p": 0.7}
-    made = PageTable(*(turned(x, framework) for x in (table.base, table.offsets, table.lengths)), most)
+    made = PageTable(*(turned(x, framework) for x in (table.base, table.page_table, table.lengths)), most)
     got = ops.page_select(turned(means, framework), case.codec, made, **given)
     want = ops.page_select(means, case.codec, table, backend="reference", **given)
     assert [tuple(a.shape) for a in got] == [tuple(b.shape) for b in want]

@@ -160,7 +160,7 @@ class RowTable:
         wide = [np.pad(x, ((0, 0), (0, pages - x.shape[1]))) for x in (self.ids, self.starts)]
         page_table = self.arrays.zeros((self.batch, pages), "int64")
         self.arrays.assign(page_table, self.pool.addresses(wide[0]))
-        table = None if self._table is None else replace(self._table, offsets=page_table)
+        table = None if self._table is None else replace(self._table, page_table=page_table)
         (self.ids, self.starts), self.page_table, self._table = wide, page_table, table
 
     def place(self, row: int, first: int, ids: Ids, starts: I64) -> None:

@@ -64,7 +64,7 @@ class StaticSteps:
     def current(self) -> bool:
         """Whether the cache still has the buffers that these steps use; rows that came or went replace them."""
         rows, buffer, table, exact = self._cache.rows, self._cache.buffer, self._table, self._exact
-        pairs = ((rows.page_table, table.offsets), (rows.device_packed, table.lengths), (buffer.k, exact.k))
+        pairs = ((rows.page_table, table.page_table), (rows.device_packed, table.lengths), (buffer.k, exact.k))
         return all(a is b for a, b in pairs)
 
     def prepare(self) -> None:
@@ -129,7 +129,7 @@ class StaticSteps:
         """Appends a token k, v [batch, kv_heads, 1, head_dim] to every row and attends, as `LayerCache.step`."""
         exact, table, cache = self._exact, self._table, self._cache
         ops.append_step(
-            exact.k, exact.v, exact.lengths, table.lengths, table.offsets, self._encode_offsets, self._tickets, k, v,
+            exact.k, exact.v, exact.lengths, table.lengths, table.page_table, self._encode_offsets, self._tickets, k, v,
             sinks=cache.codec.spec.sinks, encode_at=self.encode_at, backend=cache.backend,
         )  # fmt: skip
         ops.encode_rows(*self._oldest, cache.codec, None, self._encode_offsets, backend=cache.backend)

@@ -68,12 +68,12 @@ def check_table(op: str, table: Any, batch: int | None, like: Any = None) -> Non
         return
     rows: int | str = "batch" if batch is None else batch
     check_index(op, "table.lengths", table.lengths, "int32", (rows,))
-    check_index(op, "table.offsets", table.offsets, "int64", (table.lengths.shape[0], "max_pages"))
-    if not 0 <= table.max_length <= table.offsets.shape[1] * PAGE:
-        raise fail(op, f"table.max_length within {table.offsets.shape[1]} pages of {PAGE}", table.max_length)
+    check_index(op, "table.page_table", table.page_table, "int64", (table.lengths.shape[0], "max_pages"))
+    if not 0 <= table.max_length <= table.page_table.shape[1] * PAGE:
+        raise fail(op, f"table.max_length within {table.page_table.shape[1]} pages of {PAGE}", table.max_length)
     if table.base is not None and dtype_of(table.base) != "uint8":
         raise fail(op, "table.base uint8", describe(table.base))
-    for name in ("base", "offsets", "lengths"):
+    for name in ("base", "page_table", "lengths"):
         array = getattr(table, name)
         if like is not None and array is not None and device_of(array) != device_of(like):
             raise fail(op, f"table.{name} on {device_of(like)}", device_of(array))

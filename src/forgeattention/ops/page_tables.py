@@ -89,7 +89,7 @@ class PageTables:
     """The tables of one step.
 
     Attributes:
-        offsets: int64 [rows, most pages], bytes of each row's packed pages, as in `ops.PageTable`.
+        page_table: int64 [rows, most pages], bytes of each row's packed pages, as in `ops.PageTable`.
         packed: int32 [rows], packed tokens.
         blocks: int32 [rows, most exact blocks].
         exact: int32 [rows], exact tokens in them.
@@ -98,7 +98,7 @@ class PageTables:
             (slot: block * exact_block + place). Undefined where there is no page.
     """
 
-    offsets: I64
+    page_table: I64
     packed: I32
     blocks: I32
     exact: I32

@@ -16,9 +16,9 @@ class PageTable:
     contents may change, but not where they lie. Keep a table as long as it holds; making one anew costs its checks.
 
     Attributes:
-        base: uint8 array that holds the pages and fixes their device, or None when `offsets` are absolute addresses
-            (CPU and CUDA; the owner of the page table keeps the memory alive).
-        offsets: int64 [batch, max_pages], byte offset of each page of kv_heads records from the start of `base`.
+        base: uint8 array that holds the pages and fixes their device, or None when `page_table` holds absolute
+            addresses (CPU and CUDA; the owner of the page table keeps the memory alive).
+        page_table: int64 [batch, max_pages], byte offset of each page of kv_heads records from the start of `base`.
             Entries past a row's last page are never read.
         lengths: int32 [batch], packed tokens of each row; the last page may be partly used.
         max_length: host upper bound of `lengths`, so that no launch waits for the device.
@@ -26,7 +26,7 @@ class PageTable:
     """
 
     base: Array | None
-    offsets: Array
+    page_table: Array
     lengths: Array
     max_length: int
     uniform: bool = False

@@ -41,7 +41,7 @@ def _rows(x: Any) -> Any:
 
 def _table(table: PageTable) -> PageTable:
     base = None if table.base is None else _host(table.base)
-    return PageTable(base, np.ascontiguousarray(_host(table.offsets)), _flat(table.lengths), table.max_length)
+    return PageTable(base, np.ascontiguousarray(_host(table.page_table)), _flat(table.lengths), table.max_length)
 
 
 def _flat(x: Any) -> Any:

@@ -91,7 +91,7 @@ def page_select(
     means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
 ) -> tuple[Any, Any, Any]:
     """Pages are few, so NumPy does it, on the arrays' own memory."""
-    given: list[Any] = [means, table.offsets, table.lengths, exact_lse]
+    given: list[Any] = [means, table.page_table, table.lengths, exact_lse]
     m, offsets, lengths, lse = [x.numpy() if is_torch(x) else x for x in given]
     (batch, q_heads, n, pages), kv_heads = m.shape, codec.kv_heads
     z = m.reshape(batch, kv_heads, q_heads // kv_heads * n, pages) + np.float32(math.log(PAGE))

@@ -61,11 +61,11 @@ def table_view(op: str, table: PageTable) -> tuple[int, int, int, int, int, int]
     view = table.views.get("cpu")
     if view is None:
         base, size = bytes_of(op, "table.base", table.base)
-        strides = strides_of(table.offsets)
-        if table.offsets.shape[1] > 1 and strides[1] != 1 and table.offsets.shape[0]:
-            raise fail(op, "table.offsets with a contiguous last axis", f"strides {list(strides)}")
+        strides = strides_of(table.page_table)
+        if table.page_table.shape[1] > 1 and strides[1] != 1 and table.page_table.shape[0]:
+            raise fail(op, "table.page_table with a contiguous last axis", f"strides {list(strides)}")
         lengths = flat(op, "table.lengths", table.lengths)
-        view = table.views["cpu"] = base, size, address(table.offsets), strides[0], lengths, table.max_length
+        view = table.views["cpu"] = base, size, address(table.page_table), strides[0], lengths, table.max_length
     return view
 
 

@@ -148,8 +148,8 @@ def table_members(table: PageTable) -> dict[str, int]:
     if view is None:
         view = table.views["cuda"] = {
             "base": address(table.base),
-            "page_table": table.offsets.data_ptr(),
+            "page_table": table.page_table.data_ptr(),
             "lengths": table.lengths.data_ptr(),
-            "max_pages": table.offsets.stride(0),
+            "max_pages": table.page_table.stride(0),
         }
     return view

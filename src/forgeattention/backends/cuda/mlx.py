@@ -130,8 +130,8 @@ def _units(codec: Codec) -> dict[str, float]:
 
 
 def _pages(table: PageTable) -> dict[str, Any]:
-    pages = {"base": table.base, "page_table": table.offsets, "lengths": table.lengths}
-    return {**pages, "max_pages": table.offsets.shape[1]}
+    pages = {"base": table.base, "page_table": table.page_table, "lengths": table.lengths}
+    return {**pages, "max_pages": table.page_table.shape[1]}
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -368,7 +368,7 @@ def prefill_attention(q: Any, codec: Codec, table: PageTable, scale: float) -> t
     for first in range(0, -(-table.max_length // PAGE), step):
         tokens = min(table.max_length - first * PAGE, step * PAGE)
         lengths = mx.clip(table.lengths - first * PAGE, 0, tokens)
-        part = PageTable(table.base, table.offsets[:, first : first + step], lengths, tokens)
+        part = PageTable(table.base, table.page_table[:, first : first + step], lengths, tokens)
         k, v = decode_pages(codec, part, "float16", True)
         valid = (mx.arange(tokens) < lengths[:, None])[:, None]
         o, lse = merge(o, lse, *attention(turned, k, v, valid, 1.0))

@@ -58,7 +58,7 @@ class Tables:
     ) -> None:
         self.geometry = geometry
         most_blocks = geometry.sink_blocks + -(-geometry.most_exact(decode_tokens) // geometry.exact_block) + 1
-        self.offsets = torch.zeros(rows, max(1, length // PAGE), dtype=torch.int64, device=device)
+        self.page_table = torch.zeros(rows, max(1, length // PAGE), dtype=torch.int64, device=device)
         self.packed = torch.zeros(rows, dtype=torch.int32, device=device)
         self.blocks = torch.zeros(rows, most_blocks, dtype=torch.int32, device=device)
         self.exact = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -93,7 +93,7 @@ class Tables:
                 lengths=lengths.data_ptr(),
                 packed_table=packed_table.data_ptr(),
                 exact_table=exact_table.data_ptr(),
-                offsets=self.offsets.data_ptr(),
+                page_table=self.page_table.data_ptr(),
                 packed=self.packed.data_ptr(),
                 blocks=self.blocks.data_ptr(),
                 exact=self.exact.data_ptr(),
@@ -105,7 +105,7 @@ class Tables:
                 page_bytes=g.page_bytes,
                 packed_stride=packed_table.stride(0),
                 exact_stride=exact_table.stride(0),
-                max_pages=self.offsets.stride(0),
+                max_pages=self.page_table.stride(0),
                 max_blocks=self.blocks.stride(0),
                 decode_rows=decode_rows,
                 window=g.window,
@@ -362,7 +362,7 @@ def decode_attention(
         packed = launch.pack(
             q=q.data_ptr(),
             base=blocks.pages.data_ptr(),
-            page_table=tables.offsets.data_ptr(),
+            page_table=tables.page_table.data_ptr(),
             lengths=tables.packed.data_ptr(),
             exact_k=keys.data_ptr(),
             exact_v=values.data_ptr(),
@@ -378,7 +378,7 @@ def decode_attention(
             k_stride=(block, head, token),
             v_stride=(block, head, token),
             out_stride=out.stride()[:3],
-            max_pages=tables.offsets.stride(0),
+            max_pages=tables.page_table.stride(0),
             exact_stride=tables.blocks.stride(0),
             causal=True,
             partials=partial_count,

@@ -154,11 +154,11 @@ def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: b
         )
         packed = launch.pack(
             base=address(table.base),
-            page_table=table.offsets.data_ptr(),
+            page_table=table.page_table.data_ptr(),
             lengths=table.lengths.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),
-            max_pages=table.offsets.stride(0),
+            max_pages=table.page_table.stride(0),
             max_length=table.max_length,
         )
         grid = -(-table.max_length // PAGE), codec.kv_heads, k.shape[0]

@@ -24,7 +24,7 @@ TRANSFORM = Struct(
 DECODE_ATTENTION = Struct(
     "Params",
     ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] packed tokens, or null"),
     ("exact_k exact_v", "const void*", "FORGE_EXACT_TYPE [batch, kv_heads, capacity, head_dim], 16-byte aligned rows"),
@@ -120,7 +120,7 @@ ENCODE_LAYERS = Struct(
 
 DECODE_PAGES = Struct(
     "Params",
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] tokens"),
     ("k v", "void*", "FORGE_TYPE [batch, kv_heads, max_length, FORGE_WIDTH]"),
@@ -167,7 +167,7 @@ SCORES = Struct(
         "const void*",
         "FORGE_TYPE [batch, q_heads, n, head_dim]; of value_sum float weights [.., max_length], contiguous",
     ),
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] tokens"),
     ("out", "float*", "qk_scores: [batch, q_heads, n, max_length]; value_sum: [splits, batch, q_heads, n, head_dim]"),
@@ -181,7 +181,7 @@ SCORES = Struct(
 SPARSE_SCORES = Struct(
     "Params",
     ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] tokens"),
     ("scores", "float*", "[batch, q_heads, n, 64 pages], -inf from the row's length on"),
@@ -213,7 +213,7 @@ SPARSE_ATTENTION = Struct(
     ("stats", "const float2*", "[batch, q_heads, n, pages]"),
     ("threshold top", "const float*", "[batch, q_heads, n]"),
     ("last", "const int*", "[batch, q_heads, n]"),
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] tokens"),
     ("other", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim], or null"),
@@ -231,7 +231,7 @@ SPARSE_ATTENTION = Struct(
 PAGE_SCORES = Struct(
     "Params",
     ("q", "const void*", "FORGE_TYPE [batch, q_heads, n, head_dim]"),
-    ("base", "const u8*", "added to offsets; null if they are addresses"),
+    ("base", "const u8*", "added to page_table; null if that holds addresses"),
     ("page_table", "const i64*", "[batch, max_pages] bytes"),
     ("lengths", "const int*", "[batch] tokens"),
     ("out", "float*", "[batch, q_heads, n, pages]"),
@@ -260,7 +260,7 @@ PAGE_TABLES = Struct(
     ("lengths", "const int*", "[rows] tokens with the new ones"),
     ("packed_table", "const int*", "[rows, packed_stride] blocks of pages_per_block pages; 0: none"),
     ("exact_table", "const int*", "[rows, exact_stride] blocks of exact_block tokens; 0: none"),
-    ("offsets", "i64*", "[rows, max_pages] bytes of the packed pages"),
+    ("page_table", "i64*", "[rows, max_pages] bytes of the packed pages"),
     ("packed", "int*", "[rows] packed tokens"),
     ("blocks", "int*", "[rows, max_blocks] exact blocks"),
     ("exact", "int*", "[rows] exact tokens: with the new ones in the first decode_rows rows, without in the others"),

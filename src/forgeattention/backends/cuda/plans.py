@@ -85,7 +85,7 @@ class DecodePlan:
     query_tile: int  # queries of one KV head that a CTA holds
     query_tiles: int
     warps: int
-    pages: int  # that a warp reads together
+    stage_pages: int  # pages of a stage, that a warp reads together
     stages: int  # of so many records, that a warp's ring holds
     ctas: int  # per multiprocessor
     num_splits: int  # of one row and KV head, at most
@@ -101,7 +101,7 @@ class DecodePlan:
             codec,
             FORGE_QUERIES=self.query_tile,
             FORGE_WARPS=self.warps,
-            FORGE_PAGES=self.pages,
+            FORGE_STAGE_PAGES=self.stage_pages,
             FORGE_STAGES=self.stages,
             FORGE_CTAS=self.ctas,
             FORGE_TYPE=TYPES[dtype],
@@ -122,14 +122,14 @@ class DecodePlan:
         return self.row_splits(max_length), kv_heads * self.query_tiles, batch
 
 
-def decode_layout(fmt: PageFormat, queries: int, warps: int, pages: int, stages: int) -> SharedLayout:
+def decode_layout(fmt: PageFormat, queries: int, warps: int, stage_pages: int, stages: int) -> SharedLayout:
     """Shared memory of decode_attention; what lies there is said at `Shared` in decode_args.cuh."""
     d = fmt.padded_dim
     return SharedLayout(
-        ring=warps * stages * pages * fmt.record_bytes,
+        ring=warps * stages * stage_pages * fmt.record_bytes,
         terms=queries * 2 * (d + 16),
         plain=queries * 4 * d,
-        scales=warps * pages * PAGE * 4,
+        scales=warps * stage_pages * PAGE * 4,
         barriers=warps * stages * 16,
         constants=48,
         step=4 * queries,
@@ -147,7 +147,7 @@ def decode_plan(
     limits: Limits,
     warps: int | None = None,
     ctas: int | None = None,
-    pages: int | None = None,
+    stage_pages: int | None = None,
     stages: int = 4,
     rounds: int = 2,
 ) -> DecodePlan:
@@ -168,29 +168,29 @@ def decode_plan(
     eight = light and held == 8
     warps = warps or (12 if eight else 8)
     ctas = ctas or (2 if light and not eight else 1)
-    pages = pages or (2 if light and held == 4 else 1)
+    stage_pages = stage_pages or (2 if light and held == 4 else 1)
     shapes: list[tuple[int, int, int]] = []
-    for p in range(pages, 0, -1):
+    for p in range(stage_pages, 0, -1):
         shapes += [(warps, c, p) for c in range(ctas, 0, -1)]
         fewer = warps
         while (fewer := fewer // 2) > 1:
             shapes.append((fewer, 1, p))
-    for warps, ctas, pages in shapes:
+    for warps, ctas, stage_pages in shapes:
         # A warp's part of the ring holds its state at the end.
-        least = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (pages * fmt.record_bytes))
+        least = -(-max(held * (4 * (d + 8) + 8), 8 * d) // (stage_pages * fmt.record_bytes))
         room = min(limits.shared_per_block, limits.shared_per_processor // ctas - 1024)
         for count in range(max(least, stages), least - 1, -1):
-            layout = decode_layout(fmt, held, warps, pages, count)
+            layout = decode_layout(fmt, held, warps, stage_pages, count)
             if layout.bytes <= room:
                 return DecodePlan(
                     query_tile=held,
                     query_tiles=tiles,
                     warps=warps,
-                    pages=pages,
+                    stage_pages=stage_pages,
                     stages=count,
                     ctas=ctas,
                     num_splits=max(1, limits.processors * ctas // (kv_heads * tiles)),
-                    min_pages=rounds * warps * pages,
+                    min_pages=rounds * warps * stage_pages,
                     layout=layout,
                 )
     raise ValueError(f"[decode_attention] expected {layout.bytes} bytes of shared memory; got {room}")

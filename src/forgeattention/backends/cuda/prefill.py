@@ -122,7 +122,7 @@ def _rows(q: Any, codec: Codec, table: PageTable, rows: slice, length: int, scal
         for size in joins:
             held = torch.full((batch,), size, dtype=torch.int32, device=device)
             pages = slice(first // PAGE, -(-(first + size) // PAGE))
-            part = PageTable(table.base, table.offsets[rows, pages], held, size)
+            part = PageTable(table.base, table.page_table[rows, pages], held, size)
             k, v = decode_pages(codec, part, "float16", True)
             parts.append(_attend(turned, k, v, scale, cudnn))
             del k, v

@@ -39,11 +39,11 @@ class _Launch:
         packed = self.pack(
             q=x.data_ptr(),
             base=address(table.base),
-            page_table=table.offsets.data_ptr(),
+            page_table=table.page_table.data_ptr(),
             lengths=table.lengths.data_ptr(),
             out=out.data_ptr(),
             q_stride=x.stride()[:3],
-            max_pages=table.offsets.stride(0),
+            max_pages=table.page_table.stride(0),
             max_length=table.max_length,
             scale=scale,
         )

@@ -72,12 +72,12 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
             packed = launch.pack(
                 q=q.data_ptr(),
                 base=address(table.base),
-                page_table=table.offsets.data_ptr(),
+                page_table=table.page_table.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 scores=scores.data_ptr(),
                 stats=stats.data_ptr(),
                 q_stride=q.stride()[:3],
-                max_pages=table.offsets.stride(0),
+                max_pages=table.page_table.stride(0),
                 pages=pages,
                 scale=scale,
             )
@@ -98,11 +98,11 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
             packed = launch.pack(
                 q=q.data_ptr(),
                 base=address(table.base),
-                page_table=table.offsets.data_ptr(),
+                page_table=table.page_table.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 out=out.data_ptr(),
                 q_stride=q.stride()[:3],
-                max_pages=table.offsets.stride(0),
+                max_pages=table.page_table.stride(0),
                 pages=pages,
                 scale=scale,
             )
@@ -133,12 +133,12 @@ def page_select(
             kernel = nvrtc.kernel("page_select", (), device.index, 4 * held)
             packed = _pack_select(
                 means=means.data_ptr(),
-                page_table=table.offsets.data_ptr(),
+                page_table=table.page_table.data_ptr(),
                 lengths=table.lengths.data_ptr(),
                 chosen=chosen.data_ptr(),
                 tokens=tokens.data_ptr(),
                 read=read.data_ptr(),
-                max_pages=table.offsets.stride(0),
+                max_pages=table.page_table.stride(0),
                 kv_heads=kv_heads,
                 queries=q_heads // kv_heads * n,
                 pages=pages,
@@ -170,7 +170,7 @@ def _page_select(
     taken = torch.arange(most, device=device) < counts[..., None]
     read = torch.zeros((batch, kv_heads, pages), dtype=torch.bool, device=device).scatter(-1, order, taken)
     heads_at = codec.format.record_bytes * torch.arange(kv_heads, device=device)[:, None]
-    chosen = table.offsets[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
+    chosen = table.page_table[:, None].expand(-1, kv_heads, -1).gather(-1, order) + heads_at
     return chosen, (counts * PAGE).to(torch.int32), read
 
 
@@ -252,7 +252,7 @@ def sparse_attention(
             top=threshold.top.data_ptr(),
             last=threshold.last.data_ptr(),
             base=address(table.base),
-            page_table=table.offsets.data_ptr(),
+            page_table=table.page_table.data_ptr(),
             lengths=table.lengths.data_ptr(),
             other=address(other_o),
             other_lse=address(other_lse),
@@ -260,7 +260,7 @@ def sparse_attention(
             lse=lse.data_ptr(),
             part=part,
             counter=counters(device, stream, heads),
-            max_pages=table.offsets.stride(0),
+            max_pages=table.page_table.stride(0),
             pages=stats.shape[3],
         )
         launch.kernel.launch((plan.num_splits, codec.kv_heads * plan.query_tiles, batch), plan.threads, stream, packed)

@@ -141,11 +141,11 @@ def roomy(x: Any, xp: Any) -> Any:
 
 def paged(table: PageTable, xp: Any) -> dict[str, Any]:
     """A page table as the kernels' inputs."""
-    offsets = table.offsets
-    if offsets.size < FEWEST:
-        more = FEWEST - offsets.shape[1]
-        offsets = xp.concatenate([offsets, xp.zeros((offsets.shape[0], more), dtype=offsets.dtype)], axis=1)
-    return {"base": table.base, "offsets": offsets, "lengths": roomy(table.lengths, xp)}
+    page_table = table.page_table
+    if page_table.size < FEWEST:
+        more = FEWEST - page_table.shape[1]
+        page_table = xp.concatenate([page_table, xp.zeros((page_table.shape[0], more), dtype=page_table.dtype)], axis=1)
+    return {"base": table.base, "page_table": page_table, "lengths": roomy(table.lengths, xp)}
 
 
 def format_template(codec: Codec) -> list[tuple[str, str | int | bool]]:

@@ -27,7 +27,9 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float, device: De
         return xp.zeros((batch, heads, n, pages), dtype=xp.float32)
     rotated, _, bias = packed_queries(q, codec, scale, xp)
     used = xp.arange(pages)[None] < (table.lengths[:, None] + (PAGE - 1)) // PAGE
-    first = xp.where(used, table.offsets[:, :pages], 0)[:, None] + fmt.record_bytes * xp.arange(codec.kv_heads)[:, None]
+    first = (
+        xp.where(used, table.page_table[:, :pages], 0)[:, None] + fmt.record_bytes * xp.arange(codec.kv_heads)[:, None]
+    )
     base: Any = table.base
     mean = base[first[..., None] + (fmt.mean_offset + xp.arange(dim))]
     header = (mean[..., :16].astype(xp.uint16) & 1) << xp.arange(16).astype(xp.uint16)

@@ -35,6 +35,6 @@ def page_select(
     taken = mx.arange(most) < counts[..., None]
     read = mx.put_along_axis(mx.zeros((batch, kv_heads, pages), dtype=mx.bool_), order, taken, axis=-1)
     heads_at = codec.format.record_bytes * mx.arange(kv_heads, dtype=mx.int64)[:, None]
-    offsets = mx.broadcast_to(table.offsets[:, None, :pages], (batch, kv_heads, pages))
+    offsets = mx.broadcast_to(table.page_table[:, None, :pages], (batch, kv_heads, pages))
     chosen = mx.take_along_axis(offsets, order, axis=-1) + heads_at
     return chosen, (counts * PAGE).astype(mx.int32), read

@@ -21,7 +21,7 @@ def pages_of_row(op: str, codec: Codec, table: PageTable, row: int) -> tuple[U8,
     if not 0 <= length <= table.max_length:
         raise ValueError(f"[{op}] expected lengths within max_length {table.max_length}; got {length}")
     count = -(-length // PAGE)
-    offsets = to_numpy(table.offsets)[row, :count]
+    offsets = to_numpy(table.page_table)[row, :count]
     size = codec.page_bytes
     if table.base is None:
         parts = [np.frombuffer(ctypes.string_at(int(o), size), np.uint8) for o in offsets]

@@ -67,7 +67,7 @@ def sparse_attention(
 def page_select(
     means: Any, codec: Codec, table: PageTable, most: int, top_p: float | None, exact_lse: Any | None
 ) -> tuple[Any, Any, Any]:
-    m, offsets, lengths = to_numpy(means), to_numpy(table.offsets), to_numpy(table.lengths)
+    m, offsets, lengths = to_numpy(means), to_numpy(table.page_table), to_numpy(table.lengths)
     (batch, q_heads, n, pages), kv_heads = m.shape, codec.kv_heads
     lse = np.full((batch, q_heads, n), -np.inf) if exact_lse is None else to_numpy(exact_lse)
     chosen, tokens = np.zeros((batch, kv_heads, most), np.int64), np.zeros((batch, kv_heads), np.int32)

@@ -80,7 +80,7 @@ class HostStep:
         t, table, exact = self.tables, None, None
         packed, most = t.packed[rows], int(t.packed[rows].max())
         if most:
-            offsets = np.ascontiguousarray(t.offsets[rows, : -(-most // PAGE)])
+            offsets = np.ascontiguousarray(t.page_table[rows, : -(-most // PAGE)])
             lengths = torch.from_numpy(np.ascontiguousarray(packed))
             table = PageTable(layer.blocks.pages, torch.from_numpy(offsets), lengths, most, uniform=len(packed) == 1)
         most = int(t.exact[rows].max())

@@ -19,7 +19,7 @@ class Piece:
 
     Attributes:
         pages: how many there are.
-        offsets: int64 [pages, 1], bytes of the packed page.
+        page_table: int64 [pages, 1], bytes of the packed page.
         lengths: int32 [pages], packed tokens of it; 0 where the page holds exact tokens only.
         table: int32 [rows, most pages], numbers of a row's pages among these.
         used: int32 [rows], tokens of a row in these pages.
@@ -29,7 +29,7 @@ class Piece:
     """
 
     pages: int
-    offsets: torch.Tensor
+    page_table: torch.Tensor
     lengths: torch.Tensor
     table: torch.Tensor
     used: torch.Tensor
@@ -41,7 +41,7 @@ class Piece:
 
     def load(self, blocks: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         """Decodes a layer's packed pages and copies its exact tokens into k, v [pages + 1, kv_heads, 64, head_dim]."""
-        table = PageTable(blocks.pages, self.offsets, self.lengths, PAGE)
+        table = PageTable(blocks.pages, self.page_table, self.lengths, PAGE)
         paged_steps("cuda").decode_pages_into(blocks.codec, table, k[:-1], v[:-1])
         held = blocks.tokens[self.blocks, self.places]
         d = k.shape[-1]
@@ -87,7 +87,7 @@ def _piece(row: Any, number: Any, past: Any, tables: Any, first: int, rows: int,
     rows_at, numbers, bases, froms, helds = (_to(x, torch.int64, device) for x in host)
     packed = tables.packed[own].long()
     lengths = (tables.packed[rows_at].long() - PAGE * numbers).clamp(0, PAGE)
-    offsets = tables.offsets[rows_at, numbers.clamp(max=tables.offsets.shape[1] - 1)]
+    offsets = tables.page_table[rows_at, numbers.clamp(max=tables.page_table.shape[1] - 1)]
     # Exact token e of a row is its token packed + e here.
     e = torch.arange(g.sinks + g.window + PAGE - 1, device=device)
     token = packed[:, None] + e

@@ -283,7 +283,7 @@ struct Attention {
     for (int row = 0; row < rows; row += MAX_ROWS) {
       const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
       score_tile(c, t, queries, row, n, s);
-      float keep[MAX_ROWS], back[MAX_ROWS];
+      float rescale[MAX_ROWS], step[MAX_ROWS];
       for (int r = 0; r < n; ++r) {
         float* w = s.scores + r * TILE;
         F32 top = load<F32>(w);
@@ -300,13 +300,13 @@ struct Attention {
           largest = weight > largest ? weight : largest;
           put(w + i, weight);
         }
-        keep[r] = before == -INF ? 0.0f : load_first(exp2<F32, I32>(F32{} + (before - now)));
+        rescale[r] = before == -INF ? 0.0f : load_first(exp2<F32, I32>(F32{} + (before - now)));
         out.max[row + r] = now;
-        out.sum[row + r] = out.sum[row + r] * keep[r] + sum_of(sum);
-        back[r] = quantise_weights(w, max_of(largest), t.pages, dim, s.operands + r * TILE_PAGES * count);
+        out.sum[row + r] = out.sum[row + r] * rescale[r] + sum_of(sum);
+        step[r] = quantise_weights(w, max_of(largest), t.pages, dim, s.operands + r * TILE_PAGES * count);
       }
-      by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
-                                                                 s.operands, 4 * dim, acc + row * 4 * dim, keep, back);
+      by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(
+          t.values, t.values_ahead, t.pages, dim, c.v.levels, s.operands, 4 * dim, acc + row * 4 * dim, rescale, step);
     }
   }
 
@@ -353,7 +353,7 @@ struct Attention {
       const Tile t = open_tile(c, records, 0, 1, first, tokens, false, true, false, s);
       for (int row = 0; row < rows; row += MAX_ROWS) {
         const int n = rows - row < MAX_ROWS ? rows - row : int(MAX_ROWS);
-        float keep[MAX_ROWS], back[MAX_ROWS];
+        float rescale[MAX_ROWS], step[MAX_ROWS];
         for (int r = 0; r < n; ++r) {
           float* w = s.scores;
           const float* in = weights + (row + r) * stride + first * PAGE;
@@ -364,11 +364,12 @@ struct Attention {
             const F32 x = load<F32>(w + i);
             top = x > top ? x : top;
           }
-          keep[r] = 1;
-          back[r] = quantise_weights(w, max_of(top), t.pages, dim, s.operands + r * TILE_PAGES * count);
+          rescale[r] = 1;
+          step[r] = quantise_weights(w, max_of(top), t.pages, dim, s.operands + r * TILE_PAGES * count);
         }
-        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(
-            t.values, t.values_ahead, t.pages, dim, c.v.levels, s.operands, 4 * dim, s.acc + row * 4 * dim, keep, back);
+        by_source<ValueTile, Value>(t.value_source, chunk(dim), n)(t.values, t.values_ahead, t.pages, dim, c.v.levels,
+                                                                   s.operands, 4 * dim, s.acc + row * 4 * dim, rescale,
+                                                                   step);
       }
     }
     for (int r = 0; r < rows; ++r) gather_row(c, s.acc + r * 4 * dim, o + r * dim);

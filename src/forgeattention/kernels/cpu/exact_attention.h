@@ -50,7 +50,7 @@ struct ExactAttention {
       p[t] = scale * sum_of(a);
       top = p[t] > top ? p[t] : top;
     }
-    const float keep = max == -INF ? 0.0f : exp2<F32, I32>(F32{} + (max - top))[0];
+    const float rescale = max == -INF ? 0.0f : exp2<F32, I32>(F32{} + (max - top))[0];
     F32 added = F32{};
     for (int t = 0; t < EXACT_TILE; t += W) {
       const F32 e = exp2<F32, I32>(load<F32>(p + t) - top);
@@ -58,9 +58,9 @@ struct ExactAttention {
       added += e;
     }
     max = top;
-    sum = sum * keep + sum_of(added);
+    sum = sum * rescale + sum_of(added);
     for (int i = 0; i < head_dim; i += W) {
-      F32 a = load<F32>(o + i) * keep;
+      F32 a = load<F32>(o + i) * rescale;
       for (int t = 0; t < tokens; ++t) a += load<F32>(values + t * head_dim + i) * p[t];
       put(o + i, a);
     }

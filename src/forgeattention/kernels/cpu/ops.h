@@ -22,10 +22,10 @@ struct Array4 {
 };
 
 struct Table {
-  const uint8_t* base;  // null: offsets are addresses
+  const uint8_t* base;  // null: page_table holds addresses
   int64_t bytes;        // size of what base points to
-  const int64_t* offsets;
-  int64_t stride;  // of a row of offsets
+  const int64_t* page_table;
+  int64_t stride;  // of a row of page_table
   const int32_t* lengths;
   int max_length;
 };

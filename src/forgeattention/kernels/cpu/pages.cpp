@@ -21,7 +21,7 @@ int row_length(const char* op, const Codec& codec, const Table& t, int row) {
     complain("packed lengths within max_length " + std::to_string(t.max_length) + "; got " + std::to_string(length));
   if (t.base)
     for (int p = 0; p * PAGE < length; ++p) {
-      const int64_t offset = t.offsets[row * t.stride + p];
+      const int64_t offset = t.page_table[row * t.stride + p];
       if (offset < 0 || offset + codec.page() > t.bytes)
         complain("page offsets within " + std::to_string(t.bytes) + " bytes; got " + std::to_string(offset));
     }
@@ -30,7 +30,7 @@ int row_length(const char* op, const Codec& codec, const Table& t, int row) {
 
 void row_records(const Codec& codec, const Table& t, int row, int head, int first, int count, const uint8_t** out) {
   for (int p = 0; p < count; ++p) {
-    const int64_t offset = t.offsets[row * t.stride + first + p];
+    const int64_t offset = t.page_table[row * t.stride + first + p];
     const uint8_t* page = t.base ? t.base + offset : reinterpret_cast<const uint8_t*>(offset);
     out[p] = page + int64_t(head) * codec.record();
   }

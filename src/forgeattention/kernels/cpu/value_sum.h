@@ -42,11 +42,11 @@ void prepare_weights(const float* weights, float up, typename Isa::Operand* out)
       }
 }
 
-// acc[r] [uc][lv][half][WORDS] = acc[r] * keep[r] + back[r] * (integer sums over the pages).
+// acc[r] [uc][lv][half][WORDS] = acc[r] * rescale[r] + step[r] * (integer sums over the pages).
 template <class Isa, int CHUNK, class Source, int ROWS>
 void value_tile(const uint8_t* const* codes, const uint8_t* const* ahead, int pages, int dim, const int8_t* levels,
-                const typename Isa::Operand* weights, size_t acc_stride, float* acc, const float* keep,
-                const float* back) {
+                const typename Isa::Operand* weights, size_t acc_stride, float* acc, const float* rescale,
+                const float* step) {
   using L = Layout<Isa, CHUNK>;
   using U32 = typename Isa::U32;
   using F32 = typename Isa::F32;
@@ -77,7 +77,7 @@ void value_tile(const uint8_t* const* codes, const uint8_t* const* ahead, int pa
         for (int r = 0; r < ROWS; ++r) {
           float* a = acc + r * acc_stride + ((uc * L::LANE_VECTORS + lv) * 2 + half) * Isa::WORDS;
           const F32 added = __builtin_convertvector(Isa::join(sum[half][r]), F32);
-          put(a, load<F32>(a) * keep[r] + added * back[r]);
+          put(a, load<F32>(a) * rescale[r] + added * step[r]);
         }
     }
 }

@@ -215,12 +215,13 @@ __device__ __forceinline__ void split_16(float a, float b, u32& high, u32& low) 
   }
 }
 
-// ---- a warp's ring of groups of PAGES records in shared memory, in halves (K parts, V parts), filled asynchronously
+// ---- a warp's ring of stages of STAGE_PAGES records in shared memory, in halves (K parts, V parts), filled
+// asynchronously
 #if __CUDA_ARCH__ >= 900 && !defined(FORGE_NO_BULK)
 // Bulk copies (PTX ISA, cp.async.bulk), one per part, that complete on a barrier of their half.
-template <int STAGES, int PAGES, int K_BYTES, int V_BYTES>
+template <int STAGES, int STAGE_PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
-  u8* data;      // [STAGES][PAGES][K_BYTES + V_BYTES], 16-byte aligned
+  u8* data;      // [STAGES][STAGE_PAGES][K_BYTES + V_BYTES], 16-byte aligned
   u32 barriers;  // [STAGES][2] of 8 bytes, shared address
 
   __device__ __forceinline__ void init(u8* data_, u64* barriers_, int lane) {
@@ -235,17 +236,19 @@ struct Ring {
     __syncwarp();
   }
   // half 0: K, 1: V, of the first `count` records.
-  __device__ __forceinline__ void fill(int group, int half, int count, const u8* const (&records)[PAGES], int lane) {
+  __device__ __forceinline__ void fill(int stage, int half, int count, const u8* const (&records)[STAGE_PAGES],
+                                       int lane) {
     if (lane != 0 || count <= 0) return;
-    const u32 barrier = barriers + 16 * group + 8 * half;
-    const u32 to = smem_address(data) + group * PAGES * (K_BYTES + V_BYTES) + half * K_BYTES;
+    const u32 barrier = barriers + 16 * stage + 8 * half;
+    const u32 to = smem_address(data) + stage * STAGE_PAGES * (K_BYTES + V_BYTES) + half * K_BYTES;
     const int bytes = half ? V_BYTES : K_BYTES;
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(min(count, PAGES) * bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(min(count, STAGE_PAGES) * bytes)
                  : "memory");
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i)
+    for (int i = 0; i < STAGE_PAGES; ++i)
       if (i < count)
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
@@ -253,26 +256,27 @@ struct Ring {
             "l"(records[i] + half * K_BYTES), "r"(bytes), "r"(barrier), "l"(policy)
             : "memory");
   }
-  __device__ __forceinline__ void wait(int group, int half, u32 phase) {
+  __device__ __forceinline__ void wait(int stage, int half, u32 phase) {
     asm volatile(
         "{\n.reg .pred P1;\nW_%=:\nmbarrier.try_wait.parity.shared::cta.b64 P1, [%0], %1;\n@P1 bra D_%=;\nbra W_%=;\nD_%=:\n}" ::
-            "r"(barriers + 16 * group + 8 * half),
+            "r"(barriers + 16 * stage + 8 * half),
         "r"(phase)
         : "memory");
   }
 };
 #else
 // 16-byte cp.async by every lane. Each fill commits one group, empty or not, so that a wait is for a fixed distance.
-template <int STAGES, int PAGES, int K_BYTES, int V_BYTES>
+template <int STAGES, int STAGE_PAGES, int K_BYTES, int V_BYTES>
 struct Ring {
   u8* data;
   __device__ __forceinline__ void init(u8* data_, u64*, int) { data = data_; }
-  __device__ __forceinline__ void fill(int group, int half, int count, const u8* const (&records)[PAGES], int lane) {
+  __device__ __forceinline__ void fill(int stage, int half, int count, const u8* const (&records)[STAGE_PAGES],
+                                       int lane) {
     const int bytes = half ? V_BYTES : K_BYTES;
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i)
+    for (int i = 0; i < STAGE_PAGES; ++i)
       if (i < count) {
-        const u32 to = smem_address(data) + (group * PAGES + i) * (K_BYTES + V_BYTES) + half * K_BYTES;
+        const u32 to = smem_address(data) + (stage * STAGE_PAGES + i) * (K_BYTES + V_BYTES) + half * K_BYTES;
         for (int at = lane * 16; at < bytes; at += 512)
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(records[i] + half * K_BYTES + at)
                        : "memory");

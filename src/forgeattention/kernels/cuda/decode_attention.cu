@@ -1,14 +1,15 @@
 // Decode attention: the newest queries of every row over its pages and its exact tokens, in one launch.
 //
-// Grid: (chunks, kv_heads * blocks, rows). A CTA takes one chunk of a row's pages for one KV head, a warp every
-// WARPS-th group of pages in it. CTAs end early, so several share a multiprocessor and one loads while another merges.
-// The last CTA of a head to finish joins the chunks, applies the values' inverse transform and adds the exact tokens.
+// Grid: (num_splits, kv_heads * query_tiles, rows). A CTA takes one split of a row's pages for one KV head, a warp
+// every WARPS-th stage of pages in it. CTAs end early, so several share a multiprocessor and one loads while another
+// merges. The last CTA of a head to finish joins the splits, applies the values' inverse transform and adds the exact
+// tokens.
 #include "decode_args.cuh"
 #include "exact.cuh"
 
 // A query of the CTA, across the warp: element lane + 32 k.
 __device__ __forceinline__ void load_query(const Params& p, const Item& it, int i, int lane, float (&x)[E]) {
-  const int query = it.block * QUERIES + i;
+  const int query = it.query_tile * QUERIES + i;
   const i64 at =
       it.row * p.q_stride[0] + (it.head * p.group + query / p.n) * p.q_stride[1] + query % p.n * p.q_stride[2];
 #pragma unroll
@@ -18,9 +19,9 @@ __device__ __forceinline__ void load_query(const Params& p, const Item& it, int 
   }
 }
 // Keeps it as it is for the exact tokens and splits the transformed one.
-__device__ __forceinline__ void keep_query(const Params& p, const Item& it, const Shared& sh, int i, int lane,
-                                           float (&x)[E], const Signs<DIM, FORGE_ROTATION>& signs) {
-  const float size = exact::keep_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
+__device__ __forceinline__ void store_query(const Params& p, const Item& it, const Shared& sh, int i, int lane,
+                                            float (&x)[E], const Signs<DIM, FORGE_ROTATION>& signs) {
+  const float size = exact::store_query(x, sh.plain, i, lane), shift = dot_mu<DIM>(x, p.k_transform, it.head, lane);
   transform_in<DIM, FORGE_ROTATION>(x, p.k_transform, signs, it.head, lane);
   int totals[2];
   const float step = split_query(x, sh.terms + i * QUERY_BYTES, totals, lane);
@@ -67,29 +68,30 @@ __device__ __forceinline__ void load_scales_of(const float* scales, int lane, fl
 
 // Scores s in units of `unit`, `shift` added per page -> weights as fragments, and the factor `step` of 256 times their
 // sums.
-__device__ __forceinline__ void weigh(const float* scales, int lane, int b, float (&s)[PAGES][SPAN], float unit,
-                                      const float (&shift)[PAGES], State& st, u32 (&w)[PAGES][BLOCKS][4], float& step) {
+__device__ __forceinline__ void weigh(const float* scales, int lane, int b, float (&s)[STAGE_PAGES][SPAN], float unit,
+                                      const float (&shift)[STAGE_PAGES], State& st, u32 (&w)[STAGE_PAGES][BLOCKS][4],
+                                      float& step) {
   float top = NO_MAX;
 #pragma unroll
-  for (int page = 0; page < PAGES; ++page) {
+  for (int page = 0; page < STAGE_PAGES; ++page) {
     float most = s[page][0];
 #pragma unroll
     for (int i = 1; i < SPAN; ++i) most = fmaxf(most, s[page][i]);
     top = fmaxf(top, fmaf(most, unit, shift[page]));
   }
   if (__any_sync(~0u, top > st.m[b] + 8.f)) {  // m need not be tight
-    const float now = fmaxf(st.m[b], column_max(top)), keep = ex2(st.m[b] - now);
-    st.l[b] *= keep;
+    const float now = fmaxf(st.m[b], column_max(top)), rescale = ex2(st.m[b] - now);
+    st.l[b] *= rescale;
     st.m[b] = now;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) st.acc[2 * (u * BLOCKS + b) + h] *= keep;
+      for (int h = 0; h < 2; ++h) st.acc[2 * (u * BLOCKS + b) + h] *= rescale;
   }
   // Weights times value scales as 16 bits of the largest such product.
   float sum = 0.f, most = 1e-30f;
 #pragma unroll
-  for (int page = 0; page < PAGES; ++page) {
+  for (int page = 0; page < STAGE_PAGES; ++page) {
     float n[SPAN];
     load_scales_of(scales + page * forge::PAGE, lane, n);
     const float from = shift[page] - st.m[b];
@@ -106,7 +108,7 @@ __device__ __forceinline__ void weigh(const float* scales, int lane, int b, floa
   step = most * (1.f / WEIGHT_MAX);
   const float fixed = __fdividef(WEIGHT_MAX, most);
 #pragma unroll
-  for (int page = 0; page < PAGES; ++page)
+  for (int page = 0; page < STAGE_PAGES; ++page)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const u32 x = __float_as_uint(fmaf(s[page][2 * i], fixed, 8388608.f)),
@@ -115,14 +117,15 @@ __device__ __forceinline__ void weigh(const float* scales, int lane, int b, floa
     }
 }
 
-// A CTA's states to the chunk's slot, by way of the ring: [WARPS][QUERIES][DIM + 8], in each warp's part of it, and
+// A CTA's states to the split's partial, by way of the ring: [WARPS][QUERIES][DIM + 8], in each warp's part of it, and
 // maxima and sums.
 constexpr int MERGE_ROW = DIM + 8;
-static_assert(QUERIES * (MERGE_ROW * 4 + 8) <= STAGES * PAGES * RECORD, "a warp's part of the ring holds its state");
-static_assert(2 * DIM * 4 <= STAGES * PAGES * RECORD, "and the sums of `finish`");
-__device__ __forceinline__ void merge(const Params& p, State& st, const Shared& sh, i64 slot, int thread) {
+static_assert(QUERIES * (MERGE_ROW * 4 + 8) <= STAGES * STAGE_PAGES * RECORD,
+              "a warp's part of the ring holds its state");
+static_assert(2 * DIM * 4 <= STAGES * STAGE_PAGES * RECORD, "and the sums of `finish`");
+__device__ __forceinline__ void merge(const Params& p, State& st, const Shared& sh, i64 partial, int thread) {
   const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const auto rows = [&](int w) { return (float*)(sh.ring + w * STAGES * PAGES * RECORD); };
+  const auto rows = [&](int w) { return (float*)(sh.ring + w * STAGES * STAGE_PAGES * RECORD); };
   const auto sums = [&](int w) { return (float2*)(rows(w) + QUERIES * MERGE_ROW); };
 #pragma unroll
   for (int b = 0; b < BLOCKS; ++b) {
@@ -154,8 +157,8 @@ __device__ __forceinline__ void merge(const Params& p, State& st, const Shared& 
       y = fmaf(v.y, f, y);
     }
     const float unit = 256.f * p.v_unit;
-    *(float2*)(p.part + (slot * QUERIES + query) * DIM + channel) = make_float2(x * unit, y * unit);
-    if (channel == 0) p.part_ml[slot * QUERIES + query] = make_float2(top, total);
+    *(float2*)(p.part + (partial * QUERIES + query) * DIM + channel) = make_float2(x * unit, y * unit);
+    if (channel == 0) p.part_ml[partial * QUERIES + query] = make_float2(top, total);
   }
 }
 
@@ -175,37 +178,37 @@ __device__ __forceinline__ void load_floats(const float* from, float (&x)[E]) {
   }
 }
 
-// Joins a head's chunks and exact tokens. PARTS warps share a query's slots, and each loads AHEAD of its own before it
-// needs one.
-__device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 slot,
+// Joins a head's splits and exact tokens. PARTS warps share a query's partials, and each loads AHEAD of its own before
+// it needs one.
+__device__ __forceinline__ void finish(const Params& p, const Item& it, const Cut& cut, const Shared& sh, i64 partial,
                                        int warp, int lane) {
   constexpr int PARTS = WARPS % QUERIES == 0 ? WARPS / QUERIES : 1;
   constexpr int AHEAD_OF_FEW = PARTS > 2 ? 32 / PARTS : 16, AHEAD = E > 4 ? 64 / E : AHEAD_OF_FEW;
   static_assert(AHEAD * PARTS <= 32, "a lane holds one factor");
-  const int part = warp % PARTS, slots = cut.chunks + cut.tasks;
+  const int part = warp % PARTS, partials = cut.splits + cut.tasks;
   const Signs<DIM, FORGE_ROTATION> signs(p.v_transform, it.head, lane);
   for (int i = warp / PARTS; i < QUERIES; i += WARPS / PARTS) {
-    const int query = it.block * QUERIES + i, q_head = it.head * p.group + query / p.n;
+    const int query = it.query_tile * QUERIES + i, q_head = it.head * p.group + query / p.n;
     if (PARTS == 1 && query >= p.queries) break;
-    const float* rows = p.part + (slot * QUERIES + i) * DIM + lane * E;  // lane E + k is the lane's channel k here
-    const float2* sums = p.part_ml + slot * QUERIES + i;
+    const float* rows = p.part + (partial * QUERIES + i) * DIM + lane * E;  // lane E + k is the lane's channel k here
+    const float2* sums = p.part_ml + partial * QUERIES + i;
     float v[AHEAD][E];
-    float2 ml;  // of slot first + lane, of those that the warps hold now
+    float2 ml;  // of partial first + lane, of those that the warps hold now
     const auto load = [&](int first) {
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
         const int r = first + a * PARTS + part;
 #pragma unroll
         for (int k = 0; k < E; ++k) v[a][k] = 0.f;
-        if (r < slots) load_floats(rows + (i64)r * QUERIES * DIM, v[a]);
+        if (r < partials) load_floats(rows + (i64)r * QUERIES * DIM, v[a]);
       }
       ml = make_float2(NO_MAX, 0.f);
-      if (lane < AHEAD * PARTS && first + lane < slots) ml = __ldcg(sums + (i64)(first + lane) * QUERIES);
+      if (lane < AHEAD * PARTS && first + lane < partials) ml = __ldcg(sums + (i64)(first + lane) * QUERIES);
     };
     load(0);
     float top = NO_MAX, sink = 0.f;
 #pragma unroll 1
-    for (int r = lane; r < slots; r += 32) {
+    for (int r = lane; r < partials; r += 32) {
       const float2 x = __ldcg(sums + (i64)r * QUERIES);
       if (x.y > 0.f) top = fmaxf(top, x.x);
     }
@@ -221,11 +224,11 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
 #pragma unroll 1
     for (int first = 0;;) {
       const float factor = ml.y > 0.f ? ex2(ml.x - top) : 0.f;
-      (first + lane < cut.chunks ? packed : recent) += ml.y * factor;
+      (first + lane < cut.splits ? packed : recent) += ml.y * factor;
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
         const float f = __shfl_sync(~0u, factor, a * PARTS + part);
-        const bool pages = first + a * PARTS + part < cut.chunks;
+        const bool pages = first + a * PARTS + part < cut.splits;
 #pragma unroll
         for (int k = 0; k < E; ++k) {  // exact tokens have no padded channels: what is there must not reach y
           if (pages) {
@@ -236,13 +239,13 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
         }
       }
       first += AHEAD * PARTS;
-      if (first >= slots) break;
+      if (first >= partials) break;
       load(first);
     }
     packed = warp_sum(packed);
     recent = warp_sum(recent);
     // To element lane + 32 k, by way of each warp's part of the ring.
-    float* mine = (float*)(sh.ring + warp * STAGES * PAGES * RECORD);
+    float* mine = (float*)(sh.ring + warp * STAGES * STAGE_PAGES * RECORD);
 #pragma unroll
     for (int k = 0; k < E; ++k) {
       mine[lane * E + k] = y[k];
@@ -258,7 +261,7 @@ __device__ __forceinline__ void finish(const Params& p, const Item& it, const Cu
     for (int k = 0; k < E; ++k) y[k] = exact[k] = 0.f;
 #pragma unroll
     for (int w = 0; w < PARTS; ++w) {
-      const float* from = (const float*)(sh.ring + (warp + w) * STAGES * PAGES * RECORD) + lane;
+      const float* from = (const float*)(sh.ring + (warp + w) * STAGES * STAGE_PAGES * RECORD) + lane;
 #pragma unroll
       for (int k = 0; k < E; ++k) {
         y[k] += from[32 * k];
@@ -287,8 +290,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const Shared sh(shared);
   const int thread = thread_index(), warp = thread >> 5, lane = thread & 31, t = lane & 3;
   Item it;
-  it.row = blockIdx.z, it.head = blockIdx.y / p.query_tiles, it.block = blockIdx.y % p.query_tiles,
-  it.chunk = blockIdx.x;
+  it.row = blockIdx.z, it.head = blockIdx.y / p.query_tiles, it.query_tile = blockIdx.y % p.query_tiles,
+  it.split = blockIdx.x;
   // What a CTA needs before its first scores is asked for before its pages, or it would wait behind them: its queries
   // and, supposing that the row is as long as the longest may be, where its first pages are.
   constexpr int OF_WARP = QUERIES > WARPS / 2 ? QUERIES / (WARPS / 2) : 1, QUERY_WARPS = QUERIES / OF_WARP;
@@ -300,38 +303,38 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   const int *lengths = p.lengths, *exact_lengths = p.exact_lengths;
   it.length = lengths ? load_early(lengths + it.row) : 0;
   it.exact = exact_lengths ? load_early(exact_lengths + it.row) : 0;
-  const i64* offsets = p.page_table + it.row * p.max_pages;
-  constexpr int STRIDE = WARPS * PAGES;
-  i64 found[STAGES][PAGES];
+  const i64* page_table = p.page_table + it.row * p.max_pages;
+  constexpr int STRIDE = WARPS * STAGE_PAGES;
+  i64 found[STAGES][STAGE_PAGES];
   const auto find = [&](const Cut& cut) {
-    const int page = cut.begin(it.chunk) + warp * PAGES, end = cut.begin(it.chunk + 1);
+    const int page = cut.begin(it.split) + warp * STAGE_PAGES, end = cut.begin(it.split + 1);
 #pragma unroll
     for (int i = 0; i < STAGES; ++i)
 #pragma unroll
-      for (int j = 0; j < PAGES; ++j)
-        if (page + i * STRIDE + j < end) found[i][j] = load_early(offsets + page + i * STRIDE + j);
+      for (int j = 0; j < STAGE_PAGES; ++j)
+        if (page + i * STRIDE + j < end) found[i][j] = load_early(page_table + page + i * STRIDE + j);
   };
   const Cut longest(p, p.max_length, 0);
   constexpr bool GUESS = FORGE_EXACT_BLOCK == 0;  // a paged engine's graph is launched for longer rows than there are
   if constexpr (GUESS) find(longest);
-  Ring<STAGES, PAGES, K_BYTES, V_BYTES> ring;
-  ring.init(sh.ring + warp * STAGES * PAGES * RECORD, sh.barriers + warp * STAGES * 2, lane);
+  Ring<STAGES, STAGE_PAGES, K_BYTES, V_BYTES> ring;
+  ring.init(sh.ring + warp * STAGES * STAGE_PAGES * RECORD, sh.barriers + warp * STAGES * 2, lane);
   const Cut cut(p, it.length, it.exact);
-  if (it.chunk >= cut.chunks) return;
+  if (it.split >= cut.splits) return;
   if (!GUESS || cut.pages != longest.pages) find(cut);
   // Tasks of exact tokens, to the last warps first: they have the fewest pages.
-  int task = it.chunk + (WARPS - 1 - warp) * cut.chunks;
+  int task = it.split + (WARPS - 1 - warp) * cut.splits;
   exact::Task tokens;
   tokens.begin(p, it, task, lane);
-  const int end = cut.begin(it.chunk + 1);
-  int first = cut.begin(it.chunk) + warp * PAGES;  // page of the group at work
+  const int end = cut.begin(it.split + 1);
+  int first = cut.begin(it.split) + warp * STAGE_PAGES;  // page of the stage at work
   const u8* records = p.base + (i64)it.head * RECORD;
   const auto fill_first = [&]() {
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) {
-      const u8* at[PAGES];
+      const u8* at[STAGE_PAGES];
 #pragma unroll
-      for (int j = 0; j < PAGES; ++j) at[j] = records + found[i][j];
+      for (int j = 0; j < STAGE_PAGES; ++j) at[j] = records + found[i][j];
       ring.fill(i, 0, end - first - i * STRIDE, at, lane);
       ring.fill(i, 1, end - first - i * STRIDE, at, lane);
     }
@@ -341,13 +344,13 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
   if (thread == 0) Constants::store(sh.constants);
   if (warp < QUERY_WARPS)
 #pragma unroll
-    for (int i = 0; i < OF_WARP; ++i) keep_query(p, it, sh, warp * OF_WARP + i, lane, x[i], signs);
+    for (int i = 0; i < OF_WARP; ++i) store_query(p, it, sh, warp * OF_WARP + i, lane, x[i], signs);
   __syncthreads();
   if (warp < QUERY_WARPS) fill_first();
-  const i64 slot = (((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.block) * p.partials;
+  const i64 partial = (((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.query_tile) * p.partials;
   while (task < cut.tasks) {
-    tokens.attend(p, it, sh, slot + cut.chunks + task, lane);
-    task += WARPS * cut.chunks;
+    tokens.attend(p, it, sh, partial + cut.splits + task, lane);
+    task += WARPS * cut.splits;
     tokens.begin(p, it, task, lane);
   }
   State st;
@@ -364,26 +367,26 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
 #pragma unroll
   for (int i = 0; i < BLOCKS * DIM / 8; ++i) st.acc[i] = 0.f;
   const Constants constants(sh.constants);
-  float* scales = sh.scales + warp * PAGES * forge::PAGE;
-  int group = 0;
+  float* scales = sh.scales + warp * STAGE_PAGES * forge::PAGE;
+  int stage = 0;
   u32 phase = 0;
   for (; first < end; first += STRIDE) {
-    const u8* here[PAGES];
+    const u8* here[STAGE_PAGES];
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) here[i] = sh.ring + ((warp * STAGES + group) * PAGES + i) * RECORD;
+    for (int i = 0; i < STAGE_PAGES; ++i) here[i] = sh.ring + ((warp * STAGES + stage) * STAGE_PAGES + i) * RECORD;
     const int ahead = first + STAGES * STRIDE;
-    const u8* next[PAGES];
+    const u8* next[STAGE_PAGES];
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i)
-      if (ahead + i < end) next[i] = records + __ldg(offsets + ahead + i);
-    float s[BLOCKS][PAGES][SPAN], shift[BLOCKS][PAGES], v_base[PAGES];
-    ring.wait(group, 0, phase);
-    float mean_scale[PAGES];
-    const u8* means[PAGES];
+    for (int i = 0; i < STAGE_PAGES; ++i)
+      if (ahead + i < end) next[i] = records + __ldg(page_table + ahead + i);
+    float s[BLOCKS][STAGE_PAGES][SPAN], shift[BLOCKS][STAGE_PAGES], v_base[STAGE_PAGES];
+    ring.wait(stage, 0, phase);
+    float mean_scale[STAGE_PAGES];
+    const u8* means[STAGE_PAGES];
     // Tokens from the first page's first one on; where there is no second page its place holds anything.
     const int valid = min(it.length, end * forge::PAGE) - first * forge::PAGE;
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) {
+    for (int i = 0; i < STAGE_PAGES; ++i) {
       means[i] = here[i] + MEAN_OFFSET;
       const Header header(means[i], lane);
       mean_scale[i] = i == 0 || valid > i * forge::PAGE ? header.mean_scale() : 0.f;
@@ -395,11 +398,11 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
     for (int b = 0; b < BLOCKS; ++b) {
       mean_sums(means, lane, q[b], constants, shift[b]);
 #pragma unroll
-      for (int i = 0; i < PAGES; ++i) shift[b][i] = fmaf(shift[b][i] * mean_scale[i], qs[b], fixed_shift[b]);
+      for (int i = 0; i < STAGE_PAGES; ++i) shift[b][i] = fmaf(shift[b][i] * mean_scale[i], qs[b], fixed_shift[b]);
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) {
+    for (int i = 0; i < STAGE_PAGES; ++i) {
       float sums[BLOCKS][SPAN], n[SPAN];
       key_sums(here[i], lane, q, constants, sums);
       load_scales_of(scales + i * forge::PAGE, lane, n);
@@ -409,34 +412,34 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
         for (int j = 0; j < SPAN; ++j) s[b][i][j] = sums[b][j] * n[j];
     }
     __syncwarp();
-    ring.fill(group, 0, end - ahead, next, lane);
+    ring.fill(stage, 0, end - ahead, next, lane);
     const int beyond = valid - key_token(lane, 0);
-    if (valid < PAGES * forge::PAGE) {
+    if (valid < STAGE_PAGES * forge::PAGE) {
       __syncwarp();  // keeps this a branch
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
-        for (int i = 0; i < PAGES; ++i)
+        for (int i = 0; i < STAGE_PAGES; ++i)
 #pragma unroll
           for (int j = 0; j < SPAN; ++j)
             if (i * forge::PAGE + key_token(0, j) >= beyond) s[b][i][j] = NEG_INF;
     }
-    ring.wait(group, 1, phase);
+    ring.wait(stage, 1, phase);
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) {
+    for (int i = 0; i < STAGE_PAGES; ++i) {
       float2 two = make_float2(0.f, 0.f);
       if (i == 0 || valid > i * forge::PAGE)
         two = decode_scales(load_scales(here[i] + K_BYTES + SCALE_OFFSET_V, lane), v_base[i]);
       store_scales(scales + i * forge::PAGE, two, lane);
     }
     __syncwarp();
-    u32 w[PAGES][BLOCKS][4];
+    u32 w[STAGE_PAGES][BLOCKS][4];
     float step[BLOCKS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) weigh(scales, lane, b, s[b], qs[b] * p.k_unit, shift[b], st, w, step[b]);
-    const u8* values[PAGES];
+    const u8* values[STAGE_PAGES];
 #pragma unroll
-    for (int i = 0; i < PAGES; ++i) values[i] = here[i] + K_BYTES;
+    for (int i = 0; i < STAGE_PAGES; ++i) values[i] = here[i] + K_BYTES;
     value_sums(values, lane, w, constants, [&](int unit, int b, const Sums& d) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -445,23 +448,23 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) decode_attention(FORGE_PARAMS p) {
       }
     });
     __syncwarp();
-    ring.fill(group, 1, end - ahead, next, lane);
-    if (++group == STAGES) {
-      group = 0;
+    ring.fill(stage, 1, end - ahead, next, lane);
+    if (++stage == STAGES) {
+      stage = 0;
       phase ^= 1;
     }
   }
-  merge(p, st, sh, slot + it.chunk, thread);
+  merge(p, st, sh, partial + it.split, thread);
   __syncthreads();
   if (thread == 0) {
-    u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.block;
+    u32* counter = p.counter + ((i64)it.row * p.kv_heads + it.head) * p.query_tiles + it.query_tile;
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
                  : "=r"(before)
-                 : "l"(counter), "r"(cut.chunks - 1)
+                 : "l"(counter), "r"(cut.splits - 1)
                  : "memory");
-    *sh.last = before == cut.chunks - 1;
+    *sh.last = before == cut.splits - 1;
   }
   __syncthreads();
-  if (*sh.last) finish(p, it, cut, sh, slot, warp, lane);
+  if (*sh.last) finish(p, it, cut, sh, partial, warp, lane);
 }

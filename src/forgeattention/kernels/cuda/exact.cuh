@@ -14,7 +14,7 @@ static_assert(HEAD_DIM % 16 == 0, "a lane reads eight channels at a time");
 // Channel c of a query is in product step, lane and register of the A fragment as keys are read: lane t takes channels
 // 8 t .. 8 t + 7 of 32, four for each of two products. Keeps a query that lies across the warp (element lane + 32 k).
 // Returns its factor.
-__device__ __forceinline__ float keep_query(const float (&x)[E], u8* plain, int query, int lane) {
+__device__ __forceinline__ float store_query(const float (&x)[E], u8* plain, int query, int lane) {
   float top = 1e-30f;
 #pragma unroll
   for (int k = 0; k < E; ++k) top = fmaxf(top, fabsf(x[k]));
@@ -99,11 +99,11 @@ struct Task {
         for (int j = 0; j < 4; ++j) load_value(p, it, j, c, lane, v[c][j], none);
     }
   }
-  // Writes the task's output, maximum and sum to its slot.
-  __device__ __forceinline__ void attend(const Params& p, const Item& it, const Shared& sh, i64 slot, int lane) {
+  // Writes the task's output, maximum and sum to its partial.
+  __device__ __forceinline__ void attend(const Params& p, const Item& it, const Shared& sh, i64 partial, int lane) {
     const int g = lane >> 2, t = lane & 3;
-    for (int block = 0; block < QUERIES && it.block * QUERIES + block < p.queries; block += 8) {
-      const int i = block + g, query = it.block * QUERIES + i;
+    for (int block = 0; block < QUERIES && it.query_tile * QUERIES + block < p.queries; block += 8) {
+      const int i = block + g, query = it.query_tile * QUERIES + i;
       const bool any = i < QUERIES && query < p.queries;
       const int end = any ? it.exact - (p.causal ? p.n - 1 - query % p.n : 0) : 0;
       const float size = sh.size[any ? i : 0] * p.scale_log2;
@@ -144,7 +144,7 @@ struct Task {
       }
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (any && t == 0) p.part_ml[slot * QUERIES + i] = make_float2(top, sum);
+      if (any && t == 0) p.part_ml[partial * QUERIES + i] = make_float2(top, sum);
 #pragma unroll
       for (int c = 0; c < (HEAD_DIM + 63) / 64; ++c) {
         float acc[8][4];
@@ -173,7 +173,7 @@ struct Task {
             if (channel < HEAD_DIM)
 #pragma unroll
               for (int n = 0; n < 8; n += 4)
-                *(float4*)(p.part + (slot * QUERIES + i) * DIM + channel + n) =
+                *(float4*)(p.part + (partial * QUERIES + i) * DIM + channel + n) =
                     make_float4(acc[n][j] + acc[n][2 + j], acc[n + 1][j] + acc[n + 1][2 + j],
                                 acc[n + 2][j] + acc[n + 2][2 + j], acc[n + 3][j] + acc[n + 3][2 + j]);
           }

@@ -1,5 +1,5 @@
-// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * blocks, rows); a warp takes sixteen
-// pages at a time, whose mean rows are the rows of one product.
+// Scores of queries against the mean key of each page. Grid: (splits, kv_heads * query_tiles, rows); a warp takes
+// sixteen pages at a time, whose mean rows are the rows of one product.
 //
 // Macros besides those of page.cuh: FORGE_WARPS, FORGE_ROTATION, FORGE_TYPE (queries).
 #include "page.cuh"

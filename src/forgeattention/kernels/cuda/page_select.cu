@@ -66,13 +66,13 @@ FORGE_KERNEL(THREADS) page_select(FORGE_PARAMS p) {
   }
   const u64 before = block_scan((u64)above << 32 | equal, sums) - ((u64)above << 32 | equal);
   u32 over = (u32)(before >> 32), ties = (u32)before;
-  const i64* offsets = p.page_table + row * p.max_pages;
+  const i64* page_table = p.page_table + row * p.max_pages;
   i64* chosen = p.chosen + (i64)blockIdx.x * p.budget;
   u8* read = p.read + (i64)blockIdx.x * p.pages;
   for (int i = begin; i < end; ++i) {
     const bool higher = ranks[i] > prefix, tie = ranks[i] == prefix && budget > 0;
     const bool taken = (higher && budget > 0) || (tie && ties < (u32)wanted);
-    if (taken) chosen[over + min(ties, (u32)wanted)] = __ldg(offsets + i) + (i64)head * p.record;
+    if (taken) chosen[over + min(ties, (u32)wanted)] = __ldg(page_table + i) + (i64)head * p.record;
     read[i] = taken;
     over += higher;
     ties += tie;

@@ -23,7 +23,7 @@ FORGE_KERNEL(THREADS) page_tables(FORGE_PARAMS p) {
   for (int page = whole; page < past / PAGE; ++page)
     if (exact_table[(page * PAGE + PAGE - 1) / block] == 0) whole = page + 1;
   for (int i = threadIdx.x; i < whole; i += THREADS)
-    p.offsets[row * p.max_pages + i] = offset(p.sink_blocks == 0 ? i : i + 1 < whole ? i + 1 : 0);
+    p.page_table[row * p.max_pages + i] = offset(p.sink_blocks == 0 ? i : i + 1 < whole ? i + 1 : 0);
 
   const int lead = whole ? p.sink_blocks : 0, first = whole * PAGE / block;
   const int last = row < p.decode_rows ? length : past;

@@ -1,4 +1,4 @@
-// Scaled scores of queries against packed keys. Grid: (page groups, kv_heads * blocks, rows).
+// Scaled scores of queries against packed keys. Grid: (splits, kv_heads * query_tiles, rows).
 #include "scores_args.cuh"
 
 FORGE_KERNEL(32 * WARPS) qk_scores(FORGE_PARAMS p) {

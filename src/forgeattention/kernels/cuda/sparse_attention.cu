@@ -1,6 +1,7 @@
 // Softmax over the tokens that reach their query's threshold, joined with attention over other tokens. Grid: (splits,
-// kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor unread. The
-// last CTA of a head adds the splits. Splits do not depend on lengths, so that a row's result ignores the batch.
+// kv_heads * query_tiles, rows); a warp takes every (splits * WARPS)-th page and leaves those without a survivor
+// unread. The last CTA of a head adds the splits. Splits do not depend on lengths, so that a row's result ignores the
+// batch.
 //
 // Macros besides those of page.cuh: FORGE_WARPS, FORGE_STAGES, FORGE_CTAS, FORGE_ROTATION, FORGE_TYPE (output and the
 // other tokens' output).
@@ -24,7 +25,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int count = min(QUERIES, p.queries - first);
   const i64 line = ((i64)row * p.kv_heads + head) * p.queries + first;  // of the block's first query
-  const i64* offsets = p.page_table + row * p.max_pages;
+  const i64* page_table = p.page_table + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD + MEAN_OFFSET;
   Ring<STAGES, 1, TAIL, 0> ring;
   ring.init(shared + warp * STAGES * TAIL, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);
@@ -57,7 +58,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
     const auto ask = [&] {
       const int page = coming ? from + (__ffs(coming) - 1) * step : -1;
       coming &= coming - 1;
-      const u8* const records[1] = {base + (page >= 0 ? __ldg(offsets + page) : 0)};
+      const u8* const records[1] = {base + (page >= 0 ? __ldg(page_table + page) : 0)};
       ring.fill(fill, 0, page >= 0, records, lane);
       ring.fill(fill, 1, 0, records, lane);
       fill = fill + 1 == STAGES ? 0 : fill + 1;
@@ -93,10 +94,10 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float s = x[i + k];
-          const bool keep = mine && token + i + k < length && (s > limit || (s == limit && token + i + k <= last));
-          const float w = keep ? ex2(fmaf(s, LOG2E, -top)) : 0.f;
+          const bool kept = mine && token + i + k < length && (s > limit || (s == limit && token + i + k <= last));
+          const float w = kept ? ex2(fmaf(s, LOG2E, -top)) : 0.f;
           mass += w;
-          x[i + k] = keep ? w * n4[k] : 0.f;  // scales past the row's length may be anything
+          x[i + k] = kept ? w * n4[k] : 0.f;  // scales past the row's length may be anything
           most = fmaxf(most, x[i + k]);
         }
       }
@@ -140,8 +141,8 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   if (t == 0) sums[g * LINE + DIM] = mass;
   __syncthreads();
   const int splits = gridDim.x;
-  const i64 slot = (i64)(row * gridDim.y + blockIdx.y) * splits;
-  float* part = p.part + (slot + blockIdx.x) * QUERIES * LINE;
+  const i64 partial = (i64)(row * gridDim.y + blockIdx.y) * splits;
+  float* part = p.part + (partial + blockIdx.x) * QUERIES * LINE;
   for (int i = thread; i < QUERIES * LINE; i += 32 * WARPS) {
     float sum = 0.f;
 #pragma unroll
@@ -155,7 +156,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_attention(FORGE_PARAMS p) {
   if (!__syncthreads_or(final)) return;
   __threadfence();
   for (int i = warp; i < count; i += WARPS) {
-    const float* from = p.part + (slot * QUERIES + i) * LINE;
+    const float* from = p.part + (partial * QUERIES + i) * LINE;
     float y[E], total = 0.f;
 #pragma unroll
     for (int k = 0; k < E; ++k) y[k] = 0.f;

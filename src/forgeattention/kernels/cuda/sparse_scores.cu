@@ -1,5 +1,5 @@
 // Scores of queries against all packed keys, and each page's largest score and sum of exponentials. Grid: (splits,
-// kv_heads * blocks, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of
+// kv_heads * query_tiles, rows); a warp takes every (splits * WARPS)-th page, with a ring of loads of the K parts of
 // records.
 //
 // Macros besides those of page.cuh: FORGE_QUERIES (4 or 8 of one KV head), FORGE_WARPS, FORGE_STAGES, FORGE_CTAS,
@@ -21,14 +21,14 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   const int row = blockIdx.z, head = blockIdx.y / p.query_tiles, first = blockIdx.y % p.query_tiles * QUERIES;
   const int length = __ldg(p.lengths + row), used = (length + forge::PAGE - 1) / forge::PAGE;
   const int begin = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
-  const i64* offsets = p.page_table + row * p.max_pages;
+  const i64* page_table = p.page_table + row * p.max_pages;
   const u8* base = p.base + (i64)head * RECORD;
   Ring<STAGES, 1, K_BYTES, 0> ring;
   ring.init(shared + warp * STAGES * K_BYTES, (u64*)(shared + FORGE_AT_BARRIERS) + warp * STAGES * 2, lane);
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     const int page = begin + i * step;
-    const u8* const records[1] = {base + (page < used ? __ldg(offsets + page) : 0)};
+    const u8* const records[1] = {base + (page < used ? __ldg(page_table + page) : 0)};
     ring.fill(i, 0, page < used, records, lane);
     ring.fill(i, 1, 0, records, lane);
   }
@@ -68,7 +68,7 @@ FORGE_KERNEL(32 * WARPS, FORGE_CTAS) sparse_scores(FORGE_PARAMS p) {
   u32 phase = 0;
   for (int page = begin; page < used; page += step) {
     const int next = page + STAGES * step;
-    const i64 offset = next < used ? __ldg(offsets + next) : 0;
+    const i64 offset = next < used ? __ldg(page_table + next) : 0;
     const u8* part = shared + (warp * STAGES + stage) * K_BYTES;
     ring.wait(stage, 0, phase);
     const u8* const means[1] = {part + MEAN_OFFSET};

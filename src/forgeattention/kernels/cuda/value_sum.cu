@@ -1,5 +1,5 @@
-// Sums of packed values with given weights of any sign. Grid: (splits, kv_heads * blocks, rows); a split takes every
-// splits-th group of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
+// Sums of packed values with given weights of any sign. Grid: (splits, kv_heads * query_tiles, rows); a split takes
+// every splits-th run of WARPS pages and writes its own sum, already rotated back; the launcher adds the splits.
 #include "scores_args.cuh"
 
 FORGE_KERNEL(32 * WARPS) value_sum(FORGE_PARAMS p) {

@@ -27,10 +27,10 @@ constexpr int decode_scratch(int dim, int rows) {
 // q: [rows, D] rotated queries of one KV head times softmax scale and log2 e; bias: [rows], what every packed score
 // gains (q . mu, same units).
 // Results: unnormalised o [rows, D], and (m, l) [rows, 2] in log2 units.
-template <class P, int ROWS, class Bias, class Offsets>
-inline void attend_packed(const device float* q, Bias bias, int rows, const device uchar* base, Offsets pages, int head,
-                          int length, int split, float k_levels, float v_levels, device float* o, device float* ml,
-                          threadgroup float* scratch, uint simdgroup, uint lane) {
+template <class P, int ROWS, class Bias, class PageTable>
+inline void attend_packed(const device float* q, Bias bias, int rows, const device uchar* base, PageTable pages,
+                          int head, int length, int split, float k_levels, float v_levels, device float* o,
+                          device float* ml, threadgroup float* scratch, uint simdgroup, uint lane) {
   threadgroup float* queries = scratch;
   threadgroup float* weights = queries + ROWS * P::D;
   threadgroup float* tops = weights + ROWS * TILE;
@@ -193,13 +193,13 @@ inline void attend_exact(const device float* q, int rows, const device T* k, con
 }
 
 // q: [batch, q_heads, n, D] f32, rotated; q_exact: [batch, q_heads, n, DIM] f32; bias: [batch, q_heads, n] f32, all
-// times softmax scale and log2 e. base: pages; offsets: [batch, max_pages] i64; lengths, exact_lengths: [batch] i32;
+// times softmax scale and log2 e. base: pages; page_table: [batch, max_pages] i64; lengths, exact_lengths: [batch] i32;
 // exact_k, exact_v: [batch, kv_heads, capacity, DIM]; k_levels, v_levels: [16] f32. packed_o: [batch, kv_heads,
 // splits, rows, D] f32, packed_ml: [.., 2]; exact_o: [batch, kv_heads, 4, rows, DIM] f32, exact_ml: [.., 2]; rows =
 // q_heads / kv_heads * n, query within.
-template <class P, class T, int DIM, int ROWS, bool CAUSAL, class Bias, class Offsets, class Lengths>
+template <class P, class T, int DIM, int ROWS, bool CAUSAL, class Bias, class PageTable, class Lengths>
 inline void decode_attention(const device float* q, const device float* q_exact, Bias bias, const device uchar* base,
-                             Offsets offsets, Lengths lengths, int max_pages, const device T* exact_k,
+                             PageTable page_table, Lengths lengths, int max_pages, const device T* exact_k,
                              const device T* exact_v, Lengths exact_lengths, int capacity, const device float* k_levels,
                              const device float* v_levels, int kv_heads, int all_rows, int n, device float* packed_o,
                              device float* packed_ml, device float* exact_o, device float* exact_ml,
@@ -219,7 +219,7 @@ inline void decode_attention(const device float* q, const device float* q_exact,
   }
   const int split = int(group.x) - 1;
   const long at = (long(pair) * (groups.x - 1) + split) * all_rows + first, query = long(pair) * all_rows + first;
-  attend_packed<P, ROWS>(q + query * P::D, bias + query, rows, base, offsets + long(row) * max_pages, head, length,
+  attend_packed<P, ROWS>(q + query * P::D, bias + query, rows, base, page_table + long(row) * max_pages, head, length,
                          split, k_levels[lane & 15], v_levels[lane & 15], packed_o + at * P::D, packed_ml + at * 2,
                          scratch, simdgroup, lane);
 }
@@ -229,7 +229,7 @@ inline void decode_attention(const device float* q, const device float* q_exact,
 //! body
 alignas(16) threadgroup float scratch[forge::decode_scratch(D, ROWS)];
 forge::decode_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T, DIM, ROWS, CAUSAL>(
-    q, q_exact, bias, base, offsets, lengths, offsets_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2],
+    q, q_exact, bias, base, page_table, lengths, page_table_shape[1], exact_k, exact_v, exact_lengths, exact_k_shape[2],
     k_levels, v_levels, exact_k_shape[1], q_shape[1] / exact_k_shape[1] * q_shape[2], q_shape[2], packed_o, packed_ml,
     exact_o, exact_ml, scratch, threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);

@@ -12,8 +12,8 @@ namespace forge {
 
 // The pages as in qk_scores; k_levels, v_levels: [16] f32.
 // k, v: [batch, kv_heads, max_length, D] of T, stored coordinates; zero from each row's length on.
-template <class P, class T, class Offsets, class Lengths>
-inline void decode_pages(const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,
+template <class P, class T, class PageTable, class Lengths>
+inline void decode_pages(const device uchar* base, PageTable page_table, Lengths lengths, int max_pages,
                          const device float* k_levels, const device float* v_levels, int kv_heads, int max_length,
                          device T* k, device T* v, uint3 group, uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
@@ -24,7 +24,7 @@ inline void decode_pages(const device uchar* base, Offsets offsets, Lengths leng
     for (int i = int(lane); i < wanted * P::D; i += 32) k[at + i] = T(0.0f), v[at + i] = T(0.0f);
     return;
   }
-  const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
+  const device uchar* record = base + (page_table[long(row) * max_pages + page] + long(head) * P::BYTES);
   const device uchar* mean_row = record + P::MEAN;
   const uint header = page_header(mean_row, lane);
   const int valid = min(int(PAGE), length - first);
@@ -66,8 +66,6 @@ inline void decode_pages(const device uchar* base, Offsets offsets, Lengths leng
 }  // namespace forge
 
 //! body
-forge::decode_pages<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(base, offsets, lengths, offsets_shape[1],
-                                                                               k_levels, v_levels, KV_HEADS, max_length,
-                                                                               k, v, threadgroup_position_in_grid,
-                                                                               simdgroup_index_in_threadgroup,
-                                                                               thread_index_in_simdgroup);
+forge::decode_pages<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, T>(
+    base, page_table, lengths, page_table_shape[1], k_levels, v_levels, KV_HEADS, max_length, k, v,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

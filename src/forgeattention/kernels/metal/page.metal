@@ -232,8 +232,8 @@ struct Share {
 };
 
 // Adds the values of a tile's pages that fall to this simdgroup. p: [ROWS, TILE].
-template <class P, int ROWS, bool SKIP, class Offsets>
-inline void tile_values(const device uchar* base, Offsets pages, int head, int first_page, int page_count,
+template <class P, int ROWS, bool SKIP, class PageTable>
+inline void tile_values(const device uchar* base, PageTable pages, int head, int first_page, int page_count,
                         threadgroup const float* p, float levels, uint simdgroup, uint lane,
                         thread float (&sum)[2 * Share<P>::COUNT][ROWS]) {
   const int slice = int(simdgroup) % Share<P>::SLICES, group = int(simdgroup) / Share<P>::SLICES;

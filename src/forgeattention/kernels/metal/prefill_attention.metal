@@ -89,8 +89,8 @@ inline void decode_values(const device uchar* record, int part, float levels, th
 // q: [batch, q_heads, n, D] f32, rotated, times softmax scale and log2 e; bias: [batch, q_heads, n] f32, added to every
 // score; the pages as in qk_scores; k_levels, v_levels: [16] f32, the int8 levels; units: [2] f32, what level 1 of keys
 // and of values is worth. o: [batch, q_heads, n, D] f32, stored coordinates; lse: [batch, q_heads, n] f32, natural log.
-template <class P, class Bias, class Offsets, class Lengths>
-inline void prefill_attention(const device float* q, Bias bias, const device uchar* base, Offsets offsets,
+template <class P, class Bias, class PageTable, class Lengths>
+inline void prefill_attention(const device float* q, Bias bias, const device uchar* base, PageTable page_table,
                               Lengths lengths, int max_pages, const device float* k_levels,
                               const device float* v_levels, float k_unit, float v_unit, int kv_heads, int rows,
                               device float* o, device float* lse, threadgroup uint* tile, threadgroup float* scales,
@@ -98,7 +98,7 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
   typedef simdgroup_matrix<float, 8, 8> Matrix;
   const int pair = int(group.y), head = pair % kv_heads, me = int(simdgroup * 32 + lane);
   const int length = lengths[pair / kv_heads], page_count = (length + PAGE - 1) / PAGE;
-  const Offsets pages = offsets + long(pair / kv_heads) * max_pages;
+  const PageTable pages = page_table + long(pair / kv_heads) * max_pages;
   const int row = int(group.x) * BLOCK + int(simdgroup) * 8 + fragment_row(lane), column = fragment_column(lane);
   const long query = long(pair) * rows + min(row, rows - 1);
   const float offset = bias[query];
@@ -211,6 +211,6 @@ inline void prefill_attention(const device float* q, Bias bias, const device uch
 threadgroup uint tile[forge::prefill_words(D)];
 threadgroup float scales[2 * forge::PAGE + D];
 forge::prefill_attention<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>>(
-    q, bias, base, offsets, lengths, offsets_shape[1], k_levels, v_levels, units[0], units[1], KV_HEADS,
+    q, bias, base, page_table, lengths, page_table_shape[1], k_levels, v_levels, units[0], units[1], KV_HEADS,
     q_shape[1] / KV_HEADS * q_shape[2], o, lse, tile, scales, threadgroup_position_in_grid,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

@@ -11,12 +11,12 @@
 namespace forge {
 
 // q: [batch, q_heads, n, D] f32, rotated, times the softmax scale; bias: [batch, q_heads, n] f32, added to every score.
-// base, offsets [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
+// base, page_table [batch, max_pages] i64, lengths [batch] i32: the pages; k_levels: [16] f32.
 // scores: [batch, q_heads, n, max_length] f32, -inf from each row's length on.
 // pages: [batch, q_heads, n, page_count, 2] f32, of each page the largest score m and the sum of exp(score - m), -inf
 // and 0 for a page without tokens; written with STATISTICS only.
-template <class P, int ROWS, bool STATISTICS, class Bias, class Offsets, class Lengths>
-inline void qk_scores(const device float* q, Bias bias, const device uchar* base, Offsets offsets, Lengths lengths,
+template <class P, int ROWS, bool STATISTICS, class Bias, class PageTable, class Lengths>
+inline void qk_scores(const device float* q, Bias bias, const device uchar* base, PageTable page_table, Lengths lengths,
                       int max_pages, const device float* k_levels, int kv_heads, int all_rows, int max_length,
                       device float* scores, device float* pages, threadgroup float* scratch, uint3 group,
                       uint simdgroup, uint lane) {
@@ -29,7 +29,7 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float s[2][ROWS];
   if (page * PAGE < length) {
-    const device uchar* record = base + (offsets[long(row) * max_pages + page] + long(head) * P::BYTES);
+    const device uchar* record = base + (page_table[long(row) * max_pages + page] + long(head) * P::BYTES);
     page_scores<P, ROWS>(record, scratch, k_levels[lane & 15], lane, s);
   }
   FORGE_UNROLL
@@ -60,6 +60,6 @@ inline void qk_scores(const device float* q, Bias bias, const device uchar* base
 //! body
 alignas(16) threadgroup float scratch[ROWS * D];
 forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, false>(
-    q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2],
+    q, bias, base, page_table, lengths, page_table_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2],
     max_length, scores, scores, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);

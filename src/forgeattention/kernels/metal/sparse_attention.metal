@@ -51,6 +51,6 @@ inline Survivors<Scores, Maxima, Floats, Ints> survivors(Scores scores, Maxima p
 //! body
 alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
 forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
-    forge::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, offsets, lengths,
-    offsets_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
+    forge::survivors(scores, pages, threshold, last, top, scores_shape[3], pages_shape[3]), base, page_table, lengths,
+    page_table_shape[1], v_levels, KV_HEADS, scores_shape[1] / KV_HEADS * scores_shape[2], sums, mass, scratch,
     threadgroup_position_in_grid, threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

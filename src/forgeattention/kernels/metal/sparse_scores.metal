@@ -6,6 +6,6 @@
 //! body
 alignas(16) threadgroup float scratch[ROWS * D];
 forge::qk_scores<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, true>(
-    q, bias, base, offsets, lengths, offsets_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2],
+    q, bias, base, page_table, lengths, page_table_shape[1], k_levels, KV_HEADS, q_shape[1] / KV_HEADS * q_shape[2],
     max_length, scores, pages, scratch, threadgroup_position_in_grid, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);

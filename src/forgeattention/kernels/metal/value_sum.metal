@@ -36,8 +36,8 @@ inline GivenWeights<Pointer> given_weights(Pointer p, int max_length) {
 // source: where the weights come from; a tile that none of a block's rows use is left out. The pages as in qk_scores;
 // v_levels: [16] f32. sums: [batch, kv_heads, splits, rows, D] f32, stored coordinates; mass: [batch, kv_heads, splits,
 // rows] f32, sums of the weights.
-template <class P, int ROWS, bool SKIP, class Source, class Offsets, class Lengths>
-inline void value_sum(Source source, const device uchar* base, Offsets offsets, Lengths lengths, int max_pages,
+template <class P, int ROWS, bool SKIP, class Source, class PageTable, class Lengths>
+inline void value_sum(Source source, const device uchar* base, PageTable page_table, Lengths lengths, int max_pages,
                       const device float* v_levels, int kv_heads, int all_rows, device float* sums, device float* mass,
                       threadgroup float* scratch, uint3 group, uint3 groups, uint simdgroup, uint lane) {
   const int pair = int(group.z), row = pair / kv_heads, head = pair % kv_heads;
@@ -47,7 +47,7 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
   const int begin = split < splits ? tiles * split / splits : 0;
   const int end = split < splits ? tiles * (split + 1) / splits : 0;
   const long query = long(pair) * all_rows + first;
-  const Offsets pages = offsets + long(row) * max_pages;
+  const PageTable pages = page_table + long(row) * max_pages;
   threadgroup float* weights = scratch;
   threadgroup float* totals = scratch + ROWS * TILE;
   float total[ROWS], sum[2 * Share<P>::COUNT][ROWS];
@@ -105,6 +105,6 @@ inline void value_sum(Source source, const device uchar* base, Offsets offsets, 
 //! body
 alignas(16) threadgroup float scratch[forge::value_scratch(D, ROWS)];
 forge::value_sum<forge::Page<D, K_BITS, K_CODE, V_BITS, V_CODE, SCALES>, ROWS, SKIP>(
-    forge::given_weights(p, p_shape[3]), base, offsets, lengths, offsets_shape[1], v_levels, KV_HEADS,
+    forge::given_weights(p, p_shape[3]), base, page_table, lengths, page_table_shape[1], v_levels, KV_HEADS,
     p_shape[1] / KV_HEADS * p_shape[2], sums, mass, scratch, threadgroup_position_in_grid, threadgroups_per_grid,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

@@ -75,7 +75,7 @@ def measure(
 
     codec = Codec(spec, head_dim, kv_heads)
     tables = _caches(codec, batch, context)
-    size = batch * tables[0].offsets.shape[1] * codec.page_bytes
+    size = batch * tables[0].page_table.shape[1] * codec.page_bytes
     scale = head_dim**-0.5
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(batch, q_heads, 1, head_dim, generator=generator)

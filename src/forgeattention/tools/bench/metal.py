@@ -109,7 +109,7 @@ def measure(
 
     codec = Codec(spec, head_dim, kv_heads)
     table = random_table(codec, batch, context)
-    size = batch * table.offsets.shape[1] * codec.page_bytes
+    size = batch * table.page_table.shape[1] * codec.page_bytes
     scale = head_dim**-0.5
     q = mx.array(np.random.default_rng(1).standard_normal((batch, q_heads, 1, head_dim), np.float32)).astype(mx.float16)
     k, v = (x.astype(mx.float16) for x in ops.decode_pages(codec, table))

@@ -89,11 +89,11 @@ class Checks:
         counts = [-(-n // PAGE) for n in LENGTHS]
         offsets = np.full((len(LENGTHS), max(counts) + 1), -1, np.int64)
         offsets[0, : counts[0]], offsets[1, : counts[1]] = np.split(self.order, counts[:1])
-        self.offsets, self.lengths = offsets, np.array(LENGTHS, np.int32)
+        self.page_table, self.lengths = offsets, np.array(LENGTHS, np.int32)
 
     def table(self, base: NDArray[np.uint8], where: Device | None) -> PageTable:
         put = (lambda x: x) if where is None else where.put
-        return PageTable(put(base), put(self.offsets), put(self.lengths), max(LENGTHS))
+        return PageTable(put(base), put(self.page_table), put(self.lengths), max(LENGTHS))
 
     def rows(self, dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Rows of `op`, `dtype`, `first_ms`, `again_ms`, `error`, `limit`, and `fault` where the op raised."""
