@@ -86,7 +86,10 @@ class Bench:
         exact_tokens = {"sinks": 0, "window": 0} if args.no_exact_tokens else {}
         every = caches.candidates(self.model, args.set, args.backend, make, **exact_tokens)
         if args.fitted:
-            every += fitted_caches.candidates(self.model, self.tokenizer, args.backend, **exact_tokens)
+            wanted = args.only is None or any("calibrated" in name for name in args.only)
+            every += fitted_caches.candidates(
+                self.model, self.tokenizer, args.backend, calibrated=wanted, **exact_tokens
+            )
         every += [caches.calibrated(self.model, file, args.backend, args.decoded) for file in args.calibrations]
         self.candidates = caches.chosen(every, None if args.only is None else [EXACT.name, *args.only])
         self.pieces: dict[str, list[torch.Tensor]] = {}

@@ -157,9 +157,17 @@ def _packed(name: str, spec: CodecSpec, codecs: dict[int, Codec], backend: str) 
 
 
 def candidates(
-    model: Any, tokenizer: Any, backend: str = "auto", *, sinks: int = 4, window: int = 128, bits: float = 2.25
+    model: Any,
+    tokenizer: Any,
+    backend: str = "auto",
+    *,
+    sinks: int = 4,
+    window: int = 128,
+    bits: float = 2.25,
+    calibrated: bool = True,
 ) -> list[Candidate]:
-    """The caches that are fitted to a model by reading a text; `bits`: most of the calibrated `small`."""
+    """The caches that are fitted to a model by reading a text. The calibrated `small`, of at most `bits`, can be left
+    out: it reads the text twice for every layer."""
     ids = text(tokenizer)
     seen = capture(model, ids)
     dim = next(iter(seen.values())).queries.shape[-1]
@@ -174,6 +182,8 @@ def candidates(
                 f"{preset}, OSCAR's rotation, queries seen", custom, turned_codecs(model, spec, seen, True), backend
             ),
         ]
+    if not calibrated:
+        return out
     spec = replace(PRESETS["small"], sinks=sinks, window=window)
     moved = calibrate(model, spec, bits=bits, ids=ids[:, :1024])
     return [*out, _packed(f"small, calibrated to {bits:g} bits", spec, moved.codecs(model), backend)]

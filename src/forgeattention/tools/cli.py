@@ -157,6 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096], metavar="TOKENS")
     for name in ("sparse", "eviction", "ruler", "induction"):
         page.add_argument(f"--{name}", type=Path, metavar="FILE", help="JSON of an earlier run, shown on the page")
+    page.add_argument(
+        "--results", type=Path, nargs="+", metavar="FILE",
+        help="measure nothing: a page for each model that these files of benchmarks/ are of",
+    )  # fmt: skip
+    page.set_defaults(default_of=page.get_default)
 
     calibrate = _leaf(commands, "calibrate", "calibrate:run", "move bits between a model's layers, once per model")
     _add_model(calibrate)

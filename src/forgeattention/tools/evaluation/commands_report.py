@@ -14,17 +14,31 @@ from ...codec.presets import DEFAULT, PRESETS
 from ...models.shape import head_dim
 from ...util.environment import environment
 from ...util.files import write_json
-from . import kl, memory, niah, page, texts
+from . import kl, memory, model_pages, niah, page, texts
 from .commands import niah_result
 from .setup import Setup, asks_for_spec, caches, setup
 from .streaming import attention, first_tokens, opened, step, tokenise
 
 PARTS = ("niah", "kl", "memory", "speed")
 SPEED_STEPS = 12
+MEASURING = ("model", "preset", "k_bits", "v_bits", "device", "dtype", "backend", "parts", "test", "lengths", "depths",
+             "text", "kl_length", "contexts", *page.TITLES)  # fmt: skip
+"""Options that say what is measured."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the parts asked for, add the results of other runs, and write report.html, report.json and PNGs."""
+    """Measure the parts asked for, add the results of other runs, and write report.html, report.json and PNGs; or make
+    pages of `--results` alone.
+
+    Raises:
+        ValueError: `--results` beside options that say what to measure; files without what is asked of them.
+    """
+    if args.results:
+        given = [name for name in MEASURING if getattr(args, name) != args.default_of(name)]
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"[report] expected --results without options that say what to measure; got {names}")
+        return model_pages.run(args.results, args.output)
     added = {name: _rows(file) for name in page.TITLES if (file := getattr(args, name)) is not None}
     made = setup(args)
     result: dict[str, Any] = {

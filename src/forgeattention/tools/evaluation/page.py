@@ -35,38 +35,41 @@ def render(result: Mapping[str, Any]) -> tuple[str, dict[str, bytes]]:
     charts: dict[str, bytes] = {}
     sections = []
     if needles := result.get("niah"):
-        sections.append(_section("Needles", _heat(needles["cells"]) + _tests(needles["tests"])))
+        sections.append(section("Needles", _heat(needles["cells"]) + _tests(needles["tests"])))
     if rows := result.get("kl"):
         charts["kl"] = _frontier(rows)
-        table = _table(rows, ("preset", "bits", "kl", "same_top", "perplexity", "exact_perplexity"))
-        about = f"<p>Mean over {rows[0]['positions']:,} positions of {_text(rows[0]['text'])}; KL in nats.</p>"
-        sections.append(_section("Fidelity", about + _image(charts["kl"], "KL against bits per element") + table))
+        figures = table(rows, ("preset", "bits", "kl", "same_top", "perplexity", "exact_perplexity"))
+        about = f"<p>Mean over {rows[0]['positions']:,} positions of {escaped(rows[0]['text'])}; KL in nats.</p>"
+        sections.append(section("Fidelity", about + image(charts["kl"], "KL against bits per element") + figures))
     for name, title, unit in (
         ("memory", "Memory against context", "cache, MB"),
         ("speed", "Speed against context", "tokens/s"),
     ):
         if rows := result.get(name):
             charts[name] = _lines(rows, unit)
-            picture = _image(charts[name], f"{unit} of both caches against tokens of context")
-            sections.append(_section(title, picture + _table(rows)))
+            picture = image(charts[name], f"{unit} of both caches against tokens of context")
+            sections.append(section(title, picture + table(rows)))
     for name, title in TITLES.items():
         if rows := result.get(name):
-            sections.append(_section(title, _table(rows)))
-    env = result["env"]
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    about = (
-        f"{versions}; {env['processor']}, {env['cores']} cores; {env['machine']}; commit {env['commit'] or 'unknown'}"
-    )
-    page = Template(
-        resources.files("forgeattention.tools").joinpath("templates", "report.html").read_text(encoding="utf-8")
-    )
-    filled = page.substitute(
-        model=_text(result["model"]),
-        verdict=_text(verdict(result)),
-        sections="\n".join(sections),
-        environment=_text(about),
-    )
+            sections.append(section(title, table(rows)))
+    about = measured_with(result["env"])
+    filled = fill(result["model"], verdict(result), sections, about)
     return filled, charts
+
+
+def fill(model: str, said: str, sections: Sequence[str], about: str) -> str:
+    """The page of a model: what it said in a sentence, its sections, and what was measured with."""
+    folder = resources.files("forgeattention.tools").joinpath("templates")
+    return Template(folder.joinpath("report.html").read_text(encoding="utf-8")).substitute(
+        model=escaped(model), verdict=escaped(said), sections="\n".join(sections), environment=escaped(about)
+    )
+
+
+def measured_with(env: Row) -> str:
+    """Versions, machine and commit in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    where = ", ".join(str(env[name]) for name in ("device", "processor") if env.get(name))
+    return f"{versions}; {where}, {env['cores']} cores; {env['machine']}; commit {env['commit'] or 'unknown'}"
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -108,7 +111,7 @@ def _heat(cells: Sequence[Row]) -> str:
         own = [cell for cell in cells if cell["test"] == test]
         lengths = sorted({(cell["length"], cell["haystack"]) for cell in own})
         several = len({hay for _, hay in lengths}) > 1
-        head = "".join(f"<th>{n:,}{' ' + _text(hay) if several else ''}</th>" for n, hay in lengths)
+        head = "".join(f"<th>{n:,}{' ' + escaped(hay) if several else ''}</th>" for n, hay in lengths)
         lines = []
         for depth in sorted({cell["depth"] for cell in own}):
             line = ""
@@ -117,7 +120,8 @@ def _heat(cells: Sequence[Row]) -> str:
                 line += _heat_cell(at)
             lines.append(f"<tr><th>{depth:.0%}</th>{line}</tr>")
         out.append(
-            f"<h3>{_text(test)}</h3><div class='wide'><table class='heat'><thead><tr><th>depth</th>{head}</tr></thead>"
+            f"<h3>{escaped(test)}</h3><div class='wide'>"
+            f"<table class='heat'><thead><tr><th>depth</th>{head}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>"
         )
     legend = " ".join(
@@ -139,7 +143,7 @@ def _heat_cell(cells: Sequence[Row]) -> str:
     else:
         kind = "ONLY" if any(packed) else "NEITHER"
     said = cells[0]["packed"] if len(cells) == 1 else f"{sum(packed)}/{len(cells)}"
-    return f"<td class='{kind}'>{_text(said)}</td>"
+    return f"<td class='{kind}'>{escaped(said)}</td>"
 
 
 def _tests(tests: Mapping[str, Row]) -> str:
@@ -148,62 +152,62 @@ def _tests(tests: Mapping[str, Row]) -> str:
          "kept": n["kept"]}
         for name, n in tests.items()
     ]  # fmt: skip
-    return _table(rows)
+    return table(rows)
 
 
-def _table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """A table of the columns named, or of all that hold single values."""
     if columns is None:
         columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
-    head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in columns)
+    head = "".join(f"<th>{escaped(name.replace('_', ' '))}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(_cell(row.get(name)) for name in columns)}</tr>" for row in rows)
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, str):
-        return f"<td>{_text('' if value is None else value)}</td>"
+        return f"<td>{escaped('' if value is None else value)}</td>"
     if isinstance(value, int):
         return f"<td class='n'>{value:,}</td>"
     digits = 4 if value == 0 or abs(value) < 1 else max(0, 4 - int(math.log10(abs(value))) - 1)
     return f"<td class='n'>{value:,.{digits}f}</td>"
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>\n{body}</section>"
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{escaped(title)}</h2>\n{body}</section>"
 
 
-def _image(png: bytes, alt: str) -> str:
-    return f'<img alt="{_text(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def image(png: bytes, alt: str) -> str:
+    return f'<img alt="{escaped(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     return html.escape(str(value))
 
 
 def _frontier(rows: Sequence[Row]) -> bytes:
-    figure, axis = _axis("bits per element", "KL to the exact cache, nats")
+    figure, axis = axes("bits per element", "KL to the exact cache, nats")
     axis.plot([row["bits"] for row in rows], [row["kl"] for row in rows], "o", color=COLOURS["packed"])
     for row in rows:
         axis.annotate(row["preset"], (row["bits"], row["kl"]), xytext=(6, 4), textcoords="offset points")
     if all(row["kl"] > 0 for row in rows):
         axis.set_yscale("log")
     axis.margins(x=0.2)
-    return _png(figure)
+    return png(figure)
 
 
 def _lines(rows: Sequence[Row], unit: str) -> bytes:
-    figure, axis = _axis("tokens of context", unit)
+    figure, axis = axes("tokens of context", unit)
     scale = 1e6 if "MB" in unit else 1
     for name, colour in COLOURS.items():
         known = [(row["context"], row[name] / scale) for row in rows if row.get(name) is not None]
         axis.plot(*zip(*known), "o-", color=colour, label=name)
     axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
-def _axis(x: str, y: str) -> tuple[Any, Any]:
+def axes(x: str, y: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -214,7 +218,7 @@ def _axis(x: str, y: str) -> tuple[Any, Any]:
     return figure, axis
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150)
     return out.getvalue()
