@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from forgeattention import CodecSpec
-from forgeattention.cache import LayerCache, TorchArrays, load, save, storage
+from forgeattention.cache import LayerCache, TorchArrays, load, save
 from forgeattention.codec import Codec
+from forgeattention.util import tensor_files
 
 SPEC = CodecSpec(k_bits=2, v_bits=3, sinks=3, window=10)
 CODECS = {0: Codec(SPEC, 64, 1), 5: Codec(SPEC, 80, 2)}
@@ -67,7 +68,7 @@ def test_an_existing_file_stays_whole_until_the_new_one_is(tmp_path: Path, monke
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(storage, "save_file", fail)
+    monkeypatch.setattr(tensor_files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(path, layers(), "second")
     monkeypatch.undo()
@@ -153,7 +154,7 @@ def forged(path: Path, change: Any) -> None:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     change(tensors, metadata)
     del metadata["sha256"]
-    metadata["sha256"] = storage._checksum(tensors, metadata)
+    metadata["sha256"] = tensor_files.checksum(tensors, metadata)
     save_file(tensors, path, metadata)
 
 

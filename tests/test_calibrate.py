@@ -97,7 +97,7 @@ def test_other_models_and_files_are_refused(model: Any, tmp_path: Path) -> None:
     made = calibrate(model, SPEC, tokens=256)
     made.save(tmp_path / "file")
     other = tiny.llama(1, hidden_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1).float()
-    with pytest.raises(ValueError, match=r"\[calibration\] expected model [0-9a-f]+; got"):
+    with pytest.raises(ValueError, match=r"\[calibration\] expected model '[0-9a-f]+'; got"):
         Calibration.load(tmp_path / "file", other)
     (tmp_path / "short").write_bytes((tmp_path / "file").read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"\[calibration\] expected a complete safetensors file"):

@@ -24,9 +24,9 @@ PROMPT = "prefix " * 30
 CUT = (
     """
 import os, signal
-from forgeattention.cache import storage
+from forgeattention.util import tensor_files
 
-whole, written = storage.save_file, []
+whole, written = tensor_files.save_file, []
 
 def half(tensors, path, metadata):
     whole(tensors, path, metadata)
@@ -35,7 +35,7 @@ def half(tensors, path, metadata):
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-storage.save_file = half
+tensor_files.save_file = half
 """
     + CLI
 )

@@ -1,5 +1,6 @@
 """Sparse steps through the cache: rules, statistics, fast mode, budgets."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -167,7 +168,16 @@ def test_budgets_are_kept_with_their_model(tmp_path):
         Budgets.load(path, "you")
     data = json.loads(path.read_text())
     for change in ({"format": "x"}, {"layers": {"3": [-1]}}, {"layers": {"3": [1.5]}}, {"layers": [1]}):
-        path.write_text(json.dumps(data | change))
+        held = {name: value for name, value in (data | change).items() if name != "sha256"}
+        digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(held | {"sha256": digest}))
+        with pytest.raises(ValueError, match=r"\[budgets\] expected"):
+            Budgets.load(path, "me")
+    path.write_text(json.dumps(data).replace("[5, 0]", "[5, 1]"))
+    with pytest.raises(ValueError, match=r"\[budgets\] expected checksum .* was changed"):
+        Budgets.load(path, "me")
+    for text in ("{", "[" * 100000, '"x"', "5"):
+        path.write_text(text)
         with pytest.raises(ValueError, match=r"\[budgets\] expected"):
             Budgets.load(path, "me")
     path.write_text("{")

@@ -9,30 +9,25 @@ codecs and the SHA-256 of all else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..codec import PAGE, Codec
 from ..codec.spec import FORMAT_VERSION
-from ..util.files import replaced
+from ..util.tensor_files import Tensors, expect, json_field, load_metadata, load_tensors, save_tensors
 from .arrays import Arrays
 from .checks import check_parts
 from .layer import LayerCache
 from .pool import PagePool
 
-FORMAT = "forgeattention cache"
+OP = "cache.load"
+KIND = {"format": "forgeattention cache", "version": str(FORMAT_VERSION)}
 PARTS = ("pages", "table", "starts", "lengths", "k", "v")
-
-Tensors = dict[str, NDArray[Any]]
 
 
 def save(path: str | os.PathLike[str], layers: Mapping[int, LayerCache], model: str, extra: Any = None) -> None:
@@ -46,23 +41,17 @@ def save(path: str | os.PathLike[str], layers: Mapping[int, LayerCache], model: 
         model: fingerprint of the model; `load` wants the same.
         extra: anything that JSON holds, given back by `load`.
     """
-    path = Path(path)
     tensors: Tensors = {}
     for number, layer in layers.items():
         tensors |= {f"{number}.{part}": array for part, array in zip(PARTS, _layer_tensors(layer))}
     metadata = {
-        "format": FORMAT,
-        "version": str(FORMAT_VERSION),
+        **KIND,
         "model": model,
         "codecs": json.dumps({str(n): layer.codec.fingerprint for n, layer in layers.items()}, sort_keys=True),
         "dtypes": json.dumps({str(n): layer.dtype for n, layer in layers.items()}, sort_keys=True),
         "extra": json.dumps(extra),
     }
-    metadata["sha256"] = _checksum(tensors, metadata)
-    with replaced(path, mode=0o600) as temporary:  # what it holds can be somebody's prompt
-        save_file(tensors, temporary, metadata)
-        _sync(temporary)
-    _sync(path.parent)
+    save_tensors(path, tensors, metadata, mode=0o600)  # what it holds can be somebody's prompt
 
 
 def load(
@@ -91,13 +80,10 @@ def load(
     Raises:
         ValueError: a file that is damaged or not of this format, another format version, model or codec.
     """
-    metadata, tensors = _read(path, with_tensors=True)
-    claimed = metadata.pop("sha256", None)
-    _expect("checksum", claimed, _checksum(tensors, metadata))
-    _expect("model", model, metadata.get("model"))
-    saved, dtypes, extra = (_json(metadata, name) for name in ("codecs", "dtypes", "extra"))
-    _expect("codecs", {str(n): c.fingerprint for n, c in codecs.items()}, saved)
-    _expect("layers with a dtype", sorted(saved), sorted(dtypes) if isinstance(dtypes, dict) else dtypes)
+    metadata, tensors = load_tensors(path, OP, KIND | {"model": model})
+    saved, dtypes, extra = (json_field(OP, metadata, name) for name in ("codecs", "dtypes", "extra"))
+    expect(OP, "codecs", {str(n): c.fingerprint for n, c in codecs.items()}, saved)
+    expect(OP, "layers with a dtype", sorted(saved), sorted(dtypes) if isinstance(dtypes, dict) else dtypes)
     layers = {}
     for number, codec in codecs.items():
         told = {"backend": backend, **({} if options is None else options[number])}
@@ -114,31 +100,7 @@ def saved_extra(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: a file that is not of this format.
     """
-    return _json(_read(path, with_tensors=False)[0], "extra")
-
-
-def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str], Tensors]:
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"[cache.load] expected a complete safetensors file; got {path}: {error}") from None
-    _expect("format", FORMAT, metadata.get("format"))
-    _expect("format version", str(FORMAT_VERSION), metadata.get("version"))
-    return metadata, tensors
-
-
-def _json(metadata: Mapping[str, str], name: str) -> Any:
-    try:
-        return json.loads(metadata[name])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"[cache.load] expected {name} as JSON; got {type(error).__name__}") from None
-
-
-def _expect(what: str, expected: Any, got: Any) -> None:
-    if expected != got:
-        raise ValueError(f"[cache.load] expected {what} {expected!r}; got {got!r}")
+    return json_field(OP, load_metadata(path, OP, KIND), "extra")
 
 
 def _layer_tensors(layer: LayerCache) -> tuple[NDArray[Any], ...]:
@@ -179,20 +141,3 @@ def _layer_from(
     layer.restore(ids, table, starts, tuple(lengths), parts["k"], parts["v"])
     pool.free(ids)
     return layer
-
-
-def _checksum(tensors: Tensors, metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _sync(path: str | os.PathLike[str]) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -111,7 +112,7 @@ class PageFormat:
 
 def check_code(side: str, bits: int, code: str) -> None:
     """Raise ValueError unless `bits` and `code` go together for the side named `side` ("k" or "v")."""
-    if bits not in (2, 3, 4):
+    if not isinstance(bits, int) or bits not in (2, 3, 4):
         raise ValueError(f"[codec_spec] expected {side}_bits in (2, 3, 4); got {bits}")
     if code not in CODES:
         raise ValueError(f"[codec_spec] expected {side}_code in {CODES}; got {code!r}")
@@ -170,6 +171,9 @@ class CodecSpec:
         for name, number in (("sinks", self.sinks), ("window", self.window), ("seed", self.seed)):
             if not isinstance(number, int) or number < 0:
                 raise ValueError(f"[codec_spec] expected {name} >= 0; got {number!r}")
+        angle = self.planar_angle
+        if angle is not None and not (isinstance(angle, int | float) and math.isfinite(angle)):
+            raise ValueError(f"[codec_spec] expected planar_angle as degrees or None; got {angle!r}")
         if self.version != FORMAT_VERSION:
             raise ValueError(f"[codec_spec] expected format version {FORMAT_VERSION}; got {self.version!r}")
 
@@ -203,8 +207,12 @@ class CodecSpec:
     @classmethod
     def from_json(cls, text: str) -> CodecSpec:
         """The inverse of `to_json`. Raises ValueError on unknown fields or values."""
-        fields: dict[str, Any] = json.loads(text)
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise ValueError(f"[codec_spec] expected the fields {sorted(known)}; got {sorted(fields)}")
+        try:
+            fields: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"[codec_spec] expected a spec as JSON; got {type(error).__name__}") from None
+        if not isinstance(fields, dict) or set(fields) != known:
+            got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"[codec_spec] expected the fields {sorted(known)}; got {got}")
         return cls(**fields)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..models.rope import C128, F64, Rope
-from ..util.files import replaced
+from ..util.tensor_files import load_tensors, save_tensors
 
+KIND = {"format": "forgeattention centres", "version": "1"}
 OFFSETS = 2 ** np.arange(17)
 """Future distances over which scores are averaged."""
 
@@ -73,12 +74,15 @@ class Centres:
 
     @classmethod
     def from_arrays(cls, rope: Rope, arrays: Mapping[str, NDArray[np.float64]]) -> Centres:
-        """Raises ValueError where the arrays are of another rotation."""
-        if arrays["abs"].shape[1] != len(rope.frequencies):
-            raise ValueError(
-                f"[centres] expected {len(rope.frequencies)} frequencies per head; got {arrays['abs'].shape[1]}"
-            )
-        out = cls(rope, len(arrays["abs"]))
+        """The inverse of `arrays`. Raises ValueError where they are none, or of another rotation."""
+        if set(arrays) != {"count", "real", "imag", "abs"} or arrays["abs"].ndim != 2 or arrays["count"].shape != (1,):
+            raise ValueError(f"[centres] expected count, real, imag and abs of each head; got {sorted(arrays)}")
+        shape = len(arrays["abs"]), len(rope.frequencies)
+        if arrays["abs"].shape != shape:
+            raise ValueError(f"[centres] expected {shape[1]} frequencies per head; got {arrays['abs'].shape[1]}")
+        if any(arrays[name].shape != shape or not np.isfinite(arrays[name]).all() for name in ("real", "imag", "abs")):
+            raise ValueError(f"[centres] expected finite means {list(shape)}; got others")
+        out = cls(rope, shape[0])
         out.count = int(arrays["count"][0])
         out._mean = arrays["real"] + 1j * arrays["imag"]
         out._abs = arrays["abs"].copy()
@@ -87,27 +91,18 @@ class Centres:
 
 def save_centres(path: str | os.PathLike[str], layers: Mapping[int, Centres]) -> None:
     """Writes the centres of a model's layers to a safetensors file, whole or not at all."""
-    from safetensors.numpy import save
-
-    data = save({f"{i}.{name}": x.copy() for i, c in layers.items() for name, x in c.arrays().items()})
-    with replaced(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    tensors = {f"{i}.{name}": x.copy() for i, c in layers.items() for name, x in c.arrays().items()}
+    save_tensors(path, tensors, KIND)
 
 
 def load_centres(path: str | os.PathLike[str], rope: Rope) -> dict[int, Centres]:
     """Reads what `save_centres` wrote. Raises ValueError for a damaged file or another rotation."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(os.fspath(path))
-    except SafetensorError as error:
-        raise ValueError(f"[centres] expected a complete safetensors file; got {path}: {error}") from None
+    _, tensors = load_tensors(path, "centres", KIND)
     layers: dict[int, dict[str, NDArray[np.float64]]] = {}
     for name, array in tensors.items():
         number, _, part = name.partition(".")
+        if not number.isdecimal():
+            raise ValueError(f"[centres] expected arrays named by their layers; got {name!r}")
         layers.setdefault(int(number), {})[part] = array
     return {i: Centres.from_arrays(rope, parts) for i, parts in layers.items()}
 

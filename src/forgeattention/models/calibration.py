@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..codec import Codec, CodecSpec
 from ..codec.spec import FORMAT_VERSION
-from ..util.files import replaced
+from ..util.tensor_files import load_tensors, save_tensors
 from .fingerprint import fingerprint
 from .weights.hf import weight_codecs
 
-FORMAT = "forgeattention calibration"
+OP = "calibration"
+KIND = {"format": "forgeattention calibration", "version": str(FORMAT_VERSION)}
 GRAM_RIDGE = 0.3
 """Share of the identity mixed into Gram matrices of queries, which are those of other texts."""
 Table = dict[int, tuple[int, int]]
@@ -47,9 +46,7 @@ class Calibration:
         tensors: dict[str, NDArray[Any]] = {f"gram.{i}": g.astype(np.float16) for i, g in self.grams.items()}
         numbers = sorted(self.table)
         tensors["layers"] = np.array([(i, *self.table[i]) for i in numbers], np.int32).reshape(-1, 3)
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "model": self.model, "spec": self.spec.to_json()}
-        with replaced(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        save_tensors(path, tensors, {**KIND, "model": self.model, "spec": self.spec.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> Calibration:
@@ -58,16 +55,13 @@ class Calibration:
         Raises:
             ValueError: a damaged file, another format version, or another model.
         """
-        try:
-            with safe_open(os.fspath(path), framework="np") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"[calibration] expected a complete safetensors file; got {path}: {error}") from None
-        for name, want in (("format", FORMAT), ("version", str(FORMAT_VERSION)), ("model", fingerprint(model))):
-            if metadata.get(name) != want:
-                raise ValueError(f"[calibration] expected {name} {want}; got {metadata.get(name)}")
-        table = {int(i): (int(k), int(v)) for i, k, v in tensors.pop("layers")}
+        metadata, tensors = load_tensors(path, OP, KIND | {"model": fingerprint(model)})
+        rows = tensors.pop("layers", None)
+        if rows is None or rows.ndim != 2 or rows.shape[1] != 3 or "spec" not in metadata:
+            raise ValueError(f"[{OP}] expected a spec and bits by layer; got {path} without")
+        table = {i: (k, v) for i, k, v in rows.tolist()}
+        if sorted(tensors) != sorted(f"gram.{i}" for i in table):
+            raise ValueError(f"[{OP}] expected a Gram matrix for each layer {sorted(table)}; got {sorted(tensors)}")
         grams = {int(name.removeprefix("gram.")): g.astype(np.float32) for name, g in tensors.items()}
         return cls(metadata["model"], CodecSpec.from_json(metadata["spec"]), table, grams)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..codec.spec import HEAD_DIMS, PAGE, CodecSpec
+from ..util.files import read_json
 from .names import resolve
 
 CHUNK = 512
@@ -148,7 +148,7 @@ def read_config(name: str) -> Any:
 
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".json":
-        fields = json.loads(path.read_text())
+        fields = read_json(path, "plan", "a config.json")
         if not isinstance(fields, dict) or "model_type" not in fields:
             raise ValueError(f"[plan] expected a config.json with model_type; got {name!r}")
         return AutoConfig.for_model(**fields)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..util.files import read_json
 from .names import resolve
 from .shape import LayerShape, Model, quantized_bits
 
@@ -30,7 +30,7 @@ def read_config(name: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(source.location, "config.json"))
-    fields = json.loads(path.read_text())
+    fields = read_json(path, "plan", "a config.json")
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ValueError(f"[plan] expected a config.json with model_type; got {name!r}")
     return fields

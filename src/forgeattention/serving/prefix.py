@@ -134,7 +134,7 @@ class PrefixCache:
             return None
         try:
             cache = self._read(path)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError) as error:
             log.warning("prefix cache: %s is not used and was removed: %s", path, error)
             path.unlink(missing_ok=True)
             return None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..util.files import replaced
+from ..util.files import read_json, write_json
 
 FORMAT = "forgeattention budgets 1"
 
@@ -37,9 +37,8 @@ class Budgets:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file, whole or not at all."""
         layers = {str(i): b.tolist() for i, b in self.layers.items()}
-        text = json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "layers": layers})
-        with replaced(path) as temporary:
-            Path(temporary).write_text(text)
+        held = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": layers}
+        write_json(path, held | {"sha256": _checksum(held)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str) -> Budgets:
@@ -48,20 +47,27 @@ class Budgets:
         Raises:
             ValueError: another format, another model, or numbers that are no budgets.
         """
-        try:
-            data: Any = json.loads(Path(path).read_text())
-            found, layers = data["format"], {int(i): np.array(b) for i, b in data["layers"].items()}
-            owner = data["fingerprint"]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"[budgets] expected a file of calibrate --sparse; got {path}: {error}") from error
-        if found != FORMAT:
+        data = read_json(path, "budgets", "a file of calibrate --sparse")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"[budgets] expected format {FORMAT!r}; got {found!r}")
+        claimed = data.pop("sha256", None)
+        if claimed != _checksum(data):
+            raise ValueError(f"[budgets] expected checksum {_checksum(data)}; got {claimed!r}: {path} was changed")
+        owner, held = data.get("fingerprint"), data.get("layers")
+        if not isinstance(held, dict) or not all(i.isdecimal() and isinstance(b, list) for i, b in held.items()):
+            raise ValueError(f"[budgets] expected a list of numbers by layer; got {path} without")
+        layers = {int(i): np.array(b) for i, b in held.items()}
         if owner != fingerprint:
             raise ValueError(f"[budgets] expected budgets of model {fingerprint}; got those of {owner}")
         for i, b in layers.items():
             if b.ndim != 1 or b.dtype.kind != "i" or len(b) == 0 or b.min() < 0 or b.max() > 2**31 - 1:
                 raise ValueError(f"[budgets] expected whole numbers >= 0 for the heads of layer {i}; got {b.tolist()}")
         return cls(owner, {i: b.astype(np.int32) for i, b in layers.items()})
+
+
+def _checksum(held: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def water_fill(dropped: NDArray[np.float64], counts: NDArray[np.int64], total: int) -> NDArray[np.int32]:

@@ -39,3 +39,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with replaced(path) as temporary:
         Path(temporary).write_text(text)
+
+
+def read_json(path: str | os.PathLike[str], op: str, what: str) -> Any:
+    """The contents of a JSON file.
+
+    Args:
+        path: the file.
+        op: who asks, for messages.
+        what: what the file should be, for messages.
+
+    Raises:
+        ValueError: no JSON, or nested deeper than Python reads.
+        OSError: the file cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # both kinds of wrong text are ValueErrors
+        raise ValueError(f"[{op}] expected {what}; got {path}: {type(error).__name__}, {error}") from None

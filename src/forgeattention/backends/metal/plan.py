@@ -58,7 +58,7 @@ def measured() -> dict[int, int]:
     except ImportError:
         return {}
     kept = _read().get(name, {}) if name is not None else {}
-    return {int(dim): rows for dim, rows in kept.items() if dim.isdigit() and rows in CHOICES}
+    return {int(dim): rows for dim, rows in kept.items() if dim.isdecimal() and rows in CHOICES}
 
 
 def keep(name: str, rows: Mapping[int, int]) -> Path:
@@ -75,6 +75,6 @@ def keep(name: str, rows: Mapping[int, int]) -> Path:
 def _read() -> dict[str, dict[str, int]]:
     try:
         plans = json.loads(plan_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plans if isinstance(plans, dict) and all(isinstance(x, dict) for x in plans.values()) else {}

@@ -293,7 +293,10 @@ class ForgeCache(Cache):
             ValueError: a damaged file, or another format version, model or codec.
         """
         if spec is None:
-            spec = CodecSpec.from_json(storage.saved_extra(path)["spec"])
+            told = storage.saved_extra(path)
+            if not isinstance(told, dict) or not isinstance(told.get("spec"), str):
+                raise ValueError(f"[cache.load] expected a cache of ForgeCache.save; got {path}, which names no spec")
+            spec = CodecSpec.from_json(told["spec"])
         self = cls(model, spec, **options)
         self._all_packed_or_raise("load")
         text = model.config.get_text_config(decoder=True)
@@ -309,6 +312,8 @@ class ForgeCache(Cache):
             max_pages=self.max_pages,
             options={i: self.layer_options(self.layers[i]) for i in self.packed},
         )
+        if not isinstance(extra, dict) or set(extra.get("layers", ())) != {str(i) for i in layers}:
+            raise ValueError(f"[cache.load] expected a cache of ForgeCache.save; got {path}, which says no layers")
         for i, cache in layers.items():
             self.layers[i].restore(cache, extra["layers"][str(i)])
         return self

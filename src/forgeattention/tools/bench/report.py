@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 from pathlib import Path
 from typing import Any
+
+from ...util.files import read_json
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -38,7 +39,7 @@ caption {{ text-align: left; padding-bottom: .5rem; }}
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Write the page of `args.records`, a file of `forgeattn bench decode --json`, to `args.output`."""
-    records = json.loads(Path(args.records).read_text())
+    records = read_json(args.records, "bench", "the records of `forgeattn bench decode`")
     output = Path(args.output)
     output.write_text(page(records))
     print(output)
@@ -54,8 +55,17 @@ def page(records: list[dict[str, Any]]) -> str:
     Raises:
         ValueError: other records, or none.
     """
-    measured = [r for r in records if isinstance(r, dict) and r.get("op") == "decode_attention"]
-    if not measured or records[0].get("op") != "env":
+    try:
+        return _page(records)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"[bench] expected the records of `forgeattn bench decode`; got others ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _page(records: list[dict[str, Any]]) -> str:
+    measured = [r for r in records if r.get("op") == "decode_attention"]
+    if not measured or records[0]["op"] != "env":
         raise ValueError("[bench] expected the records of `forgeattn bench decode`; got others")
     env = records[0]["env"]
     machine = env.get("device") or env["processor"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from ...codec.presets import DEFAULT, PRESETS
 from ...models.shape import head_dim
 from ...util.environment import environment
-from ...util.files import write_json
+from ...util.files import read_json, write_json
 from . import kl, memory, model_pages, niah, page, texts
 from .commands import niah_result
 from .setup import Setup, asks_for_spec, caches, setup
@@ -71,7 +70,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     """The `rows` of another run's JSON. Raises ValueError if it has none."""
     if not file.is_file():
         raise ValueError(f"[report] expected a JSON file; got {str(file)!r}")
-    content = json.loads(file.read_text())
+    content = read_json(file, "report", "a run's JSON")
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"[report] expected a list of rows in {str(file)!r}; got {type(rows).__name__}")
