@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import sys
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ NUMBERS = {
     "minutes": (60, "minutes of decoding, and of serving"),
 }
 COUNTS: dict[str, Counter[str]] = {}
+BEGAN = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,11 +61,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         COUNTS.setdefault(report.nodeid.rpartition("::")[2], Counter())[report.outcome] += 1
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    _write(item.config)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an ended run logs what it did
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """One log per run, so that parts may be run one after the other."""
+    _write(session.config)
+
+
+def _write(config: pytest.Config) -> None:
+    """The log of this run, so that parts may be run one after the other."""
     if not COUNTS:
         return
-    folder = Path(session.config.rootpath) / "build" / "soak"
+    folder = Path(config.rootpath) / "build" / "soak"
     folder.mkdir(parents=True, exist_ok=True)
     log: dict[str, Any] = {
         "versions": {
@@ -70,7 +85,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "options": {name: session.config.getoption(f"--{name}") for name in NUMBERS},
+        "options": {name: config.getoption(f"--{name}") for name in NUMBERS},
         "tests": {name: dict(found) for name, found in sorted(COUNTS.items())},
     }
-    write_json(folder / time.strftime("%Y-%m-%d-%H%M%S.json", time.gmtime()), log)
+    write_json(folder / f"{BEGAN}-{os.getpid()}.json", log)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..util.folders import cache_folder
+from .gguf import open_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +193,7 @@ def convert(gguf: str | os.PathLike[str], dtype: torch.dtype) -> Path:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
 
+    open_gguf(path)  # refuses a damaged file before transformers believes its numbers
     print(f"Converting {path.name} to {target} (once)", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as scratch:
@@ -251,9 +253,7 @@ def _set_end_tokens(model: Any, tokenizer: Any) -> None:
 
 def _finish_tokenizer(tokenizer: Any, path: Path) -> None:
     """Give a tokenizer what its GGUF file says and transformers leaves out."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(str(path))
+    fields = open_gguf(path)
     _set_pre_tokenizer(tokenizer, fields)
     _check_first_token(tokenizer, fields)
 

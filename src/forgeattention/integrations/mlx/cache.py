@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +9,12 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from ...cache import LayerCache, MLXArrays, PagePool, PendingTokens
+from ...cache import LayerCache, PagePool, PendingTokens
 from ...codec import PAGE, Codec, CodecSpec
 from ...eviction import Evictor
-from ...ops.arrays import dtype_of
 from ...sparse import SparseLayer
-from .convert import codec_of, integers, json_array, packed_width, widened
+from .convert import integers, json_array, packed_width, widened
+from .stored import codec_said, read_header, read_layer
 
 I64 = NDArray[np.int64]
 Keep = NDArray[np.bool_]
@@ -358,32 +357,20 @@ class PackedKVCache:
 
     @state.setter
     def state(self, value: Any) -> None:
-        header = json.loads(bytes(value[0].tolist()))
-        made = self.__dict__.get("codec")
-        self.__init__(CodecSpec.from_json(header["spec"]), codec=made)  # type: ignore[misc]
+        header, made = read_header(value[0], filled=len(value) > 1), self.__dict__.get("codec")
+        spec = CodecSpec.from_json(header["spec"])
+        layer, codec = None, made
+        if len(value) > 1:
+            codec = codec_said(header) if made is None else made
+            if codec.fingerprint != header["codec"]:
+                raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
+            layer = read_layer(value[1:], codec)
+            if len(header["position"]) != layer.batch:
+                raise ValueError(f"[mlx_lm] expected positions of {layer.batch} rows; got {len(header['position'])}")
+        self.__init__(spec, codec=codec if header.get("diagonal") is not None else made)  # type: ignore[misc]
         self.batched = header["batched"]
         self._position = np.array(header["position"], np.int64)
-        if len(value) == 1:
-            return
-        _, pages, table, lengths, k, v = value
-        codec = made or codec_of(self.spec, header["head_dim"], header["kv_heads"], header["diagonal"])
-        if header["diagonal"] is not None:
-            self.codec = codec
-        if codec.fingerprint != header["codec"]:
-            raise ValueError(f"[mlx_lm] expected codec {codec.fingerprint}; got a cache of codec {header['codec']}")
-        arrays = MLXArrays()
-        numbers, starts = np.array(table)
-        used, rows = np.unique(numbers, return_inverse=True)
-        shift = int(len(used) > 0 and used[0] < 0)
-        pool = PagePool(codec.page_bytes, arrays)
-        ids = pool.alloc(len(used) - shift)
-        for page, at in zip(ids.tolist(), used[shift:].tolist()):
-            pool.write(page, pages[at])
-        exact, packed, seen = np.array(lengths)
-        self.cache = LayerCache(codec, len(packed), arrays, dtype_of(k), pool=pool)
-        tokens = (arrays.to_host(x) for x in (k, v))
-        self.cache.restore(ids, rows.reshape(numbers.shape) - shift, starts, (exact, packed, seen), *tokens)
-        pool.free(ids)
+        self.cache = layer
 
     @property
     def meta_state(self) -> str:
