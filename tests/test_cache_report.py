@@ -64,7 +64,7 @@ def test_mlx():
     cache = make_prompt_cache(mlx_model("gemma3_text"), SPEC, fitted=False)
     found = report(cache)
     assert all(set(entry) == KEYS for entry in found["layers"])
-    assert set(found) == {"layers", "packed", "of", "bytes", "unpacked_bytes"}
+    assert set(found) == {"layers", "packed", "decoded", "of", "bytes", "unpacked_bytes"}
 
 
 def test_one_layer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -59,13 +60,22 @@ OWN_READING = {"doge": ".transpose|.shape", "jetmoe": ".repeat", "diffllama": "v
 
 
 @pytest.mark.parametrize("kind", OWN_READING)
-def test_models_that_read_keys_themselves_are_refused(kind: str) -> None:
+def test_models_that_read_keys_themselves_are_given_decoded_ones(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     built = made(kind, head_dim=64, kv_channels=64)
     for what in (built, built.config):
-        with pytest.raises(
-            ValueError, match=rf"\[forge_cache\] .* got \w+Attention, which reads their ({OWN_READING[kind]})"
-        ):
-            ForgeCache(what)
+        caplog.clear()
+        assert ForgeCache(what).report()["decoded"] == 2
+        said = [text for text in caplog.messages if "by decoding them at every step" in text]
+        assert len(said) == 1
+        assert re.search(rf"got \w+Attention, which reads their ({OWN_READING[kind]})", said[0])
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "xlstm", "openai-gpt", "xlnet"])
+def test_models_that_read_no_keys_from_a_cache_are_refused(kind: str) -> None:
+    config = config_of(next(k for k in MODEL_FOR_CAUSAL_LM_MAPPING if k.model_type == kind))
+    built = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"\[forge_cache\] expected a model that reads its keys from a cache; got \w+"):
+        ForgeCache(built)
 
 
 def test_keys_that_an_indexer_chose_are_all_that_a_stock_layer_sees() -> None:

@@ -78,6 +78,11 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         k, v = ops.decode_pages(codec, table, dtype=torch.float16)
         return k + v
 
+    def decode_into(q: Any) -> Any:
+        k, v = torch.ones(2, len(q), codec.kv_heads, 3 + table.max_length, codec.head_dim).unbind()
+        ops.decode_into(codec, table, k, v, 2)
+        return k + v
+
     def prefill_attention(q: Any) -> Any:
         packed = ops.prefill_attention(q, codec, table, 0.1)
         return ops.merge(*packed, *ops.prefill_attention(q + 1, codec, table, 0.1))
@@ -120,6 +125,7 @@ def calls(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "encode_rows": (encode_rows, row_arguments(case)),
         "decode_attention": (decode_attention, (q,)),
         "decode_pages": (decode_pages, ()),
+        "decode_into": (decode_into, (q,)),
         "compact": (compact, (table.base,)),
         "prefill_attention": (prefill_attention, (q,)),
         "merge": (merge, (q,)),
@@ -161,6 +167,7 @@ def arguments(name: str, case: Case) -> list[Any]:
         "append_tokens": ((*buffers, torch.randn(3, 2, 2, 64), torch.randn(3, 2, 2, 64)), {}),
         "decode_attention": ((q, codec, table, exact, 0.1), {"sink_logits": torch.randn(q.shape[1])}),
         "decode_pages": ((codec, table), {"rotated": True}),
+        "decode_into": ((codec, table, *torch.zeros(2, len(q), codec.kv_heads, 300, codec.head_dim), 1), {}),
         "compact": ((table.base, torch.arange(2) * codec.page_bytes, codec.page_bytes), {}),
         "prefill_attention": ((q, codec, table, 0.1), {}),
         "merge": ((o, lse, o + 1, lse), {}),

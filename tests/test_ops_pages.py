@@ -54,6 +54,41 @@ def test_append_tokens_checks_before_it_writes() -> None:
 
 
 @DEVICES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("most", [128, 130])
+def test_decode_into(device: str, dtype: torch.dtype, backend: str, most: int) -> None:
+    """Rows of several lengths; what lies before and behind their tokens stays."""
+    if device == "numpy" and dtype == torch.bfloat16:
+        dtype = torch.float16
+    case = make_case(CodecSpec(), lengths=(128, 100, 0), exact=(1, 1, 1))
+    table = ops.PageTable(*(on(device, x) for x in (case.table.base, case.table.offsets, case.table.lengths)), most)
+    want = ops.decode_pages(case.codec, table, dtype=str(dtype).rpartition(".")[2], backend=backend)
+    found = [on(device, torch.full((3, case.codec.kv_heads, 140, 64), 7.0).to(dtype)) for _ in range(2)]
+    ops.decode_into(case.codec, table, *found, 5, backend=backend)
+    for x, y in zip(map(host, found), map(host, want), strict=True):
+        assert torch.equal(x[:, :, 5 : 5 + most], y)
+        assert (x[:, :, :5] == 7).all()
+        assert (x[:, :, 5 + most :] == 7).all()
+
+
+def test_decode_into_checks_before_it_writes() -> None:
+    case = make_case(CodecSpec(), lengths=(128,), exact=(1,))
+    heads, table = case.codec.kv_heads, case.table
+    k, v = torch.zeros(2, 1, heads, 135, 64)
+    with pytest.raises(ValueError, match=r"\[decode_into\] expected room for 133 tokens from index 3 on; got 135"):
+        ops.decode_into(case.codec, table, k, v, 3)
+    with pytest.raises(ValueError, match=r"\[decode_into\] expected room for 133 tokens from index -1 on; got 135"):
+        ops.decode_into(case.codec, table, k, v, -1)
+    with pytest.raises(ValueError, match=rf"expected v float32 \[1, {heads}, 135, 64\]; got float16"):
+        ops.decode_into(case.codec, table, k, v.half(), 0)
+    with pytest.raises(ValueError, match=r"\[decode_into\] expected v contiguous; got other strides"):
+        ops.decode_into(case.codec, table, k, v.transpose(1, 2).contiguous().transpose(1, 2), 0)
+    assert not k.any()
+    assert not v.any()
+
+
+@DEVICES
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("chosen", [{"top_k": 2}, {"top_k": 9}, {"top_k": 0}, {"top_p": 0.7}, {"top_p": 0.99}], ids=str)
 @pytest.mark.parametrize("exact", [True, False])

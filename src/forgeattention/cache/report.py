@@ -1,6 +1,7 @@
 """What a cache says of itself, in one shape for every engine.
 
-A layer's entry holds `layer` (its number), `kind` ("packed", or the class of a stock cache), `positions` (tokens that
+A layer's entry holds `layer` (its number), `kind` ("packed", "decoded" for a packed layer that is read by decoding, or
+the class of a stock cache), `positions` (tokens that
 it has come to), `bits` (effective bits per packed element, None where nothing is packed), `bytes` (allocated),
 `unpacked_bytes` (what its keys and values would take as they came) and, where pages are evicted, `eviction`.
 """
@@ -21,7 +22,8 @@ def packed_entry(
     cache: LayerCache | None,
     codec: Codec | None,
     positions: int,
-    head_dims: tuple[int, int] | None = None,
+    shape: tuple[int, int, int] | None = None,
+    kind: str = "packed",
 ) -> dict[str, Any]:
     """The entry of a packed layer.
 
@@ -30,14 +32,17 @@ def packed_entry(
         cache: its cache, or None before its first token.
         codec: its codec where that is known, or None.
         positions: tokens that it has come to, padding included as the engine counts it.
-        head_dims: channels of a head of the model's keys and values where records hold more; the bits are per element
-            of the model.
+        shape: the model's kv_heads and channels of a head of keys and of values, where records hold more; the bits are
+            per element of the model.
+        kind: "packed" or "decoded".
     """
     codec = codec if cache is None else cache.codec
-    wide = 1.0 if codec is None or head_dims is None else 2 * codec.head_dim / sum(head_dims)
+    wide = 1.0
+    if codec is not None and shape is not None:
+        wide = 2 * codec.kv_heads * codec.head_dim / (shape[0] * (shape[1] + shape[2]))
     entry = {
         "layer": layer,
-        "kind": "packed",
+        "kind": kind,
         "positions": positions,
         "bits": None if codec is None else codec.format.effective_bits * wide,
         "bytes": 0 if cache is None else cache.nbytes,
@@ -56,11 +61,13 @@ def stock_entry(layer: int, kind: str, positions: int | None, nbytes: int) -> di
 
 
 def totals(entries: Sequence[dict[str, Any]], of: int) -> dict[str, Any]:
-    """The report of a whole cache: `layers`, `packed` (how many), `of` (layers of the model), `bytes`,
+    """The report of a whole cache: `layers`, `packed` (how many, and `decoded` those that are read
+    by decoding), `of` (layers of the model), `bytes`,
     `unpacked_bytes`, and the sums of `eviction` where a layer has it."""
     out: dict[str, Any] = {
         "layers": list(entries),
         "packed": sum(entry["kind"] == "packed" for entry in entries),
+        "decoded": sum(entry["kind"] == "decoded" for entry in entries),
         "of": of,
         "bytes": sum(entry["bytes"] for entry in entries),
         "unpacked_bytes": sum(entry["unpacked_bytes"] for entry in entries),

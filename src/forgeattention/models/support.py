@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,15 @@ def load_classes(config: Any) -> None:
         importlib.import_module(name)
 
 
+def layers_that_share(config: Any, own: int) -> set[int]:
+    """Which of the `own` layers with keys of their own are read by later layers too."""
+    if (modes := getattr(config, "kv_sharing_modes", None)) is not None:
+        return {i for i, mode in enumerate(modes) if mode == "store"}
+    if not getattr(config, "num_kv_shared_layers", 0):  # where transformers does not name the modes yet
+        return set()
+    return set({kind: i for i, kind in enumerate(config.layer_types[:own])}.values())
+
+
 HANDLES = frozenset({"to"})
 """Attributes that a packed layer's handle has in place of keys and values."""
 
@@ -84,50 +93,71 @@ def attention_modules(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]
     """The modules that put keys and values into each layer of a cache, by layer number."""
     found: dict[int, list[torch.nn.Module]] = {}
     for module in model.modules():
-        number: Any = getattr(module, "layer_idx", None)
+        number: Any = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         kind: Any = type(module)
         if isinstance(number, int) and _updates(kind) is not None:
             found.setdefault(number, []).append(module)
     return found
 
 
-def unpackable(config: Any, model: torch.nn.Module | None, layers: Iterable[int]) -> str | None:
-    """What packed layers expect and a model's attention does not give, as "... ; got ..."; None where all is well.
+def unpackable(config: Any) -> str | None:
+    """What packed layers expect of a model and it does not give, as "... ; got ..."; None where all is well.
 
     Args:
         config: the decoder's own config.
-        model: the model; without it, what all attention classes of the config's modelling file have in common.
-        layers: numbers of the layers to be packed.
     """
-    if (reason := _own_cache(config)) is not None:
-        return reason
-    if model is not None:
-        modules = attention_modules(model)
-        found = (_unpackable(type(m), m, config) for i in layers for m in modules.get(i, ()))
-        return next((reason for reason in found if reason is not None), None)
-    module = _modelling(config)
-    kinds = [] if module is None else [x for x in list(vars(module).values()) if isinstance(x, type)]
-    own = [kind for kind in kinds if kind.__module__ == module.__name__ and _updates(kind) is not None]
-    reasons = [_unpackable(kind, None, config) for kind in own]
-    return reasons[0] if reasons and None not in reasons else None
-
-
-def _own_cache(config: Any) -> str | None:
     from transformers.cache_utils import DynamicCache
 
     module = _modelling(config)
     if module is None:
         return None
+    name = type(config).__name__
     for value in list(vars(module).values()):
         if isinstance(value, type) and issubclass(value, DynamicCache) and value.__module__ == module.__name__:
-            name = type(config).__name__
             return f"a model that takes any cache of transformers; got {name}, which takes a {value.__name__}"
-    # Mllama looks at the keys of its cross-attention layers, to see whether there are images.
-    if "layer.keys" in _text(module):
-        return (
-            f"a model that leaves keys to its attention; got {type(config).__name__}, which reads them from the cache"
-        )
+    # Mllama looks at the keys of its cross-attention layers, to see whether there are images; those are not packed.
+    if "layer.keys" in _text(module) and not hasattr(config, "cross_attention_layers"):
+        return f"a model that leaves keys to its attention; got {name}, which reads them from the cache"
     return None
+
+
+def decoded(config: Any, model: torch.nn.Module | None, layers: Sequence[int], unserved: str | None) -> dict[int, str]:
+    """The layers whose attention no kernel computes, which must be given decoded keys and values, and why.
+
+    Args:
+        config: the decoder's own config.
+        model: the model; without it, what all attention classes of the config's modelling file have in common.
+        layers: numbers of the layers to be packed.
+        unserved: what `unserved` says.
+
+    Raises:
+        ValueError: a model that takes no cache, or whose layers never read one.
+    """
+    found: dict[int, str] = {}
+    if model is not None:
+        modules = attention_modules(model)
+        for i in layers:
+            each = (unserved or _unpackable(type(m), m, config) for m in modules.get(i, ()))
+            if (reason := next((r for r in each if r is not None), None)) is not None:
+                found[i] = reason
+    else:
+        module = _modelling(config)
+        kinds = [] if module is None else [x for x in list(vars(module).values()) if isinstance(x, type)]
+        own = [kind for kind in kinds if kind.__module__ == module.__name__ and _updates(kind) is not None]
+        reasons = [unserved or _unpackable(kind, None, config) for kind in own]
+        if reasons and (first := reasons[0]) is not None and None not in reasons:
+            found = dict.fromkeys(layers, first)
+    if unserved is not None:
+        takes = any("past_key_values" in _parameters(kind) for kind in model_classes(config, model))
+        if not takes or (layers and not found):
+            raise ValueError(f"[forge_cache] expected a model that reads its keys from a cache; {unserved}")
+    return found
+
+
+@functools.cache
+def _parameters(kind: type) -> frozenset[str]:
+    """Names of what a class's forward takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
 def _modelling(config: Any) -> Any:
@@ -146,18 +176,16 @@ def _unpackable(kind: type, module: torch.nn.Module | None, config: Any) -> str 
     name = kind.__name__
     for what, guard in _updates(kind) or ():
         if guard is None or getattr(module, guard, None) is not None:
-            return (
-                f"a model that leaves keys and values to the attention function; got {name}, which reads their {what}"
-            )
+            return f"got {name}, which reads their {what}"
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and "softcap" in _source(kind):
-        return f"attention without a soft cap of its scores; got {name} with {cap:g}"
+        return f"got {name}, which caps its scores at {cap:g}"
     dims = _head_dims(module)
     if dims is not None:
         try:
             stored_head_dim(*dims)
         except ValueError as error:
-            return str(error).partition("expected ")[2] + f" in {name}"
+            return f"{str(error).partition('; ')[2]} in {name}"
     return None
 
 

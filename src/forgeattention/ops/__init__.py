@@ -1,7 +1,7 @@
 """The operations on a packed cache. Each validates its arguments, chooses a backend and launches it."""
 
 from .attention import decode_attention, merge, prefill_attention
-from .pages import append_tokens, compact, decode_pages, encode
+from .pages import append_tokens, compact, decode_into, decode_pages, encode
 from .prepared import PreparedDecode
 from .registry import report
 from .scores import qk_scores, value_sum
@@ -20,6 +20,7 @@ __all__ = [
     "append_tokens",
     "compact",
     "decode_attention",
+    "decode_into",
     "decode_pages",
     "encode",
     "encode_rows",

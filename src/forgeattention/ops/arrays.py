@@ -66,6 +66,11 @@ def empty_like(x: Any, shape: tuple[int, ...], dtype: str) -> Any:
     return np.empty(shape, dtype)
 
 
+def is_contiguous(x: Any) -> bool:
+    """Whether an array lies in memory in the order of its indices."""
+    return x.is_contiguous() if is_torch(x) else not isinstance(x, np.ndarray) or x.flags.c_contiguous
+
+
 def to_numpy(x: Any) -> Any:
     """A NumPy array of the same values; bfloat16 becomes float32. For the reference backend and tests."""
     if isinstance(x, np.ndarray):

@@ -1,4 +1,4 @@
-"""encode, append_tokens, decode_pages, compact: what is written to pages and to exact tokens, and read back."""
+"""encode, append_tokens, decode_pages, decode_into, compact: pages and exact tokens written and read back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
-from .arrays import FLOATS, Array, DType, dtype_name, dtype_of, empty_like
+from .arrays import FLOATS, Array, DType, dtype_name, dtype_of, empty_like, is_contiguous
 from .checks import check_codec, check_floats, check_index, check_table, check_vectors, describe, fail
 from .decorator import op
 from .registry import launch
@@ -106,6 +106,41 @@ def decode_pages(
     if name not in FLOATS:
         raise fail("decode_pages", f"dtype of {', '.join(FLOATS)}", name)
     return launch("decode_pages", table.lengths, backend)(codec, table, name, rotated)
+
+
+def _decode_into_fake(codec: Codec, table: PageTable, k: Any, v: Any, first: Any) -> None:
+    return None
+
+
+@op(fake=_decode_into_fake, mutates=("k", "v"))
+def decode_into(codec: Codec, table: PageTable, k: Array, v: Array, first: int, *, backend: str = "auto") -> None:
+    """Decode the tokens of a table into arrays that are there already. MLX's arrays do not stay in place.
+
+    Args:
+        codec: the layer's codec.
+        table: the tokens.
+        k, v: contiguous [batch, kv_heads, n, head_dim] of one dtype. Of each row, the indices `first` to
+            `first + table.max_length` are written: its tokens, and zero from its length on.
+        first: index of each row's first token.
+        backend: "auto" or a backend's name.
+
+    Raises:
+        ValueError: a wrong shape or dtype, strides, too little room. Nothing is written then.
+    """
+    name = "decode_into"
+    check_codec(name, codec)
+    check_table(name, table, None, k)
+    shape = (table.lengths.shape[0], codec.kv_heads, "n", codec.head_dim)
+    check_floats(name, "k", k, 4)
+    for what, x in (("k", k), ("v", v)):
+        check_index(name, what, x, dtype_of(k), (*shape[:2], k.shape[2], shape[3]))
+        if not is_contiguous(x):
+            raise fail(name, f"{what} contiguous", "other strides")
+    if first < 0 or first + table.max_length > k.shape[2]:
+        raise fail(name, f"room for {table.max_length} tokens from index {first} on", k.shape[2])
+    run = launch(name, k, backend)
+    if table.max_length:
+        run(codec, table, k, v, first)
 
 
 def _compact_fake(base: Any, offsets: Any, page_bytes: int) -> Any:

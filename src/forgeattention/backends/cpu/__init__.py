@@ -8,6 +8,7 @@ OPS = {
     "append_step": "steps",
     "encode_rows": "cpu.steps",
     "decode_pages": "cpu.pages",
+    "decode_into": "cpu.pages",
     "compact": "cpu.pages",
     "decode_attention": "cpu.attention",
     "prefill_attention": "cpu.attention",

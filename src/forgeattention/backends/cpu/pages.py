@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...codec.codec import Codec
-from ...ops.arrays import empty_like, is_torch
+from ...ops.arrays import dtype_of, empty_like, is_torch
 from ...ops.checks import fail
 from ...ops.table import PageTable
 from ...ops.threads import get_num_threads
@@ -40,11 +40,30 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     if dtype == "bfloat16" and not is_torch(table.lengths):
         raise fail("decode_pages", "dtype float32 or float16 for NumPy results", dtype)
     k, v = empty_like(table.lengths, shape, dtype), empty_like(table.lengths, shape, dtype)
-    view = table_view("decode_pages", table)
-    native.decode_pages(
-        native_codec(codec), view, batch, rotated, DTYPES[dtype], address(k), address(v), get_num_threads()
-    )
+    _decode(codec, table, k, v, rotated, 0)
     return k, v
+
+
+def decode_into(codec: Codec, table: PageTable, k: Any, v: Any, first: int) -> None:
+    _decode(codec, table, k, v, False, first)
+
+
+def _decode(codec: Codec, table: PageTable, k: Any, v: Any, rotated: bool, first: int) -> None:
+    """Decodes into contiguous k, v [batch, kv_heads, n, width] from index `first` on."""
+    batch, _, n, width = k.shape
+    dtype = dtype_of(k)
+    skipped = first * width * (4 if dtype == "float32" else 2)
+    native.decode_pages(
+        native_codec(codec),
+        table_view("decode_pages", table),
+        batch,
+        rotated,
+        DTYPES[dtype],
+        address(k) + skipped,
+        address(v) + skipped,
+        n,
+        get_num_threads(),
+    )
 
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:

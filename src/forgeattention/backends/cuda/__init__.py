@@ -11,6 +11,7 @@ OPS = {
     "append_step": "cuda.steps",
     "encode_rows": "cuda.pages",
     "decode_pages": "cuda.pages",
+    "decode_into": "cuda.pages",
     "compact": "cuda.pages",
     "decode_attention": "cuda.attention",
     "prefill_attention": "cuda.prefill",

@@ -145,8 +145,10 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
     return k, v
 
 
-def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: bool = False) -> None:
-    """`decode_pages` into contiguous k, v [batch, kv_heads, max_length, width], width: padded_dim if rotated."""
+def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: bool = False, *, first: int = 0) -> None:
+    """`decode_pages` into contiguous k, v [batch, kv_heads, n, width], width: padded_dim if rotated, from index `first`
+    on; all of a table's last page is written, so that there must be room for it."""
+    offset = first * k.shape[3] * k.element_size()
     device, dtype = table.lengths.device, dtype_of(k)
     with on_device(device):
         launch = constants_of(codec, device).launch(
@@ -156,13 +158,23 @@ def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: b
             base=address(table.base),
             page_table=table.page_table.data_ptr(),
             lengths=table.lengths.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
+            k=k.data_ptr() + offset,
+            v=v.data_ptr() + offset,
             max_pages=table.page_table.stride(0),
-            max_length=table.max_length,
+            max_length=k.shape[2],
         )
         grid = -(-table.max_length // PAGE), codec.kv_heads, k.shape[0]
         launch.kernel.launch(grid, 256, current_stream(device), packed)
+
+
+def decode_into(codec: Codec, table: PageTable, k: Any, v: Any, first: int) -> None:
+    """See `forgeattention.ops.decode_into`."""
+    if table.max_length % PAGE:
+        at = slice(first, first + table.max_length)
+        k[:, :, at], v[:, :, at] = decode_pages(codec, table, dtype_of(k), False)
+    else:
+        # Whole pages are all that the kernel writes, at the stride that its `max_length` gives.
+        decode_pages_into(codec, table, k, v, first=first)
 
 
 class _DecodePagesLaunch:

@@ -6,6 +6,7 @@ OPS = {
     "append_step": "steps",
     "encode_rows": "reference.steps",
     "decode_pages": "reference.pages",
+    "decode_into": "reference.pages",
     "compact": "reference.pages",
     "decode_attention": "reference.attention",
     "prefill_attention": "reference.attention",
@@ -18,7 +19,9 @@ OPS = {
     "page_scores": "reference.sparse",
     "page_select": "reference.sparse",
 }
-MLX_OPS = {op: module for op, module in OPS.items() if op not in ("append_tokens", "append_step", "encode_rows")}
+# MLX's arrays do not stay in place.
+IN_PLACE = ("append_tokens", "append_step", "decode_into", "encode_rows")
+MLX_OPS = {op: module for op, module in OPS.items() if op not in IN_PLACE}
 
 
 def available() -> tuple[bool, str]:

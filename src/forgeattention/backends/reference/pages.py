@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import reference
 from ...codec.codec import Codec
-from ...ops.arrays import from_numpy, to_numpy
+from ...ops.arrays import dtype_of, from_numpy, to_numpy
 from ...ops.table import PageTable
 from ...reference.pages import decode_page
 from .rows import pages_of_row
@@ -57,6 +57,11 @@ def decode_pages(codec: Codec, table: PageTable, dtype: str, rotated: bool) -> t
             k, v = reference.decode_pages(pages, codec)
         out[0, row, :, :length], out[1, row, :, :length] = k[:, :length], v[:, :length]
     return from_numpy(out[0], table.lengths, dtype), from_numpy(out[1], table.lengths, dtype)
+
+
+def decode_into(codec: Codec, table: PageTable, k: Any, v: Any, first: int) -> None:
+    at = slice(first, first + table.max_length)
+    k[:, :, at], v[:, :, at] = decode_pages(codec, table, dtype_of(k), False)
 
 
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:

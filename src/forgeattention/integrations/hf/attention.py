@@ -20,6 +20,9 @@ from ...cache import PendingTokens
 from ...cache.chunk_torch import attention, with_sinks
 from ...models.support import unserved
 
+CAPPED_QUERIES = 256
+"""Queries whose soft-capped scores are in memory at once."""
+
 
 def stock(
     module: torch.nn.Module,
@@ -31,16 +34,18 @@ def stock(
     scaling: float | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of a layer that is not packed: transformers' "sdpa", and sink logits, which that does not know.
+    """Attention to keys and values as they are: transformers' "sdpa", and sink logits and soft caps, which that does
+    not know.
 
     Returns:
         [batch, n, q_heads, head_dim].
     """
-    if kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"[forge] expected attention without a soft cap of its scores; got {type(module).__name__} with one: load "
-            "the model with attn_implementation='eager'"
-        )
+    if (cap := kwargs.get("softcap")) is not None:
+        unknown = ("block_indices", "sinks", "s_aux", "indices", "position_bias")
+        others = [name for name in unknown if kwargs.get(name) is not None]
+        if others or dropout:
+            raise ValueError(f"[forge] expected soft-capped scores without {', '.join(others) or 'dropout'}; got both")
+        return capped(module, q, k, v, mask, float(cap), scaling, kwargs.get("is_causal"))
     for name in ("block_indices", "sinks"):
         if kwargs.get(name) is not None:
             raise ValueError(f"[forge] expected attention without {name}; got them from {type(module).__name__}")
@@ -59,6 +64,41 @@ def stock(
         v = torch.nn.functional.pad(v, (0, k.shape[-1] - width))
     o, lse = attention(q, k, v, scale, causal=mask is None and q.shape[2] > 1, bias=mask)
     return with_sinks(o[..., :width], lse, sinks.float()).to(q.dtype).transpose(1, 2).contiguous()
+
+
+def capped(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    cap: float,
+    scaling: float | None,
+    is_causal: bool | None,
+) -> torch.Tensor:
+    """Attention with scores cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118), which torch's kernels do not know.
+
+    Arguments and result as of `stock`, without dropout.
+    """
+    batch, heads, n, dim = q.shape
+    tokens, scale = k.shape[2], dim**-0.5 if scaling is None else float(scaling)
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and mask is None and n > 1
+    out = q.new_empty(batch, heads, n, v.shape[3])
+    k, v, least = k.unsqueeze(2), v.unsqueeze(2), torch.finfo(q.dtype).min
+    for start in range(0, n, CAPPED_QUERIES):
+        rows = slice(start, min(start + CAPPED_QUERIES, n))
+        grouped = q[:, :, rows].unflatten(1, (k.shape[1], -1))
+        scores = torch.tanh(grouped @ k.transpose(-1, -2) * (scale / cap)) * cap
+        if mask is not None:
+            part = mask[:, :, rows, :tokens]
+            part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, (k.shape[1], -1))
+            scores = scores.masked_fill(~part, least) if part.dtype == torch.bool else scores + part
+        elif causal:
+            at = torch.arange(tokens, device=q.device)
+            scores = scores.masked_fill(at > at[tokens - n :][rows][:, None], least)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        out[:, :, rows] = (weights @ v).flatten(1, 2)
+    return out.transpose(1, 2).contiguous()
 
 
 def _selected(mask: torch.Tensor | None, indices: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -222,8 +262,13 @@ def forge_attention(
     else:
         out = key.attend(query.detach(), attention_mask, scale, sinks)
     if query.requires_grad and torch.is_grad_enabled():
-        out = _NoGradient.apply(out, query)
+        out = without_gradient(out, query)
     return out.transpose(1, 2).contiguous(), None
+
+
+def without_gradient(out: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`out`, which was computed from `source` without a gradient; asking for one is an error."""
+    return _NoGradient.apply(out, source)
 
 
 class _NoGradient(torch.autograd.Function):

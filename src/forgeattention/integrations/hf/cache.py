@@ -5,7 +5,7 @@
 
 Importing this package registers the name "forge" with transformers' two interfaces and changes nothing else. A packed
 layer's `update` gives a handle instead of keys and values; the attention function, which knows the padding, appends
-to the cache and attends.
+to the cache and attends. Where a model's attention is its own code, a layer gives decoded keys and values (`.decoded`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -27,26 +27,17 @@ from ...cache.report import packed_entry, stock_entry, totals
 from ...cache.strategies import PageSharding
 from ...codec import Codec, CodecSpec
 from ...codec.presets import spec_of
-from ...codec.spec import stored_head_dim
 from ...eviction import Eviction, Evictor, attention_fraction, rope_of
 from ...models.fingerprint import fingerprint
-from ...models.support import load_classes, unpackable, unserved
+from ...models.support import decoded, layers_that_share, load_classes, unpackable, unserved
 from ...models.weights.hf import weight_codecs
 from ...sparse import Budgets, SparseLayer, SparseSpec, sparse_means
 from . import attention as hf_attention
 from .auto_graph import attach, unfit
-from .layer import Keep, PackedLayer
+from .decoded import DecodedLayer, Scratch
+from .layer import CodedLayer, Keep, PackedLayer
 
 log = logging.getLogger("forgeattention")
-
-
-def _layers_that_share(config: Any, own: int) -> set[int]:
-    """Which of the `own` layers with keys of their own are read by later layers too."""
-    if (modes := getattr(config, "kv_sharing_modes", None)) is not None:
-        return {i for i, mode in enumerate(modes) if mode == "store"}
-    if not getattr(config, "num_kv_shared_layers", 0):  # where transformers does not name the modes yet
-        return set()
-    return set({kind: i for i, kind in enumerate(config.layer_types[:own])}.values())
 
 
 def _stock_layers(config: Any) -> list[Any]:
@@ -68,6 +59,9 @@ class ForgeCache(Cache):
     Sliding-window, linear-attention and hybrid layers keep the stock cache; `report` says which. The model must run
     with attn_implementation="forge". For inference: no gradient flows through it.
 
+    Layers whose attention no kernel computes are read by decoding: their pages are as small, but every step decodes
+    them whole, one layer at a time (docs/families.md says for which models and what it costs). A log line names them.
+
     Args:
         model: the model, whose weights then fit the codecs of the keys (`models.weights`), or its config alone.
         spec: how the cache is coded: a spec, or the name of one of `PRESETS`.
@@ -87,7 +81,7 @@ class ForgeCache(Cache):
 
     Raises:
         ValueError: a layer number that is not in the model, eviction from a model whose rotation is not known, or
-            options that do not go together.
+            options that do not go together, or a model whose layers cannot be packed.
     """
 
     def __init__(
@@ -116,14 +110,27 @@ class ForgeCache(Cache):
         whole = model if isinstance(model, torch.nn.Module) else None
         load_classes(text)
         attends = any(type(layer) is not LinearAttentionLayer for layer in layers)
-        if attends and (reason := unserved(text, whole)) is not None:
-            raise ValueError(f"[forge_cache] expected a model whose attention can be exchanged; {reason}")
+        reason = unserved(text, whole) if attends else None
+        if reason is not None and getattr(text, "_attn_implementation", None) == "forge":
+            raise ValueError(
+                f"[forge_cache] expected a model whose attention can be exchanged; {reason}: load it without "
+                "attn_implementation='forge', then its layers are read by decoding"
+            )
         own, exact = dict(codecs or {}), set(exact_layers)
         if not exact | set(own) <= set(range(len(layers))):
             raise ValueError(f"[forge_cache] expected layers in [0, {len(layers)}); got {sorted(exact | set(own))}")
-        packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in exact]
-        if packed and (reason := unpackable(text, whole, packed)) is not None:
-            raise ValueError(f"[forge_cache] expected {reason}")
+        stock = exact.union(getattr(text, "cross_attention_layers", None) or ())
+        packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in stock]
+        if packed and (refusal := unpackable(text)) is not None:
+            raise ValueError(f"[forge_cache] expected {refusal}")
+        by_decoding = decoded(text, whole, packed, reason)
+        packed = packed if reason is None else list(by_decoding)  # the others belong to an encoder
+        given = {"sparse": sparse, "eviction": eviction, "sharding": sharding, "graph=True": graph or None}
+        if by_decoding and (unfit_options := [name for name, value in given.items() if value is not None]):
+            raise ValueError(
+                f"[forge_cache] expected no {' and no '.join(unfit_options)} with layers that are read by decoding; "
+                + next(iter(by_decoding.values()))
+            )
         if isinstance(model, torch.nn.Module):
             own = weight_codecs(model, self.spec, [i for i in packed if i not in own]) | own
         budgets: Mapping[int, Any] = {}
@@ -133,10 +140,13 @@ class ForgeCache(Cache):
             budgets = Budgets.load(sparse.budgets, fingerprint(model)).layers
             if not set(packed) <= set(budgets):
                 raise ValueError(f"[forge_cache] expected budgets of layers {packed}; got {sorted(budgets)}")
-        stored = _layers_that_share(text, len(layers))
+        stored = layers_that_share(text, len(layers))
         for i in packed:
-            reading = None if sparse is None else SparseLayer(sparse, budgets.get(i), sparse_log)
-            layers[i] = PackedLayer(self, own.get(i), i in stored, reading)
+            if i in by_decoding:
+                layers[i] = DecodedLayer(self, own.get(i), i in stored, i in (codecs or ()))
+            else:
+                reading = None if sparse is None else SparseLayer(sparse, budgets.get(i), sparse_log)
+                layers[i] = PackedLayer(self, own.get(i), i in stored, reading)
         self._codecs: dict[tuple[int, int], Codec] = {}
         self.eviction = eviction
         self._evicting: dict[str, Any] = {}
@@ -147,7 +157,10 @@ class ForgeCache(Cache):
         if sparse is not None and sparse.min_context:
             least = sparse.min_context
             log.warning("rows are read whole until they have %d packed tokens (SparseSpec.min_context)", least)
-        if not self.packed:
+        for why in dict.fromkeys(by_decoding.values()):
+            which = [i for i in by_decoding if by_decoding[i] == why]
+            log.warning("ForgeCache reads layers %s by decoding them at every step: %s", which, why)
+        if not self.coded:
             log.warning("ForgeCache packs no layer: the model has no full-attention layer of the stock kind")
         self.graph = None
         if graph and not isinstance(model, torch.nn.Module):
@@ -158,8 +171,10 @@ class ForgeCache(Cache):
     def _setup(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.packed = [i for i, layer in enumerate(layers) if isinstance(layer, PackedLayer)]
+        self.coded = [i for i, layer in enumerate(layers) if isinstance(layer, CodedLayer)]
+        self.scratch = Scratch()
         # Only then is every user of the causal mask a packed layer.
-        self.all_packed = not any(isinstance(x, DynamicLayer) and not x.is_sliding for x in layers)
+        self.all_packed = not any(isinstance(x, DynamicLayer | DecodedLayer) and not x.is_sliding for x in layers)
         self.mixed = any(not isinstance(x, PackedLayer) and type(x).__name__ != "DummyLayer" for x in layers)
         self._seen_mask: tuple[Any, int, Keep | None] | None = None
 
@@ -170,10 +185,10 @@ class ForgeCache(Cache):
             self._codecs[key] = Codec(self.spec, head_dim, kv_heads)
         return self._codecs[key]
 
-    def layer_options(self, layer: PackedLayer) -> dict[str, Any]:
+    def layer_options(self, layer: CodedLayer) -> dict[str, Any]:
         """What the `LayerCache` of one of the layers is told beyond its shape."""
-        options: dict[str, Any] = {"backend": self.backend, "sparse": layer.sparse, "sharding": self.sharding}
-        options["eviction"] = None
+        options: dict[str, Any] = {"sparse": layer.sparse, "sharding": self.sharding, "eviction": None}
+        options["backend"] = self.backend
         if self.eviction is not None:
             number = next(i for i in self.packed if self.layers[i] is layer)
             centres = None if self.eviction.centres is None else self.eviction.centres[number].copy()
@@ -184,38 +199,41 @@ class ForgeCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         layer = self.layers[layer_idx]
-        if isinstance(layer, PackedLayer) and layer.steps is None and layer_idx != self.packed[0]:
-            first = self.layers[self.packed[0]].seen
+        if isinstance(layer, CodedLayer) and layer.steps is None and layer_idx != self.coded[0]:
+            first = self.layers[self.coded[0]].seen
             if first != layer.seen + key_states.shape[2]:
                 raise ValueError(
                     f"[forge_cache] expected {first - key_states.shape[2]} positions in layer {layer_idx}, as in layer "
-                    f"{self.packed[0]}; got {layer.seen}: an earlier step failed midway, reset the cache"
+                    f"{self.coded[0]}; got {layer.seen}: an earlier step failed midway, reset the cache"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         rows = beam_idx.tolist()
         for layer in self.layers:
-            if isinstance(layer, PackedLayer):
+            if isinstance(layer, CodedLayer):
                 layer.select(rows)
             else:
                 layer.reorder_cache(beam_idx)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated by all layers."""
-        return sum(entry["bytes"] for entry in self.report()["layers"])
+        """Bytes allocated by all layers, and those that packed ones are decoded into."""
+        return self.report()["bytes"]
 
     def report(self) -> dict[str, Any]:
         """What is packed, per layer and in all (`cache.report` says what it holds)."""
         entries: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
-            if isinstance(layer, PackedLayer):
-                entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen, layer.head_dims))
+            if isinstance(layer, CodedLayer):
+                shape = None if layer.head_dims is None else (layer.kv_heads, *layer.head_dims)
+                kind = "decoded" if isinstance(layer, DecodedLayer) else "packed"
+                entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen, shape, kind))
             else:
                 positions = layer.get_seq_length() if hasattr(layer, "get_seq_length") else None
                 entries.append(stock_entry(i, type(layer).__name__, positions, hf_attention.tensor_bytes(layer)))
         out = totals(entries, len(self.layers))
+        out["bytes"] += self.scratch.nbytes
         return out if self.eviction is None else {"eviction": {}, **out}
 
     def sparse_statistics(self) -> dict[str, float]:
@@ -233,7 +251,7 @@ class ForgeCache(Cache):
         other._codecs, other.eviction, other._evicting = self._codecs, self.eviction, self._evicting
         layers: list[Any] = []
         for layer in self.layers:
-            if isinstance(layer, PackedLayer):
+            if isinstance(layer, CodedLayer):
                 layers.append(layer.fork(other, rows))
             else:
                 layers.append(copy.deepcopy(layer))
@@ -251,10 +269,34 @@ class ForgeCache(Cache):
         """
         self._all_packed_or_raise("join")
         other._all_packed_or_raise("join")
-        for i in self.packed:
+        for i in self.coded:
             self.layers[i].check_join(other.layers[i])
-        for i in self.packed:
+        for i in self.coded:
             self.layers[i].join(other.layers[i])
+
+    @property
+    def is_initialized(self) -> bool:
+        return all(getattr(layer, "is_initialized", True) for layer in self.layers)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Keys, values and window of each layer, as a `DynamicCache` gives them; those of packed tokens are decoded.
+
+        Raises:
+            ValueError: rows of different lengths, which padding makes.
+        """
+        for layer in self.layers:
+            if isinstance(layer, CodedLayer):
+                yield *layer.read(), None
+            else:
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name == "max_cache_len":  # PEFT asks before it puts a cache of its own in the place of an empty one
+            raise AttributeError(
+                "[forge_cache] expected no prefix tuning, which fills its own cache; got a question for max_cache_len: "
+                "generate without past_key_values"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("[forge_cache] expected ForgeCache.save(path, model); got pickle, which cannot follow pages")
@@ -272,10 +314,10 @@ class ForgeCache(Cache):
             ValueError: a layer with a stock cache, or one without tokens.
         """
         self._all_packed_or_raise("save")
-        layers = {i: self.layers[i].cache for i in self.packed}
+        layers = {i: self.layers[i].cache for i in self.coded}
         if any(cache is None for cache in layers.values()):
             raise ValueError("[cache.save] expected tokens in every layer; got an empty cache")
-        extra = {"spec": self.spec.to_json(), "layers": {str(i): self.layers[i].state() for i in self.packed}}
+        extra = {"spec": self.spec.to_json(), "layers": {str(i): self.layers[i].state() for i in self.coded}}
         storage.save(path, layers, fingerprint(model), extra)
 
     @classmethod
@@ -299,18 +341,19 @@ class ForgeCache(Cache):
             spec = CodecSpec.from_json(told["spec"])
         self = cls(model, spec, **options)
         self._all_packed_or_raise("load")
-        text = model.config.get_text_config(decoder=True)
-        heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
-        dim = dim or text.hidden_size // text.num_attention_heads
-        stored = stored_head_dim(dim, getattr(text, "v_head_dim", None) or dim)
-        codecs = {i: self.layers[i].codec or self.codec(stored, heads) for i in self.packed}
+        states = storage.saved_extra(path)["layers"]
+        try:
+            shapes = {i: (states[str(i)]["kv_heads"], *states[str(i)]["head_dims"]) for i in self.coded}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"[cache.load] expected heads of layers {self.coded}; got {error}") from None
+        codecs = {i: self.layers[i].codec_for(*shape) for i, shape in shapes.items()}
         layers, extra = storage.load(
             path,
             codecs,
             fingerprint(model),
             TorchArrays(model.device),
             max_pages=self.max_pages,
-            options={i: self.layer_options(self.layers[i]) for i in self.packed},
+            options={i: self.layer_options(self.layers[i]) for i in self.coded},
         )
         if not isinstance(extra, dict) or set(extra.get("layers", ())) != {str(i) for i in layers}:
             raise ValueError(f"[cache.load] expected a cache of ForgeCache.save; got {path}, which says no layers")
@@ -332,7 +375,7 @@ class ForgeCache(Cache):
 
     def _all_packed_or_raise(self, what: str) -> None:
         stock = [
-            i for i, x in enumerate(self.layers) if not isinstance(x, PackedLayer) and type(x).__name__ != "DummyLayer"
+            i for i, x in enumerate(self.layers) if not isinstance(x, CodedLayer) and type(x).__name__ != "DummyLayer"
         ]
         if stock:
             raise ValueError(f"[cache.{what}] expected packed layers only; got stock caches in layers {stock}")
