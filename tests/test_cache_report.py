@@ -43,7 +43,8 @@ def test_transformers(model):
     assert packed["unpacked_bytes"] == 400 * 2 * 64 * 4 == stock["bytes"]
     assert packed["bytes"] == cache.layers[0].cache.nbytes
     assert {k: v for k, v in cache.report().items() if k != "layers"} == {
-        "packed": 1, "of": 2, "bytes": packed["bytes"] + stock["bytes"], "unpacked_bytes": 2 * stock["bytes"]
+        "packed": 1, "decoded": 0, "of": 2, "bytes": packed["bytes"] + stock["bytes"],
+        "unpacked_bytes": 2 * stock["bytes"],
     }  # fmt: skip
     assert json.loads(json.dumps(cache.report())) == cache.report()
 

@@ -62,7 +62,7 @@ def test_decode_into(device: str, dtype: torch.dtype, backend: str, most: int) -
     if device == "numpy" and dtype == torch.bfloat16:
         dtype = torch.float16
     case = make_case(CodecSpec(), lengths=(128, 100, 0), exact=(1, 1, 1))
-    table = ops.PageTable(*(on(device, x) for x in (case.table.base, case.table.offsets, case.table.lengths)), most)
+    table = ops.PageTable(*(on(device, x) for x in (case.table.base, case.table.page_table, case.table.lengths)), most)
     want = ops.decode_pages(case.codec, table, dtype=str(dtype).rpartition(".")[2], backend=backend)
     found = [on(device, torch.full((3, case.codec.kv_heads, 140, 64), 7.0).to(dtype)) for _ in range(2)]
     ops.decode_into(case.codec, table, *found, 5, backend=backend)

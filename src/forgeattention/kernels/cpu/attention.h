@@ -383,30 +383,90 @@ struct Attention {
   }
   static float load_first(F32 v) { return v[0]; }
 
+  // Where unpacked levels belong in [token][channel]: of each vector and lane, the first of eight channels of a token
+  // for keys, which two vectors hold in turns, and the first of four tokens for values.
+  struct Order {
+    uint16_t keys[PAGE * MAX_DIM / 8], values[PAGE * MAX_DIM / 4];
+    explicit Order(int dim) {
+      const int chunks = units(dim) / chunk(dim);
+      uint16_t *k = keys, *v = values;
+      for (int uc = 0; uc < chunks; ++uc)
+        for (int lv = 0; lv < LANES * chunk(dim) / W; ++lv)
+          for (int i = 0; i < 8; ++i)
+            for (int pos = 0; pos < W; ++pos) {
+              const int lane = (lv * W + pos) / chunk(dim), unit = uc * chunk(dim) + pos % chunk(dim), n = i >> 1,
+                        half = i & 1;
+              if (!half) *k++ = uint16_t(k_token(dim, lane, unit, n) * dim + k_channel(dim, lane, unit, n, 0));
+              const bool four = chunk(dim) == 4;
+              const int v_lane =
+                  four ? Layout<Isa, 4>::value_lane(lv, half, pos) : Layout<Isa, 2>::value_lane(lv, half, pos);
+              const int v_unit =
+                  four ? Layout<Isa, 4>::value_unit(uc, half, pos) : Layout<Isa, 2>::value_unit(uc, half, pos);
+              const int e = 4 * (pos & 1);
+              *v++ = uint16_t(v_token(v_lane, n, e) * dim + v_channel(v_lane, v_unit, e));
+            }
+    }
+  };
+  static const Order& order(int dim) {
+    switch (dim) {
+      case 64: {
+        static const Order o(64);
+        return o;
+      }
+      case 96: {
+        static const Order o(96);
+        return o;
+      }
+      case 128: {
+        static const Order o(128);
+        return o;
+      }
+      case 256: {
+        static const Order o(256);
+        return o;
+      }
+      default: {
+        static const Order o(512);
+        return o;
+      }
+    }
+  }
+  // The bytes of a word at every other byte of eight.
+  static FORGE_INLINE uint64_t spread(uint32_t word) {
+    uint64_t x = word;
+    x = (x | x << 16) & 0x0000FFFF0000FFFFu;
+    return (x | x << 8) & 0x00FF00FF00FF00FFu;
+  }
+
   static void decode(const Codec& c, const uint8_t* record, float* k, float* v, void* scratch) {
-    const int dim = c.dim, chunks = units(dim) / chunk(dim);
+    const int dim = c.dim, vectors = PAGE * dim / (4 * W);
     Scratch s(scratch, dim, 0);
     const Tile t = open_tile(c, &record, 0, 1, 0, PAGE, true, true, true, s);
-    for (int uc = 0, at = 0; uc < chunks; ++uc)
-      for (int lv = 0; lv < LANES * chunk(dim) / W; ++lv)
-        for (int i = 0; i < 8; ++i)
-          for (int pos = 0; pos < W; ++pos)
-            for (int byte = 0; byte < 4; ++byte, ++at) {
-              const int lane = (lv * W + pos) / chunk(dim), unit = uc * chunk(dim) + pos % chunk(dim);
-              const int token = k_token(dim, lane, unit, i >> 1);
-              const int channel = k_channel(dim, lane, unit, i >> 1, 2 * byte + (i & 1));
-              const float mean = float(reinterpret_cast<const int8_t*>(t.mean[0])[channel]) * t.mean_step[0];
-              const int level = int(Isa::KEY_BIAS ? t.keys[0][at] : int8_t(t.keys[0][at])) - Isa::KEY_BIAS;
-              k[token * dim + channel] = s.k_scales[token] * (c.k.unit * float(level)) + mean;
-              const int half = i & 1, order = byte == 1 ? 2 : byte == 2 ? 1 : byte;
-              const int v_lane = chunk(dim) == 4 ? Layout<Isa, 4>::value_lane(lv, half, pos)
-                                                 : Layout<Isa, 2>::value_lane(lv, half, pos);
-              const int v_unit = chunk(dim) == 4 ? Layout<Isa, 4>::value_unit(uc, half, pos)
-                                                 : Layout<Isa, 2>::value_unit(uc, half, pos);
-              const int e = 4 * (pos & 1) + order;
-              v[v_token(v_lane, i >> 1, e) * dim + v_channel(v_lane, v_unit, e)] =
-                  s.v_scales[v_token(v_lane, i >> 1, e)] * (c.v.unit * float(int8_t(t.values[0][at])));
-            }
+    const Order& to = order(dim);
+    int8_t level[PAGE * MAX_DIM];
+    const uint16_t* at = to.keys;
+    for (int i = 0; i < vectors; i += 2)
+      for (int pos = 0; pos < W; ++pos) {
+        const uint8_t* from = t.keys[0] + 4 * (i * W + pos);
+        const uint64_t eight = spread(load<uint32_t>(from)) | spread(load<uint32_t>(from + 4 * W)) << 8;
+        put(level + *at++, Isa::KEY_BIAS ? eight ^ 0x8080808080808080u : eight);
+      }
+    float mean[MAX_DIM];
+    for (int i = 0; i < dim; ++i) mean[i] = float(reinterpret_cast<const int8_t*>(t.mean[0])[i]) * t.mean_step[0];
+    for (int token = 0; token < PAGE; ++token)
+      for (int i = 0; i < dim; ++i)
+        k[token * dim + i] = s.k_scales[token] * (c.k.unit * float(level[token * dim + i])) + mean[i];
+    at = to.values;
+    for (int i = 0; i < vectors * W; ++i) {  // the bytes of a word are the tokens 0, 2, 1, 3 of four
+      const uint32_t word = load<uint32_t>(t.values[0] + 4 * i);
+      int8_t* first = level + *at++;
+      first[0] = int8_t(word);
+      first[2 * dim] = int8_t(word >> 8);
+      first[dim] = int8_t(word >> 16);
+      first[3 * dim] = int8_t(word >> 24);
+    }
+    for (int token = 0; token < PAGE; ++token)
+      for (int i = 0; i < dim; ++i) v[token * dim + i] = s.v_scales[token] * (c.v.unit * float(level[token * dim + i]));
   }
 };
 

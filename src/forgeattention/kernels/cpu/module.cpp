@@ -123,9 +123,9 @@ NB_MODULE(_native, m) {
             pointer<uint8_t>(out), threads);
   });
   m.def("decode_pages", [](const Codec& codec, TableView table, int batch, bool rotated, int dtype, uintptr_t k,
-                           uintptr_t v, int threads) {
+                           uintptr_t v, int64_t stride, int threads) {
     const nb::gil_scoped_release release;
-    decode_pages(codec, table_of(table), batch, rotated, dtype, pointer<void>(k), pointer<void>(v), threads);
+    decode_pages(codec, table_of(table), batch, rotated, dtype, pointer<void>(k), pointer<void>(v), stride, threads);
   });
   m.def(
       "attention",

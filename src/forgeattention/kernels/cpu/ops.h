@@ -46,7 +46,9 @@ void encode(const Codec&, const Array4& k, const Array4& v, int64_t pages, uint8
 void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t pages, int64_t page_bytes,
              uint8_t* out, int threads);
 // k, v contiguous [batch][kv_heads][max_length][head_dim, or dim if rotated].
-void decode_pages(const Codec&, const Table&, int batch, bool rotated, int dtype, void* k, void* v, int threads);
+// A head's tokens are `stride` tokens from the next one's.
+void decode_pages(const Codec&, const Table&, int batch, bool rotated, int dtype, void* k, void* v, int64_t stride,
+                  int threads);
 // out contiguous [batch][q_heads][n][head_dim], lse [batch][q_heads][n]; table, exact, sinks may be null.
 void decode_attention(const char* op, const Codec&, Shape, const Array4& q, const Table*, const Exact*, float scale,
                       bool causal, const float* sinks, int out_dtype, void* out, float* lse, int threads);

@@ -98,7 +98,7 @@ void compact(const uint8_t* base, int64_t bytes, const int64_t* offsets, int64_t
 }
 
 void decode_pages(const Codec& codec, const Table& table, int batch, bool rotated, int dtype, void* k, void* v,
-                  int threads) {
+                  int64_t stride, int threads) {
   const Kernels& kernel = kernels();
   for (int b = 0; b < batch; ++b) row_length("decode_pages", codec, table, b);
   const int dim = codec.dim, width = rotated ? dim : codec.head_dim;
@@ -117,7 +117,7 @@ void decode_pages(const Codec& codec, const Table& table, int batch, bool rotate
       row_records(codec, table, row, head, page, 1, &record);
       kernel.decode(codec, record, y_k, y_v, thread_scratch(1, kernel.scratch_bytes(dim, 0)));
     }
-    const int64_t first = (int64_t(row) * codec.kv_heads + head) * table.max_length + page * PAGE;
+    const int64_t first = (int64_t(row) * codec.kv_heads + head) * stride + page * PAGE;
     const struct {
       const LinearMap& map;
       const std::vector<float>& mu;
@@ -127,11 +127,13 @@ void decode_pages(const Codec& codec, const Table& table, int batch, bool rotate
     for (const auto& side : sides) {
       if (!rotated && valid) kernel.apply(side.map, head, side.y, valid, x);
       const float* mu = rotated ? nullptr : codec.mu(side.mu, head);
-      for (int t = 0; t < rows; ++t) {
+      uint8_t* to = static_cast<uint8_t*>(side.to) + size_t(first) * width * size;
+      for (int t = 0; t < valid; ++t, to += width * size) {
         const float* from = (rotated ? side.y : x) + size_t(t) * dim;
-        for (int i = 0; i < width; ++i) line[i] = t < valid ? from[i] + (mu ? mu[i] : 0.0f) : 0.0f;
-        kernel.store(line, width, dtype, static_cast<uint8_t*>(side.to) + size_t(first + t) * width * size);
+        for (int i = 0; mu && i < width; ++i) line[i] = from[i] + mu[i];
+        kernel.store(mu ? line : from, width, dtype, to);
       }
+      std::memset(to, 0, size_t(rows - valid) * width * size);
     }
   });
 }

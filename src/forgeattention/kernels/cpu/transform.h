@@ -11,14 +11,37 @@ struct Transform {
   using I32 = typename Isa::I32;
   static constexpr int W = Isa::WORDS;
 
-  // Butterflies of the Sylvester-Hadamard matrix on blocks of `size`, unnormalised.
+  // The butterflies of width H < W within a vector: a + b in the lower places, a - b in the upper ones.
+  template <int H>
+  static FORGE_INLINE F32 within(F32 x) {
+    if constexpr (H < W) {
+      F32 sign;
+      for (int i = 0; i < W; ++i) sign[i] = i & H ? -1.0f : 1.0f;
+      return within<2 * H>(x * sign + permuted<Exchanged<H>>(x));
+    }
+    return x;
+  }
+  // Butterflies of the Sylvester-Hadamard matrix on blocks of `size`, unnormalised; size is a multiple of W.
   static void butterflies(float* x, int dim, int size) {
-    for (int h = 1; h < size; h *= 2)
+    for (int i = 0; i < dim; i += W) put(x + i, within<1>(load<F32>(x + i)));
+    int h = W;
+    for (; 2 * h < size; h *= 4)  // two widths at a time, for half of the loads and stores
+      for (int i = 0; i < dim; i += 4 * h)
+        for (int j = i; j < i + h; j += W) {
+          const F32 a = load<F32>(x + j), b = load<F32>(x + j + h), c = load<F32>(x + j + 2 * h),
+                    d = load<F32>(x + j + 3 * h);
+          const F32 ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+          put(x + j, ab + cd);
+          put(x + j + h, a_b + c_d);
+          put(x + j + 2 * h, ab - cd);
+          put(x + j + 3 * h, a_b - c_d);
+        }
+    if (h < size)
       for (int i = 0; i < dim; i += 2 * h)
-        for (int j = i; j < i + h; ++j) {
-          const float a = x[j], b = x[j + h];
-          x[j] = a + b;
-          x[j + h] = a - b;
+        for (int j = i; j < i + h; j += W) {
+          const F32 a = load<F32>(x + j), b = load<F32>(x + j + h);
+          put(x + j, a + b);
+          put(x + j + h, a - b);
         }
   }
 
