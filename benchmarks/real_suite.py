@@ -104,10 +104,11 @@ def steps() -> list[Step]:
 QUICK = {
     "fidelity.py": ("--windows", "1", "--length", "512", "--texts", "code", "--block", "128", "--start", "256"),
     "humaneval.py": ("--problems", "2", "--new-tokens", "8", "--only", "exact", "preset balanced"),
-    "long_tasks.py": ("--lengths", "1024", "--samples", "1", "--workers", "1", "--only", "exact", "preset balanced"),
+    "long_tasks.py": ("--dtype", "float32", "--lengths", "1024", "--samples", "1", "--workers", "1",
+                      "--only", "exact", "preset balanced"),
     "long_decode.py": ("--prompts", "2", "--new-tokens", "8", "--only", "exact", "preset balanced"),
     "long_choices.py": ("--lengths", "1024", "--last", "16", "--rules", "dense", "top_k=256,fast", "v3:0.5"),
-}
+}  # fmt: skip
 """Options of each script that make it short; those given last count."""
 
 
