@@ -93,3 +93,28 @@ def test_results_on_the_same_documents_are_joined(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(a))
     only_y = fidelity_summary.join([fidelity_summary.read(f"{tmp_path}/a.json:y"), other])
     assert next(found for found in only_y["rows"] if found["name"] == "a")["kl"] == pytest.approx(0.3)
+
+
+def test_what_there_is_no_time_for_is_left_out_and_measured_by_the_next_run(tmp_path: Path, monkeypatch: Any) -> None:
+    import fidelity
+
+    clock, asked = [0.0], []
+
+    class Bench:
+        def __init__(self, args: Any) -> None:
+            pass
+
+        def measure(self, item: Any) -> list[dict[str, Any]]:
+            asked.append(item[1:])
+            clock[0] += 61
+            return [text("a", item[1], item[2], 0.1) | {"item": list(item)}]
+
+    monkeypatch.setattr(fidelity, "Bench", Bench)
+    monkeypatch.setattr(fidelity.time, "time", lambda: clock[0])
+    given = {"set": "field", "kinds": ["text"], "texts": ["x", "y"], "windows": 2, "batch": 1, "workers": 1}
+    args = argparse.Namespace(**vars(ARGS), **given, journal=tmp_path / "journal", minutes=2.5)
+    result = fidelity.run(args)
+    assert asked == [("x", 0), ("y", 0), ("x", 1)]  # every text once before any comes again
+    assert result["rows"][0]["positions"] == 300
+    assert fidelity.run(args)["rows"][0]["positions"] == 400
+    assert len(asked) == 4
