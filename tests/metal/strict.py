@@ -57,7 +57,7 @@ READINGS = {
 }
 _TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
 _FUNCTION = re.compile(r"(template <[^>]*>\n)?\[\[kernel\]\] void (\w+)\(\n", re.S)
-_THREADGROUP = re.compile(r"^  (?:alignas\(\d+\) )?threadgroup \w+ (\w+)\[", re.M)
+_THREADGROUP = re.compile(r"^ *(?:alignas\(\d+\) )?threadgroup \w+ (\w+)\[", re.M)
 _MESSAGE = re.compile(r"^(?:.*/)?([\w.]+):(\d+):\d+: (?:fatal )?(error|warning): (.*)$", re.M)
 _DECLARATION = re.compile(r"\b(ParmVarDecl|VarDecl|FieldDecl|FunctionDecl|CXXMethodDecl) 0x\w+ (.*)")
 _HEAD = re.compile(
@@ -151,7 +151,7 @@ def instance(launch: Launch, reading: str, body: str) -> str:
             else:
                 constants += f"  constexpr {'bool' if isinstance(value, bool) else 'int'} {key} = {int(value)};\n"
         return f"kernel void {name}(\n{before[match.end() :]}{constants}{body}\n}}\n"
-    body = re.sub(r"^  (alignas\(\d+\) )?threadgroup ", r"  \1static threadgroup ", body, flags=re.M)
+    body = re.sub(r"^( *(?:alignas\(\d+\) )?)(?=threadgroup \w+ \w+\[)", r"\1static ", body, flags=re.M)
     before = before.replace("[[kernel]]", "" if launch.template else "__attribute__((used))")
     return before + body + re.sub(r"\[\[(host_name\(.*?\)|kernel)\]\]", "", after)
 

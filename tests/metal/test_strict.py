@@ -5,7 +5,7 @@ import re
 import pytest
 
 from .launches import launches
-from .strict import DUMP, OLDEST, check, compile_text, find_clang, without_space
+from .strict import DUMP, OLDEST, check, compile_text, find_clang, generated, instance, numbered, without_space
 
 pytestmark = pytest.mark.skipif(find_clang() is None, reason=f"clang {OLDEST} or newer is not installed")
 
@@ -98,6 +98,19 @@ def test_nothing_is_said_of_what_is_right():
     said = compile_text("spaces", HEAD % head + KERNEL % "float y; o[0] = forge::f(a, y) + c[n];", DUMP)
     assert "error:" not in said
     assert not without_space(said)
+
+
+def test_threadgroup_memory_is_counted():
+    shown = {}
+    for launch in launches():
+        if launch.kernel not in shown:
+            text = instance(launch, "cxx14", numbered(launch.kernel)[1])
+            arrays = len(re.findall(r"\bthreadgroup \w+ \w+\[", generated(launch)[3]))
+            assert text.count("static threadgroup ") == arrays
+            assert ("too much threadgroup memory" in text) == (arrays > 0)
+            shown[launch.kernel] = arrays
+    assert shown["prefill_attention"] == 2
+    assert sum(shown.values()) == 9
 
 
 def test_the_kernels_are_taken():
