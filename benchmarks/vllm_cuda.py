@@ -1,6 +1,6 @@
 """vLLM on an NVIDIA GPU, with its own caches and with packed ones: tokens that fit, steps, prompts, throughput.
 
-    python -m benchmarks.vllm_cuda --model FOLDER --json benchmarks/results/vllm-cuda-h200-DATE.json
+    python benchmarks/vllm_cuda.py --model FOLDER --json benchmarks/results/vllm-cuda-h200-DATE.json
 
 Every engine is a process of its own with the same flags, one after the other on an idle GPU. A case COUNTxPROMPT+NEW is
 COUNT requests of PROMPT tokens of other text each, with NEW greedy tokens: `prefill_s` is the time of the same requests
@@ -12,49 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "own": {},
-    "own-fp8": {"kv_cache_dtype": "fp8"},
-    "own-turboquant_3bit_nc": {"kv_cache_dtype": "turboquant_3bit_nc"},
-    "own-turboquant_4bit_nc": {"kv_cache_dtype": "turboquant_4bit_nc"},
-    **{
-        f"packed-{preset}": {
-            "attention_backend": "CUSTOM",
-            "block_size": 64,
-            "additional_config": {"forgeattention": {"preset": preset}},
-        }
-        for preset in ("fidelity", "balanced", "small")
-    },
-}
-GRAPHS: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "decode": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-    "compiled": {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}},
-}
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "vocab_size": 128256,
-    "torch_dtype": "bfloat16",
-}
+from vllm_engines import ENGINES, add_arguments, environment_record, make, named, prompts_of, text_ids
+
 CASES = "1x2048+64 32x2048+128 64x8192+128 16x32000+128"
 EQUAL = "160x4096+1024"
 QUESTIONS = ["The capital of France is", "def quicksort(a):", "Once upon a time", "The three primary colours are"]
@@ -72,38 +38,18 @@ def say(**record: Any) -> None:
 
 def child(a: argparse.Namespace) -> None:
     """Runs one engine and prints its records."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    options: dict[str, Any] = {
-        "dtype": "bfloat16",
-        "gpu_memory_utilization": a.memory,
-        "seed": 0,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "max_model_len": a.length,
-    }
-    named: dict[str, Any] = {"op": "vllm", "engine": a.engine, "graphs": a.graphs, "memory": a.memory}
-    model = a.model
-    if a.shape == "llama-8b":
-        model = tempfile.mkdtemp()
-        Path(model, "config.json").write_text(json.dumps(LLAMA_8B))
-        options |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    about, options = named(a), {}
     if a.bytes:
         options["kv_cache_memory_bytes"] = a.bytes
-        named["memory"] = f"{a.bytes} bytes"
-    named["model"] = a.shape or re.sub(
-        "-[0-9a-f]{16}-.*", "", Path(a.model).name
-    )  # without what a converted folder adds
-    import torch
-
-    from forgeattention.util.environment import environment
-
-    print("RECORD " + json.dumps({"op": "env", **environment(), "gpu": torch.cuda.get_device_name()}), flush=True)
+        about["memory"] = f"{a.bytes} bytes"
+    say(**environment_record())
     begun = time.perf_counter()
-    llm = LLM(model=model, **options | ENGINES[a.engine] | GRAPHS[a.graphs])
+    llm = make(a, disable_log_stats=True, **options)
     cache = llm.llm_engine.vllm_config.cache_config
     say(
-        **named,
+        **about,
         case="start",
         whole_s=time.perf_counter() - begun,
         kv_tokens=cache.kv_cache_size_tokens,
@@ -113,11 +59,8 @@ def child(a: argparse.Namespace) -> None:
     if not a.shape:
         greedy = SamplingParams(temperature=0, max_tokens=48)
         for question, out in zip(QUESTIONS, llm.generate(QUESTIONS, greedy, use_tqdm=False)):
-            say(**named, case="text", prompt=question, text=out.outputs[0].text)
-        text = (Path(__file__).parents[1] / "src/forgeattention/tools/evaluation/data/genesis.txt").read_text()
-        ids = llm.get_tokenizer()(text)["input_ids"]
-    else:
-        ids = [(7919 * i + i * i) % 100000 + 100 for i in range(200000)]
+            say(**about, case="text", prompt=question, text=out.outputs[0].text)
+    ids = text_ids(a, llm)
 
     def seconds(prompts: list[list[int]], new: int) -> float:
         sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
@@ -127,8 +70,7 @@ def child(a: argparse.Namespace) -> None:
 
     for case in a.cases.split():
         count, prompt, new = numbers(case)
-        many = ids * (2 + (37 * count + prompt) // len(ids))
-        prompts = [many[37 * i : 37 * i + prompt] for i in range(count)]
+        prompts = prompts_of(ids, count, prompt)
         seconds(prompts[: min(count, 4)], 8)
         record: dict[str, Any] = {"case": case}
         if not a.bytes:
@@ -137,11 +79,12 @@ def child(a: argparse.Namespace) -> None:
         if not a.bytes:
             record["step_ms"] = 1e3 * (record["whole_s"] - record["prefill_s"]) / (new - 1)
         record["new_tokens_per_s"] = count * new / record["whole_s"]
-        say(**named, **record)
+        say(**about, **record)
     if a.profile:
+        import torch
+
         count, prompt, _ = numbers(a.profile)
-        many = ids * (2 + (37 * count + prompt) // len(ids))
-        prompts = [many[37 * i : 37 * i + prompt] for i in range(count)]
+        prompts = prompts_of(ids, count, prompt)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             seconds(prompts, 64)
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70))
@@ -150,7 +93,7 @@ def child(a: argparse.Namespace) -> None:
 def run(a: argparse.Namespace, engine: str, graphs: str, extra: list[str], log: Path) -> list[dict[str, Any]]:
     """The records of one engine in a process of its own; its failure is a record too."""
     own = [str(Path(__file__).resolve()), "--child", "--engine", engine, "--graphs", graphs, "--model", str(a.model)]
-    own += ["--memory", str(a.memory), "--length", str(a.length), *extra]
+    own += ["--memory", str(a.memory), "--length", str(a.length), "--device", a.device, *extra]
     with log.open("a") as out:
         print("#", engine, graphs, *extra, file=out, flush=True)
         process = subprocess.Popen([a.python, *own], stdout=subprocess.PIPE, stderr=out, text=True)
@@ -173,21 +116,16 @@ def run(a: argparse.Namespace, engine: str, graphs: str, extra: list[str], log: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a model")
+    add_arguments(parser)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--graphs", default="decode", choices=list(GRAPHS))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--equal", default=EQUAL, help="case for equal memory; empty for none")
     parser.add_argument("--token-bytes", type=int, default=28672, help="of a token in the own 16-bit cache")
-    parser.add_argument("--memory", type=float, default=0.25, help="share of the GPU's memory")
-    parser.add_argument("--length", type=int, default=32768, help="max_model_len")
-    parser.add_argument("--shape", default="", choices=["", "llama-8b"], help="random weights of this shape")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has vLLM")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for an engine")
     parser.add_argument("--profile", default="", help="case whose kernels' times go to the log; 64 new tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
@@ -210,6 +148,8 @@ def main() -> None:
             # Every process says the same of versions and machine: once is enough.
             first = [record for record in records if record["op"] == "env"][:1]
             write_json(a.json, first + [record for record in records if record["op"] != "env"])
+    if any(record.get("case") == "failed" for record in records):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,6 @@ class PackedImpl(AttentionImpl[Metadata]):
         refused = {
             "ALiBi": alibi_slopes,
             "soft-capped logits": logits_soft_cap,
-            "KV shared between layers": kv_sharing_target_layer_name,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             f"kv_cache_dtype {kv_cache_dtype}": kv_cache_dtype
             not in ("auto", "float32", "float16", "bfloat16", *PRESET_OF),
@@ -159,6 +158,10 @@ class PackedImpl(AttentionImpl[Metadata]):
             raise ValueError("[vllm] expected no KV connector; got one")
         if self.vllm_config.parallel_config.use_ubatching:
             raise ValueError("[vllm] expected whole batches; got microbatches, whose layers would share work memory")
+        if self.vllm_config.cache_config.kv_sharing_fast_prefill:
+            raise ValueError(
+                "[vllm] expected --kv-sharing-fast-prefill to be off: layers must see the same tokens; got it on"
+            )
         self.settings = Settings.read(self.vllm_config.additional_config, PRESET_OF.get(kv_cache_dtype))
         self.num_heads = num_heads
         self.head_size = head_size
@@ -166,6 +169,8 @@ class PackedImpl(AttentionImpl[Metadata]):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.dtype = self.vllm_config.model_config.dtype
+        self.shared_with = kv_sharing_target_layer_name
+        self.read_by_others = False
         self.sinks = sinks
         self.sink_logits: torch.Tensor | None = None
         PackedBackend.spec = self.settings.spec
@@ -173,18 +178,29 @@ class PackedImpl(AttentionImpl[Metadata]):
         self._bound: tuple[int, ...] = ()
 
     @property
+    def source(self) -> PackedImpl:
+        """Of the layer whose keys and values this one reads: itself, but where layers share them."""
+        if self.shared_with is None:
+            return self
+        return self.vllm_config.compilation_config.static_forward_context[self.shared_with].impl
+
+    @property
     def codec(self) -> Codec:
         """The layer's codec, known once the weights are loaded."""
-        assert self._codec is not None
-        return self._codec
+        codec = self.source._codec
+        assert codec is not None
+        return codec
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
+        self.sink_logits = None if self.sinks is None else self.sinks.float()
+        if self.shared_with is not None:
+            self.source.read_by_others = True
+            return
         name = next(name for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         self._codec = layer_codec(
             self.vllm_config, name, self.settings.spec, self.head_size, self.num_kv_heads, fit=self.settings.fit
         )
-        self.sink_logits = None if self.sinks is None else self.sinks.float()
         layers[name + SUFFIX] = ExactLayer(self)
         cache = self.vllm_config.cache_config
         block = cache.block_size if cache.user_specified_block_size else PAGE
@@ -251,8 +267,8 @@ class PackedImpl(AttentionImpl[Metadata]):
             self.codec.page_bytes,
             packed.shape[1],
             packed.stride(0),
-            self.exact_spec.block_size,
-            self.exact_spec.sink_blocks,
+            self.source.exact_spec.block_size,
+            self.source.exact_spec.sink_blocks,
         )
         if kv_cache.device.type != "cpu":
             paged_steps("cuda").prepare(self.blocks, self.num_heads, {1, max_decode_query_len(self.vllm_config)})
@@ -261,7 +277,7 @@ class PackedImpl(AttentionImpl[Metadata]):
         context = get_forward_context()
         if context.attn_metadata is None:
             return None
-        name = layer.layer_name
+        name = self.shared_with or layer.layer_name
         exact_cache = context.no_compile_layers[name + SUFFIX].kv_cache
         now = (kv_cache.data_ptr(), *kv_cache.shape, exact_cache.data_ptr(), *exact_cache.shape)
         if now != self._bound:
@@ -296,15 +312,16 @@ class PackedImpl(AttentionImpl[Metadata]):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Metadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends query [tokens, heads, head_dim] into output of the same shape."""
+        """Attends query [tokens, heads, head_dim] into output of the same shape. Without key and value, those of the
+        layer that this one shares them with."""
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("[vllm] expected an output that is not quantised; got a scale for it")
         step = self._step(layer, kv_cache)

@@ -115,20 +115,26 @@ class DeviceStep:
 
     def append(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes new tokens [tokens, kv_heads, head_dim] to the exact blocks, and encodes the pages that they fill."""
+        self.packed.keep(layer, key, value)
         n, builder = self.packed.tokens, self.packed.builder
         count, staging = fills(self.packed.rows, n), None
         if not self._together:
             staging = self._space.get("staging", (2, key.shape[1], PAGE * count, key.shape[2]), key.dtype)
         paged.append(layer.blocks, self.tables, key[:n], value[:n], self.exact.slots[:n], count, staging)
         self._layers.append(layer.blocks)
-        if self._together and len(self._layers) == len(builder.layer_names):
+        if self._together and len(self._layers) == builder.writers:
             known = builder.encoder
             if known is None or any(a is not b for a, b in zip(known.layers, self._layers, strict=True)):
                 builder.encoder = known = paged.LayerEncoder(self._layers, self.tables)
             known.encode()
 
     def attend(
-        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        out: torch.Tensor,
     ) -> None:
         """Attends query [tokens, heads, head_dim] into `out` of the same shape."""
         m = self.packed
@@ -137,6 +143,9 @@ class DeviceStep:
             self._decode(layer, query[:split], out[:split])
         if split < m.tokens:
             at = slice(split, m.tokens)
+            key, value = m.given(layer, key, value)
+            assert key is not None
+            assert value is not None
             self._prefill(layer, query[at], key[at], value[at], out[at])
 
     def _decode(self, layer: Any, query: torch.Tensor, out: torch.Tensor) -> None:

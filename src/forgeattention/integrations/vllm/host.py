@@ -38,6 +38,7 @@ class HostStep:
 
     def append(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes new tokens [tokens, kv_heads, head_dim] to the exact blocks, and encodes the pages that they fill."""
+        self.packed.keep(layer, key, value)
         both = torch.cat([key[: self.packed.tokens], value[: self.packed.tokens]], -1)
         if len(self._fill_offsets):
             new = self._fill_tokens >= 0
@@ -50,12 +51,17 @@ class HostStep:
         layer.blocks.tokens[self._slots // self._block, self._slots % self._block] = both[self._kept]
 
     def attend(
-        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        out: torch.Tensor,
     ) -> None:
         """Attends query [tokens, heads, head_dim] into `out` of the same shape.
 
         Rows that decode are one call of `ops.decode_attention`; others go one by one, as chunks that attend to the past
-        and causally to themselves.
+        and causally to themselves. A layer that shares another's keys and values has none to give.
         """
         m = self.packed
         if m.decode_rows:
@@ -65,10 +71,13 @@ class HostStep:
             table, exact = self._past(layer, slice(0, m.decode_rows))
             done, _ = ops.decode_attention(q, layer.codec, table, exact, layer.scale, sink_logits=layer.sink_logits)
             out[at] = done.transpose(1, 2).reshape(out[at].shape)
+        key, value = m.given(layer, key, value)
         for row in range(m.decode_rows, m.rows):
             at = slice(int(m.starts_host[row]), int(m.starts_host[row + 1]))
             if at.start == at.stop:
                 continue
+            assert key is not None
+            assert value is not None
             q, k, v = (x[at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
             table, exact = self._past(layer, slice(row, row + 1))
             packed = None if table is None else ops.prefill_attention(q, layer.codec, table, layer.scale)

@@ -39,6 +39,22 @@ class Metadata:
         self.slots: torch.Tensor = common.slot_mapping
         self.max_length: int = common.max_seq_len
         self.step: Any = None
+        self._kept: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Copies new keys and values [tokens, kv_heads, head_dim] for layers that share them, if any row is a prompt's.
+
+        Those attend to a chunk's own tokens as this layer does, but are not given them; and in piecewise CUDA graphs
+        the memory of this layer's is used again before they run.
+        """
+        if layer.read_by_others and self.decode_rows < self.rows:
+            self._kept[layer] = key.clone(), value.clone()
+
+    def given(
+        self, layer: Any, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A layer's new keys and values, those that were kept if it shares them; None where no row is a prompt's."""
+        return self._kept.get(layer.source, (key, value))
 
     @cached_property
     def starts_host(self) -> NDArray[np.int64]:
@@ -64,13 +80,21 @@ class Metadata:
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
-    """Keeps references: what a step's layers need is made on the device."""
+    """Keeps references: what a step's layers need is made on the device.
+
+    Attributes:
+        writers: layers of the group that write keys and values; others read those of one of them.
+        tables, encoder: of the group, once a step on a GPU has made them.
+    """
 
     supports_update_block_table = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        shared = (getattr(layers.get(name), "kv_sharing_target_layer_name", None) for name in self.layer_names)
+        self.writers = sum(target is None for target in shared)
         self.tables: Any = None
         self.encoder: Any = None
 
