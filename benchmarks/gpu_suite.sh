@@ -4,6 +4,8 @@
 # Usage: benchmarks/gpu_suite.sh [STEP ...], where a STEP is one of
 #   compile test bench sanitize                                   (what runs without arguments)
 #   sparse prefill model induction fidelity eviction mlx          (minutes each; most need SmolLM2)
+#   vllm              (an hour; MODEL is a folder, VLLM_PYTHON the interpreter that has vLLM, MINUTES the time, GPUS how
+#                      many there are; goes on where it ended)
 #   real      the real models: $MODELS (folder of their files), $REAL_MINUTES (default 30); goes on where it was cut off
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -67,6 +69,11 @@ PY
   real)
     timeout "$((${REAL_MINUTES:-30} * 60 + 60))" python3 benchmarks/real_suite.py --models "${MODELS:?folder of the model files}" \
       --out "$OUT/real" --minutes "${REAL_MINUTES:-30}" ${WHEEL:+--wheel "$WHEEL"} 2>&1 | tee -a "$OUT/real.log"
+    ;;
+  vllm)
+    timeout 200 python3 -m pytest -q -p no:cacheprovider tests/test_cuda_paged.py 2>&1 | tee "$OUT/pytest-paged.log" | tail -20
+    python3 benchmarks/vllm_suite.py --model "${MODEL:?a folder of a model}" --python "${VLLM_PYTHON:-python3}" \
+      --gpus "${GPUS:-1}" --minutes "${MINUTES:-60}" --out "$OUT/vllm" 2>&1 | tee -a "$OUT/vllm.log"
     ;;
   sanitize)
     for tool in memcheck racecheck; do

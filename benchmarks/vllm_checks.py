@@ -287,7 +287,8 @@ def _record(file: Path, case: str) -> Record:
     return next(record for record in json.loads(file.read_text()) if record.get("case") == case)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=[check.__name__ for check in CHECKS])
     parser.add_argument("files", nargs="*", type=Path, help="two, for compare and kl")
@@ -297,7 +298,11 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=300, help="blocks, for pool")
     parser.add_argument("--window", type=int, default=64, help="tokens kept exact, a multiple of 64, for logprobs")
     parser.add_argument("--json", type=Path, required=True)
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = parser().parse_args()
     from forgeattention.util.files import write_json
 
     check = next(check for check in CHECKS if check.__name__ == a.check)

@@ -114,7 +114,8 @@ def run(a: argparse.Namespace, engine: str, graphs: str, extra: list[str], log: 
     return records
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
@@ -127,7 +128,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = parser().parse_args()
     if a.child:
         child(a)
         return

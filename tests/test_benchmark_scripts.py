@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -97,3 +98,79 @@ def test_what_the_gpu_suite_imports_is_there():
     for module, name in wanted:
         if not hasattr(importlib.import_module(module), name):
             importlib.import_module(f"{module}.{name}")
+
+
+class Suite:
+    """vllm_suite.py with programs in place of vLLM's that leave a record, or fail."""
+
+    def __init__(self, monkeypatch, folder):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        self.module, self.folder, self.calls = importlib.import_module("vllm_suite"), folder, []
+        self.failing = set()
+        monkeypatch.setattr(self.module.subprocess, "run", self.called)
+        monkeypatch.setattr(self.module.shutil, "which", lambda name: f"/bin/{name}")
+        self.monkeypatch = monkeypatch
+
+    def called(self, line, stdout, stderr, timeout, env, check):
+        file = Path(line[line.index("--json") + 1])
+        self.calls.append((file.stem, line, timeout))
+        failed = file.stem in self.failing
+        if not failed:
+            case = {"op": "vllm", "case": file.stem, "said": ["long"]}
+            file.write_text(json.dumps([{"op": "env", "machine": "here"}, case]))
+        return subprocess.CompletedProcess(line, int(failed))
+
+    def __call__(self, *arguments):
+        self.calls.clear()
+        line = ["vllm_suite.py", "--out", str(self.folder), "--model", "/models/m", *arguments]
+        self.monkeypatch.setattr(sys, "argv", line)
+        self.module.main()
+
+
+def test_the_vllm_suite_goes_on_where_it_ended(monkeypatch, tmp_path, capsys):
+    suite = Suite(monkeypatch, tmp_path)
+    suite.failing = {"texts-eager", "counts"}
+    with pytest.raises(SystemExit, match="not finished: texts-eager, counts"):
+        suite()
+    ran = [name for name, _, _ in suite.calls]
+    assert ran[:3] == ["speed-packed-balanced", "speed-own", "texts"]
+    assert "graphs-on-off" not in ran  # it compares with the answers that failed
+    assert "texts-2-gpus" not in ran
+    assert "texts-eager has not run" in capsys.readouterr().out
+    records = json.loads((tmp_path / "vllm.json").read_text())
+    assert [record["op"] for record in records].count("env") == 1
+    assert not any("said" in record for record in records)
+    suite.failing = set()
+    suite("--gpus", "2")
+    assert {"texts-eager", "counts", "graphs-on-off", "texts-2-gpus", "one-or-two-gpus"} == {x[0] for x in suite.calls}
+    compared = next(line for name, line, _ in suite.calls if name == "graphs-on-off")
+    at = compared.index("compare")
+    assert compared[at + 1 : at + 3] == [str(tmp_path / "texts-eager.json"), str(tmp_path / "texts.json")]
+    suite("--gpus", "2")
+    assert suite.calls == []
+
+
+def test_the_vllm_suite_leaves_out_what_there_is_no_time_for(monkeypatch, tmp_path):
+    suite = Suite(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit):
+        suite("--minutes", "0.4", "--only", "speed-own", "texts")
+    assert suite.calls == []
+
+
+def test_every_step_of_the_vllm_suite_is_understood(monkeypatch, tmp_path):
+    """The scripts' own parsers read each command line, on a GPU and as a trial."""
+    suite = Suite(monkeypatch, tmp_path)
+    for device in ("cuda", "cpu"):
+        for step in suite.module.steps():
+            args = suite.module.argparse.Namespace(
+                out=tmp_path, device=device, python="python3", model="/models/m", shape="", gpus=1
+            )
+            line = suite.module.command(step, args)
+            script = importlib.import_module(step.script.removesuffix(".py"))
+            begin = next(i for i, part in enumerate(line) if part.endswith(step.script))
+            parsed = script.parser().parse_args(line[begin + 1 :])
+            assert parsed.device == device
+            assert parsed.json == tmp_path / f"{step.name}.json"
+    names = [step.name for step in suite.module.steps()]
+    assert len(set(names)) == len(names)
+    assert all(names.index(need) < i for i, step in enumerate(suite.module.steps()) for need in step.needs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -18,27 +17,9 @@ from forgeattention.integrations.vllm.backend import PackedBackend
 from forgeattention.integrations.vllm.settings import Settings
 from forgeattention.models.weights.hf import weight_codecs
 from tests.tolerances import VLLM
+from tests.vllm_engine.compare import divergence, logprobs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
-
-
-def logprobs(llm: Any, ids: list[int]) -> list[dict[int, float]]:
-    """The 20 likeliest tokens at each position of the second half of a text."""
-    (out,) = llm.generate(
-        [{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=20), use_tqdm=False
-    )
-    return [{k: v.logprob for k, v in d.items()} for d in out.prompt_logprobs[len(ids) // 2 :]]
-
-
-def divergence(p: list[dict[int, float]], q: list[dict[int, float]]) -> tuple[float, float]:
-    """KL over the tokens that both name and the rest as one, and the share of equal top tokens."""
-    total = same = 0.0
-    for a, b in zip(p, q, strict=True):
-        both = a.keys() & b.keys()
-        rest = [max(1 - sum(math.exp(x[k]) for k in both), 1e-9) for x in (a, b)]
-        total += sum(math.exp(a[k]) * (a[k] - b[k]) for k in both) + rest[0] * math.log(rest[0] / rest[1])
-        same += max(a, key=a.__getitem__) == max(b, key=b.__getitem__)
-    return total / len(p), same / len(p)
 
 
 def hits(llm: Any) -> float:
@@ -107,22 +88,6 @@ def test_an_exhausted_pool_preempts_and_recovers(llama: Callable[..., str], engi
     assert pool.get_num_free_blocks() == 109
 
 
-def test_drafts_by_ngrams_change_no_token(llama: Callable[..., str], engine: Callable[..., Any]) -> None:
-    """Rows with several new tokens, some of which are taken back."""
-    ids = [[(7 * i + 13 * (j % 12)) % 500 + 3 for j in range(150)] for i in range(4)]
-    ask = SamplingParams(temperature=0, max_tokens=160, ignore_eos=True, detokenize=False)
-    model, said = llama(), []
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    for options in ({}, {"speculative_config": drafts}):
-        llm = engine(model, {}, skip_tokenizer_init=True, max_model_len=768, **options)
-        outs = llm.generate([{"prompt_token_ids": x} for x in ids], ask, use_tqdm=False)
-        said.append([o.outputs[0].token_ids for o in outs])
-    names = "vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"
-    accepted, drafted = (next(m.value for m in llm.get_metrics() if m.name == name) for name in names)
-    assert 0 < accepted < drafted
-    assert said[0] == said[1]
-
-
 def test_a_kv_cache_dtype_names_a_preset(llama: Callable[..., str], engine: Callable[..., Any]) -> None:
     """From vLLM 0.33 on, which lets backends name dtypes; before, the name is refused."""
     import vllm
@@ -183,7 +148,7 @@ def test_two_ranks_give_the_tokens_of_one(llama: Callable[..., str], tmp_path: A
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"num_attention_heads": 8, "num_key_value_heads": 4}, {}, "head_size not supported"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 40}, {}, "head_size not supported"),
         ({}, {"block_size": 96}, "block_size not supported"),
         ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({}, {"additional_config": {"forgeattention": {"bits": 3}}}, "expected settings among"),

@@ -31,6 +31,9 @@ check_version()
 log = logging.getLogger("forgeattention")
 
 SUFFIX = ".exact"
+CONNECTORS = ("SimpleCPUOffloadConnector",)
+"""vLLM's KV connectors that find a prefix by `blocks.ExactManager`. Others look for a sliding window's last blocks, and
+would miss the sinks."""
 
 
 class PackedBackend(AttentionBackend):
@@ -154,8 +157,12 @@ class PackedImpl(AttentionImpl[Metadata]):
         if got := [name for name, value in refused.items() if value]:
             raise ValueError(f"[vllm] expected plain full attention; got {', '.join(got)}")
         self.vllm_config = get_current_vllm_config()
-        if self.vllm_config.kv_transfer_config is not None:
-            raise ValueError("[vllm] expected no KV connector; got one")
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector not in CONNECTORS:
+            raise ValueError(
+                f"[vllm] expected no KV connector but {' or '.join(CONNECTORS)}, which asks our block manager what a "
+                f"prefix needs; got {transfer.kv_connector}"
+            )
         if self.vllm_config.parallel_config.use_ubatching:
             raise ValueError("[vllm] expected whole batches; got microbatches, whose layers would share work memory")
         if self.vllm_config.cache_config.kv_sharing_fast_prefill:

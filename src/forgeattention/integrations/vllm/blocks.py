@@ -110,6 +110,22 @@ class ExactManager(SlidingWindowManager):
         blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(blocks)
 
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Takes blocks for the sinks that a connector brings: what else was exact before its end is read as packed."""
+        blocks = self.req_to_blocks[request_id]
+        count = -(-(num_local_computed_tokens + num_external_computed_tokens) // self.block_size)
+        sinks = self.block_pool.get_new_blocks(max(min(count, self.kv_cache_spec.sink_blocks) - len(blocks), 0))
+        blocks.extend(sinks)
+        blocks.extend([self._null_block] * (count - len(blocks)))
+        if self._record_new_block_ids and record_for_zeroing:
+            self.new_block_ids.extend(block.block_id for block in sinks)
+
     @classmethod
     def find_longest_cache_hit(
         cls,

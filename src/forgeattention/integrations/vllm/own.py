@@ -58,7 +58,8 @@ def name_backends(layers: Mapping[str, Any], replaced: type) -> int:
     """
     least = 0
     for layer in layers.values():
-        backend = _backends.get(getattr(layer, "impl", None))
+        made = getattr(layer, "impl", None)  # layers of experts have none
+        backend = None if made is None else _backends.get(made)
         if backend is None:
             continue
         if layer.attn_backend is replaced:
