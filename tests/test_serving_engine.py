@@ -13,8 +13,9 @@ from serving_engine import PIECE, SPEC, Asked, engine, model
 from tolerances import SERVED_LOGITS
 
 from forgeattention.integrations.hf.cache import ForgeCache
-from forgeattention.serving.engine import Busy
-from forgeattention.serving.sampling import Sampler, Sampling, TextStream
+from forgeattention.serving.request import Busy
+from forgeattention.serving.sampling import Sampler, Sampling
+from forgeattention.serving.text import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from server_process import CLI, Server
-from serving_engine import Asked, Running, engine, model
+from serving_engine import Asked, Running, engine, model, post, tokenizer
 
 from forgeattention.serving.api import create_app
-from forgeattention.serving.engine import Request
+from forgeattention.serving.request import Request
 from forgeattention.serving.sampling import Sampling
 
 PROMPT = "prefix " * 30
@@ -110,16 +111,14 @@ def test_requests_may_arrive_while_the_queue_is_looked_through():
 
 @pytest.fixture
 def served(tmp_path: Path) -> Any:
-    from tiny import tokenizer
-
     folder, prefixes = tmp_path / "model", tmp_path / "prefixes"
     model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     options = ["--cache-memory", "8MB", "--piece", "64", "--prefix-folder", str(prefixes)]
     with contextlib.ExitStack() as started:
 
-        def start(code: str = CLI) -> Server:
-            made = Server(str(folder), tmp_path / "log", options, engine="hf", code=code)
+        def start(code: str = CLI, more: Sequence[str] = ()) -> Server:
+            made = Server(str(folder), tmp_path / "log", [*options, *more], engine="hf", code=code)
             started.callback(made.stop)
             return made.wait(120)
 
@@ -140,6 +139,58 @@ def test_sigterm_lets_requests_finish(served, monkeypatch):
     assert server.process.wait(60) == 0
     assert "0 requests were cut short" in log.read_text()
     assert len(list(prefixes.glob("*.forgecache"))) == len(PROMPT) // 64
+
+
+def test_sigterm_tells_those_that_are_cut(served):
+    """New requests get 503 while others run on; what --drain cuts short is told so, and counted."""
+    start, _, log = served
+    server = start(more=["--drain", "3"])
+    body = {"prompt": "abc", "max_tokens": 4000, "ignore_eos": True}
+    answers: list[Any] = []
+
+    def whole() -> None:
+        answers.append(post(server.port, "/v1/completions", body))
+
+    asking = threading.Thread(target=whole)
+    asking.start()
+    with connect(server.port) as client:
+        events = client.completions.create(
+            model="model", prompt="abc", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(events))
+        while server.metric("forgeattention_running") < 2:
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        status, headers, answer = post(server.port, "/v1/completions", {"prompt": "x"})
+        assert (status, answer["error"]["code"]) == (503, "unavailable")
+        assert int(headers["retry-after"]) >= 1
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(events)
+    asking.join(60)
+    status, headers, answer = answers[0]
+    assert status == 503, answer
+    assert answer["error"]["message"] == "the server is ending"
+    assert int(headers["retry-after"]) >= 1
+    assert server.process.wait(60) == 0
+    assert "2 requests were cut short" in log.read_text()
+
+
+def test_a_second_signal_waits_no_longer(served):
+    start, _, log = served
+    server = start(more=["--drain", "600"])
+    with connect(server.port) as client:
+        events = client.completions.create(
+            model="model", prompt="abc", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(events))
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server is ending"):
+            list(events)
+    assert server.process.wait(60) == 0
+    assert "1 requests were cut short" in log.read_text()
 
 
 def ask(server: Server, prompt: str) -> tuple[str, int]:

@@ -76,6 +76,12 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     raise ValueError(f"[models] expected 'smollm2', a model folder, a .gguf file or a hub id owner/name; got {text!r}")
 
 
+def served_name(model: str | os.PathLike[str]) -> str:
+    """What a server calls a model: the last part of its name or path, that of the folder itself for "."."""
+    path = Path(model)
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def fetch(name: str) -> Path:
     """Install the model `name` where `resolve` finds it, and return its file.
 

@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +17,11 @@ from ..codec import PAGE, CodecSpec
 from ..integrations.hf.cache import ForgeCache
 from .metrics import Metrics
 from .prefix import PrefixCache
-from .sampling import Sampler, Sampling, TextStream
+from .request import Busy, Event, Request
+from .sampling import Sampler, Scored, score
+from .text import TextStream, end_tokens
 
 log = logging.getLogger("forgeattention")
-
-
-class Busy(Exception):
-    """The queue is full, or the server is ending; `retry_after` in seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a request's listener is told: new text; at the end also why it ended.
-
-    Attributes:
-        text: new text, possibly empty.
-        finish: None, "stop", "length", "cancelled" or "error".
-        tokens: new tokens so far.
-        error: what went wrong, for "error".
-    """
-
-    text: str
-    finish: str | None = None
-    tokens: int = 0
-    error: str = ""
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how to go on from it. `listener` is called from the engine's thread and must not wait."""
-
-    prompt: list[int]
-    sampling: Sampling
-    listener: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    cached: int = 0
-    new: list[int] = field(default_factory=list)
-    read: int = 0
-    cache: ForgeCache | None = None
-    sampler: Sampler | None = None
-    text: TextStream | None = None
-
-    @property
-    def pages(self) -> int:
-        """Pages of a layer that the whole answer may fill."""
-        return (len(self.prompt) + self.sampling.max_tokens) // PAGE + 1
 
 
 class Engine:
@@ -114,8 +68,8 @@ class Engine:
         self.draining = False
         text = model.config.get_text_config(decoder=True)
         self.max_length = min(int(text.max_position_embeddings), max_pages * PAGE)
-        ends = model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self.vocabulary = int(text.vocab_size)
+        self.ends = end_tokens(model, tokenizer)
         self._spec = spec
         self._root = ForgeCache(model, spec, max_pages=max_pages, graph=False)
         if len(self._root.packed) != len(self._root.layers):
@@ -135,7 +89,7 @@ class Engine:
         self._running: list[Request] = []
         self._batch: ForgeCache | None = None
         self._wake = threading.Condition()
-        self._ended = self._failed = False
+        self._ended = self._failed = self._hurried = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -145,37 +99,55 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._running) + len(self._reading)
+        return len(self._running) + sum(len(request.answers) for request in [*self._reading])
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return sum(len(request.answers) for request in [*self._waiting])
 
     @property
     def pages_in_use(self) -> int:
         return self._pool.in_use
 
-    def submit(self, request: Request) -> None:
-        """Queues a request.
+    def check_room(self, count: int) -> None:
+        """Whether that many more answers may wait now.
 
         Raises:
-            ValueError: a prompt that is empty, or with its answer too long for the model or the pool.
+            ValueError: more than may ever wait together, or be decoded together.
             Busy: too many are waiting, or the engine is ending or has failed.
         """
-        total = len(request.prompt) + request.sampling.max_tokens
-        if not request.prompt:
-            raise ValueError("[serve] expected a prompt; got an empty one")
-        if total > self.max_length or request.pages > self.max_pages:
-            raise ValueError(
-                f"[serve] expected at most {self.max_length} tokens of prompt and answer; "
-                f"got {len(request.prompt)} and {request.sampling.max_tokens}"
-            )
+        if count > self.max_waiting:
+            raise ValueError(f"[serve] expected at most {self.max_waiting} answers per request; got {count}")
+        if self.draining or not self.alive:
+            raise Busy("the server is ending" if self.draining else "the engine has failed", 30)
+        if self.waiting + count > self.max_waiting:
+            raise Busy(f"{self.waiting} requests are waiting", 1 + self.waiting // self.max_running)
+
+    def submit(self, *requests: Request) -> None:
+        """Queues requests, all of them or none.
+
+        Raises:
+            ValueError: a prompt that is empty, or with its answer too long for the model or the pool; or more answers
+                than may wait or run together.
+            Busy: too many are waiting, or the engine is ending or has failed.
+        """
+        for request in requests:
+            total = len(request.prompt) + request.sampling.max_tokens
+            if not request.prompt:
+                raise ValueError("[serve] expected a prompt; got an empty one")
+            if total > self.max_length or request.pages > self.max_pages:
+                raise ValueError(
+                    f"[serve] expected at most {self.max_length} tokens of prompt and answer; "
+                    f"got {len(request.prompt)} and {request.sampling.max_tokens}"
+                )
+            if len(request.answers) > self.max_running or request.growth > self.max_pages:
+                raise ValueError(
+                    f"[serve] expected at most {self.max_running} answers to a prompt, of {self.max_pages} pages "
+                    f"together; got {len(request.answers)} of {request.growth}"
+                )
         with self._wake:
-            if self.draining or not self.alive:
-                raise Busy("the server is ending" if self.draining else "the engine has failed", 30)
-            if len(self._waiting) >= self.max_waiting:
-                raise Busy(f"{len(self._waiting)} requests are waiting", 1 + len(self._waiting) // self.max_running)
-            self._waiting.append(request)
+            self.check_room(sum(len(request.answers) for request in requests))
+            self._waiting.extend(requests)
             self._wake.notify()
 
     def cancel(self, request: Request) -> None:
@@ -194,9 +166,9 @@ class Engine:
             self.draining = True
             self._wake.notify()
         deadline = time.monotonic() + seconds
-        while self.alive and self.running + self.waiting and time.monotonic() < deadline:
+        while self.alive and self.running + self.waiting and time.monotonic() < deadline and not self._hurried:
             time.sleep(0.02)
-        left = [*self._waiting, *self._reading, *self._running]
+        left = self._everyone()
         for request in left:
             self.cancel(request)
         with self._wake:
@@ -204,7 +176,16 @@ class Engine:
             self._wake.notify()
         self._thread.join()
         self.prefixes.persist(self.model)
-        return len(left)
+        return sum(request.finish == "cancelled" for request in left)
+
+    def hurry(self) -> None:
+        """Lets a `drain` under way wait no longer."""
+        self._hurried = True
+
+    def _everyone(self) -> list[Request]:
+        queued = [*self._waiting, *self._reading]
+        # A request may stand in two places while it moves from one to the next.
+        return list(dict.fromkeys([*(answer for request in queued for answer in request.answers), *self._running]))
 
     def _loop(self) -> None:
         try:
@@ -213,7 +194,7 @@ class Engine:
             log.critical("the engine ends, and all of its requests", exc_info=True)
             with self._wake:  # from here on `submit` refuses
                 self._failed = True
-                left = [*self._waiting, *self._reading, *self._running]
+                left = self._everyone()
                 self._waiting.clear()
                 self._reading.clear()
                 self._running, self._batch = [], None
@@ -232,11 +213,11 @@ class Engine:
                 self._drop_cancelled()
                 self._admit()
                 if self._reading:
-                    self._guard([self._reading[0]], self._read_piece)
+                    self._guard(self._reading[0].answers, self._read_piece)
                 if self._running:
-                    self._guard(list(self._running), self._decode)
+                    self._guard(tuple(self._running), self._decode)
 
-    def _guard(self, requests: list[Request], action: Callable[[], None]) -> None:
+    def _guard(self, requests: Sequence[Request], action: Callable[[], None]) -> None:
         """Runs a step; should it fail, the requests in it end with an error and the others go on."""
         try:
             action()
@@ -244,8 +225,9 @@ class Engine:
             log.exception("a step with %d requests failed", len(requests))
             for request in requests:
                 self._end(request, "error", error=f"{type(error).__name__}: {error}")
-            if self._reading and requests == [self._reading[0]]:
+            if self._reading and requests[0] is self._reading[0]:
                 self._reading.popleft()
+                self._leave([r for r in self._running if r in requests], None)
             else:
                 self._running, self._batch = [], None
 
@@ -256,21 +238,24 @@ class Engine:
                 for request in gone:
                     queue.remove(request)
             for request in gone:
-                self._end(request, "cancelled")
+                for answer in request.answers:
+                    self._end(answer, "cancelled")
         self._leave([r for r in self._running if r.cancelled], "cancelled")
 
     def _admit(self) -> None:
-        while self._waiting and self.running < self.max_running:
+        while self._waiting and self.running + len(self._waiting[0].answers) <= self.max_running:
             request = self._waiting[0]
-            active = [*self._reading, *self._running]
-            growth = sum(max(0, r.pages - r.read // PAGE) for r in active) + request.pages
+            growth = sum(r.growth for r in (*self._reading, *self._running, request))
             while self._pool.in_use + growth > self.max_pages and self.prefixes.drop_oldest():
                 pass
             if self._pool.in_use + growth > self.max_pages:
                 return
-            request.sampler = Sampler(request.sampling)
-            request.text = TextStream(self.tokenizer, request.sampling.stop)
-            request.cached, cache = self.prefixes.get(request.prompt)
+            for answer in request.answers:
+                answer.sampler = Sampler(answer.sampling, answer.prompt, self.ends, answer.grammar)
+                answer.text = TextStream(self.tokenizer, answer.sampling.stop)
+            # A prompt whose tokens are to be scored is read whole.
+            known = (0, None) if request.sampling.score_prompt else self.prefixes.get(request.prompt)
+            request.cached, cache = known
             request.cache, request.read = cache or self._root.fork(), request.cached
             self.metrics.prompt(len(request.prompt), request.cached)
             self._reading.append(request)
@@ -280,30 +265,59 @@ class Engine:
         request = self._reading[0]
         assert request.cache is not None
         end = min(len(request.prompt), request.read + self.piece)
-        logits = self._step([request.prompt[request.read : end]], [request.read], request.cache)
+        tokens = request.prompt[request.read : end]
+        if request.sampling.score_prompt:
+            logits = self._score_piece(request, tokens)
+        else:
+            logits = self._step([tokens], [request.read], request.cache)
         request.read = end
-        if end % self.piece == 0:
+        sound = self._sound(logits)
+        # What is not sound must not reach another request through a kept prefix.
+        if sound[0] and end % self.piece == 0:
             self.prefixes.put(request.prompt[:end], request.cache)
         if end < len(request.prompt):
             return
-        if not self._take(request, logits[0]):
-            if self._batch is None:
-                self._batch = request.cache
-            else:
-                self._batch.join(request.cache)
-            self._running.append(request)
-        request.cache = None
+        for answer in request.copies:
+            answer.cache, answer.read, answer.cached = request.cache.fork(), end, request.cached
+        for answer in request.answers:
+            if answer.cancelled:
+                self._end(answer, "cancelled")
+            elif not self._take(answer, logits[0], sound[0]):
+                assert answer.cache is not None
+                if self._batch is None:
+                    self._batch = answer.cache
+                else:
+                    self._batch.join(answer.cache)
+                self._running.append(answer)
+            answer.cache = None
         self._reading.popleft()  # last, so that `drain` always sees the request somewhere
+        request.copies = ()  # from here on each stands for itself
+
+    def _score_piece(self, request: Request, tokens: list[int]) -> torch.Tensor:
+        """Reads a piece of a prompt and scores the tokens after its own; the logits [1, vocabulary] after it."""
+        assert request.cache is not None
+        top = request.sampling.logprobs or 0
+        logits = self._logits([tokens], [request.read], request.cache, len(tokens))[0]
+        after = request.prompt[request.read + 1 : request.read + len(tokens) + 1]
+        if request.read == 0:
+            request.scores.append(Scored(tokens[0]))
+        request.scores.extend(score(logits[: len(after)], after, top))
+        return logits[-1:]
 
     def _decode(self) -> None:
         assert self._batch is not None
         logits = self._step([[r.new[-1]] for r in self._running], [r.read for r in self._running], self._batch)
         done = []
-        for request, row in zip(self._running, logits):
+        for request, row, sound in zip(self._running, logits, self._sound(logits)):
             request.read += 1
-            if self._take(request, row):
+            if self._take(request, row, sound):
                 done.append(request)
         self._leave(done, None)
+
+    @staticmethod
+    def _sound(logits: torch.Tensor) -> list[bool]:
+        """Which rows of the logits [batch, vocabulary] are numbers."""
+        return logits.amax(-1).isfinite().tolist()
 
     def _leave(self, requests: list[Request], finish: str | None) -> None:
         """Takes requests out of the running batch; `finish` where they have not been told yet."""
@@ -320,38 +334,59 @@ class Engine:
             for request in requests:
                 self._end(request, finish)
 
-    def _take(self, request: Request, logits: torch.Tensor) -> bool:
-        """Draws a request's next token and tells its listener; whether it was the last one."""
+    def _take(self, request: Request, logits: torch.Tensor, sound: bool) -> bool:
+        """Draws a request's next token and tells its listener; whether it was the last one. What goes wrong here is
+        this request's own."""
+        try:
+            if not sound:
+                raise ValueError("the model gave logits that are no numbers")
+            return self._next(request, logits)
+        except Exception as error:
+            log.exception("a token of a request could not be drawn")
+            return self._end(request, "error", error=f"{type(error).__name__}: {error}")
+
+    def _next(self, request: Request, logits: torch.Tensor) -> bool:
         assert request.sampler is not None
         assert request.text is not None
+        how = request.sampling
+        if how.max_tokens == 0:  # asked for the prompt's scores alone
+            return self._end(request, "length")
         token = request.sampler(logits)
         request.new.append(token)
+        if how.logprobs is not None:
+            request.scores.extend(score(logits[None], [token], how.logprobs))
         if len(request.new) == 1:
             self.metrics.first_token(time.monotonic() - request.arrived)
-        if token in self._ends:
+        if token in how.stop_tokens or (token in self.ends and not how.ignore_eos):
             return self._end(request, "stop", request.text.flush())
         text = request.text.push(token)
         if request.text.stopped:
             return self._end(request, "stop", text)
-        if len(request.new) >= request.sampling.max_tokens:
+        if request.grammar is not None and request.grammar.ended:
+            return self._end(request, "stop", text + request.text.flush())
+        if len(request.new) >= how.max_tokens:
             return self._end(request, "length", text + request.text.flush())
-        if text:
-            request.listener(Event(text, None, len(request.new)))
+        if text or request.scores:
+            request.listener(Event(text, None, len(request.new), scores=request.told()))
         return False
 
     def _end(self, request: Request, finish: str, text: str = "", error: str = "") -> bool:
-        request.cache = None
+        request.cache, request.finish = None, finish
         self.metrics.finished(finish, len(request.new), time.monotonic() - request.arrived)
-        request.listener(Event(text, finish, len(request.new), error))
+        request.listener(Event(text, finish, len(request.new), error, request.told()))
         return True
 
     def _step(self, tokens: list[list[int]], positions: list[int], cache: ForgeCache) -> torch.Tensor:
         """Logits [batch, vocabulary] after tokens [batch, n] that begin at the given positions."""
+        return self._logits(tokens, positions, cache, 1)[:, -1]
+
+    def _logits(self, tokens: list[list[int]], positions: list[int], cache: ForgeCache, keep: int) -> torch.Tensor:
+        """Logits [batch, keep, vocabulary] after the last `keep` tokens."""
         ids = torch.tensor(tokens, device=self.model.device)
         first = torch.tensor(positions, device=self.model.device)
         at = first[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
+        out = self.model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        return out.logits[:, -keep:]
 
     def _read_saved(self, path: Path) -> ForgeCache:
         """A saved prefix, with its pages in the engine's own pool."""

@@ -21,6 +21,7 @@ class ServerOptions:
         max_running: requests decoded together.
         max_waiting: requests that wait; more get status 429.
         max_body: bytes of a request's body.
+        cors: origins whose pages may ask ("http://localhost:3000", "*" for all).
         piece: tokens of a prompt read between two decode steps.
         prefixes: prompt prefixes kept in memory.
         prefix_folder: folder where prefixes outlast the server; None keeps none.
@@ -35,6 +36,7 @@ class ServerOptions:
     max_running: int = 16
     max_waiting: int = 64
     max_body: int = 4 << 20
+    cors: tuple[str, ...] = ()
     piece: int = 512
     prefixes: int = 32
     prefix_folder: Path | None = None
@@ -47,7 +49,7 @@ class ServerOptions:
 
         def add(name: str, help: str, type: Callable[[str], Any] = str, **options: Any) -> None:
             default = getattr(cls, name)
-            shown = "" if default is None else f" (default {default})"
+            shown = "" if default is None or default == () else f" (default {default})"
             parser.add_argument(f"--{name.replace('_', '-')}", type=type, default=default, help=help + shown, **options)
 
         add("device", "cpu or cuda")
@@ -57,6 +59,7 @@ class ServerOptions:
         add("max_running", "requests decoded together", positive, metavar="N")
         add("max_waiting", "requests that may wait; further ones get status 429", positive, metavar="N")
         add("max_body", "most bytes of a request's body", positive, metavar="BYTES")
+        add("cors", "origin whose pages may ask, * for all; may be given again", action=_Append, metavar="ORIGIN")
         add("piece", "tokens of a prompt read between two steps", positive, metavar="TOKENS")
         add("prefixes", "prompt prefixes kept in memory", int, metavar="N")
         add("prefix_folder", "folder that keeps prefixes after the server ends (default: none)", Path, metavar="FOLDER")
@@ -67,6 +70,13 @@ class ServerOptions:
     def of(cls, args: argparse.Namespace) -> ServerOptions:
         """The options in a parsed command line."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+class _Append(argparse.Action):
+    """Collects an option that is given more than once in a tuple."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), values))
 
 
 def positive(text: str) -> int:

@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,17 +26,30 @@ from .options import ServerOptions
 
 log = logging.getLogger("forgeattention")
 
+FLUSH = 5
+"""Seconds that clients have to read the last of their answers when the server ends."""
+
 
 class Server(uvicorn.Server):
-    """Refuses new requests from the first SIGTERM on, while running ones finish."""
+    """From the first SIGTERM or SIGINT on answers 503 to new requests while running ones finish, and then ends; a
+    second signal cuts those that are left.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    Args:
+        config: uvicorn's.
+        engine: what is drained.
+        seconds: how long running requests have.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, seconds: float) -> None:
         super().__init__(config)
         self._engine = engine
+        self._seconds = seconds
+        self._drain: threading.Thread | None = None
+        self.cut = 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises the signals again when it has ended, which would end the process before `drain`.
+        # uvicorn's own ends the server at once, and raises the signals again when it has ended.
         before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -45,8 +58,18 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain is not None:
+            self._engine.hurry()
+            return
         self._engine.draining = True
-        super().handle_exit(sig, frame)
+        self._drain = threading.Thread(target=self._end, name="drain")
+        self._drain.start()
+
+    def _end(self) -> None:
+        try:
+            self.cut = self._engine.drain(self._seconds)
+        finally:  # clients have been told by now; uvicorn waits until they have read it, FLUSH seconds at most
+            self.should_exit = True
 
 
 def serve(model: str, spec: CodecSpec, *, host: str, port: int, options: ServerOptions | None = None) -> None:
@@ -69,16 +92,17 @@ def serve(model: str, spec: CodecSpec, *, host: str, port: int, options: ServerO
         model, dtype=getattr(torch, options.dtype), device=options.device, attn_implementation="forge"
     )
     engine = make_engine(loaded, tokenizer, spec, options)
-    name = options.served_name or Path(model).name
-    app = create_app(engine, name, api_key=key, max_body=options.max_body)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=options.drain, lifespan="off")
+    name = options.served_name or models.served_name(model)
+    app = create_app(engine, name, api_key=key, max_body=options.max_body, cors=options.cors)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=FLUSH, lifespan="off")
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         address, port = sock.getsockname()[:2]
         print(f"{name} at http://{address}:{port}/v1, room for {engine.max_pages * PAGE} packed tokens", flush=True)
+        server = Server(config, engine, options.drain)
         try:
-            Server(config, engine).run(sockets=[sock])
+            server.run(sockets=[sock])
         finally:
-            cut = engine.drain(options.drain)
+            cut = server.cut + engine.drain(0)
             print(f"ended; {cut} requests were cut short", flush=True)
 
 
