@@ -274,6 +274,38 @@ def test_stores_are_bounded_and_checked(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_forked_processes_do_not_write_over_each_other(tmp_path):
+    """Both read what was there before, and what each has put since; the child's pages take no room of the parent's."""
+    rng = np.random.default_rng(0)
+    old, parents, childs = (rng.integers(0, 256, (8, 32), np.uint8) for _ in range(3))
+    store = DiskStore(32, None, tmp_path)
+    before = [store.put(page) for page in old]
+    for number in before[6:]:
+        store.free(number)
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            mine = [store.put(page) for page in childs]
+            os.write(ready[1], b"1")
+            os.read(go[0], 1)
+            good = all((store.get(n) == page).all() for n, page in zip(mine, childs))
+            good &= all((store.get(n) == page).all() for n, page in zip(before[:6], old))
+            store.free(before[0])
+            store.put(childs[0])
+            os._exit(0 if good else 1)
+        except BaseException:
+            os._exit(2)
+    os.read(ready[0], 1)
+    store.free(before[5])  # its place is still the child's
+    mine = [store.put(page) for page in parents]
+    os.write(go[1], b"1")
+    assert os.waitpid(child, 0)[1] == 0
+    assert all((store.get(n) == page).all() for n, page in zip(mine, parents))
+    assert all((store.get(n) == page).all() for n, page in zip(before[:5], old))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_full_store_cannot_take_is_lost_and_counted():
     cache = make(Recency(0.5), on_evict="host", max_bytes=2 * CODEC.page_bytes)
     read(cache, 1000, look=False)

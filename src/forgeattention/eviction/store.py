@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +89,9 @@ class HostStore:
 class DiskStore(HostStore):
     """Pages in one nameless temporary file, which the system removes with the process, however that ends.
 
-    Each page's SHA-256 stays in memory and is looked at when the page comes back.
+    Each page's SHA-256 stays in memory and is looked at when the page comes back. After a fork both processes read the
+    pages that were there, and neither writes over them: the child puts new pages into a file of its own, and the
+    parent into new places.
 
     Args:
         page_bytes, max_bytes: as for `HostStore`.
@@ -96,11 +100,27 @@ class DiskStore(HostStore):
 
     def __init__(self, page_bytes: int, max_bytes: int | None = None, folder: str | os.PathLike[str] | None = None):
         super().__init__(page_bytes, max_bytes)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._slots = 0
+        self._folder = folder
+        self._open()
+        _of_this_process.add(self)
+
+    def _open(self) -> None:
+        self._file: Any = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+        self._slots = self._shared = 0
         self._free: list[int] = []
 
-    def _write(self, page: U8) -> tuple[int, bytes]:
+    def keep_shared(self) -> None:
+        """In a process that was forked: leaves the places of all pages so far to both."""
+        self._free, self._shared = [], self._slots
+
+    def part(self) -> None:
+        """In the child: new pages go to a file of its own, made when the first one comes."""
+        self._free, self._slots, self._shared = [], 0, 0
+        self._file = None
+
+    def _write(self, page: U8) -> tuple[Any, int, bytes]:
+        if self._file is None:
+            self._open()
         slot = self._free[-1] if self._free else self._slots
         done, data = 0, memoryview(page.tobytes())
         while done < len(data):
@@ -109,14 +129,30 @@ class DiskStore(HostStore):
             self._free.pop()
         else:
             self._slots += 1
-        return slot, hashlib.sha256(data).digest()
+        return self._file, slot, hashlib.sha256(data).digest()
 
-    def _read(self, data: tuple[int, bytes]) -> U8:
-        slot, digest = data
-        page = os.pread(self._file.fileno(), self.page_bytes, slot * self.page_bytes)
+    def _read(self, data: tuple[Any, int, bytes]) -> U8:
+        file, slot, digest = data
+        page = os.pread(file.fileno(), self.page_bytes, slot * self.page_bytes)
         if hashlib.sha256(page).digest() != digest:
             raise ValueError(f"[store] expected page {slot} as it was written; got other bytes: the file was changed")
         return np.frombuffer(bytearray(page), np.uint8)
 
-    def _forget(self, data: tuple[int, bytes]) -> None:
-        self._free.append(data[0])
+    def _forget(self, data: tuple[Any, int, bytes]) -> None:
+        file, slot, _ = data
+        if file is self._file and slot >= self._shared:
+            self._free.append(slot)
+
+
+_of_this_process: WeakSet[DiskStore] = WeakSet()
+
+
+def _forked(act: Callable[[DiskStore], None]) -> Callable[[], None]:
+    def every() -> None:
+        for store in list(_of_this_process):
+            act(store)
+
+    return every
+
+
+os.register_at_fork(after_in_parent=_forked(DiskStore.keep_shared), after_in_child=_forked(DiskStore.part))
