@@ -11,7 +11,7 @@ export PIP_CONSTRAINT = constraints.txt
 export PIP_BUILD_CONSTRAINT = constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo eval test test-vllm soak lint format bench docs site clean
+.PHONY: demo eval test test-vllm soak sanitize lint format bench docs site clean
 
 demo: .venv/installed-demo
 	$(BIN)/forgeattn demo --output demo
@@ -32,6 +32,25 @@ test: .venv/installed-test
 # Some hours: see CONTRIBUTING.md for its parts and its options, such as SOAK="--cases 500 --minutes 5".
 soak: .venv/installed-test
 	$(BIN)/python -m pytest tests/soak $(SOAK)
+
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under ThreadSanitizer
+# (g++ on Linux). Python itself is not instrumented, so the runtime is preloaded and leaks are not looked for. Torch's
+# memory is not instrumented either; what the kernels do with it is.
+SANITIZED := tests/test_ops_attention.py tests/test_ops_compact.py tests/test_ops_encode.py tests/test_ops_pages.py \
+             tests/test_ops_scores.py tests/test_ops_sparse.py tests/test_ops_steps.py tests/test_numerics.py
+sanitize: build/sanitize/address,undefined/site build/sanitize/thread/site
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=build/sanitize/address,undefined/site $(BIN)/python -m pytest -k "not reference" $(SANITIZED)
+	LD_PRELOAD=$$(g++ -print-file-name=libtsan.so) TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0 \
+	    PYTHONPATH=build/sanitize/thread/site setarch -R $(BIN)/python tests/thread_races.py
+
+build/sanitize/%/site: $(PACKAGE) .venv/installed-test
+	rm -rf build/sanitize/$*
+	mkdir -p build/sanitize/$*
+	$(BIN)/python -m pip wheel . -q --no-deps -w build/sanitize/$* \
+	    --config-settings=cmake.define.FORGEATTENTION_SANITIZE=$*
+	cd build/sanitize/$* && ../../../$(BIN)/python -m zipfile -e *.whl site
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
