@@ -1,9 +1,10 @@
 """What an op costs on the host besides its kernel: microseconds and Python calls of one call, on few tokens.
 
-    python benchmarks/op_overhead.py [--device cpu|cuda] [--json FILE]
+    python benchmarks/op_overhead.py [--device cpu|cuda|stand-in] [--json FILE]
 
 On the CPU the native call alone, with the same arguments, is measured too. On CUDA the kernel runs beside the host, so
 that the time of a call in a series is the host's alone, as long as that is the larger one; both are in the record.
+"stand-in" measures CUDA's launchers where there is no GPU (stand_in_device.py): without the driver's part of a launch.
 Series take turns; of each call the tenth percentile is told, as other work on the machine only adds.
 """
 
@@ -13,11 +14,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import stand_in_device
 import torch
 
 from forgeattention import ops
@@ -84,15 +87,16 @@ def kernel_times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return out
 
 
-def calls_of(device: str, packed: int, exact: int) -> dict[str, Callable[[], Any]]:
+def calls_of(device: str, packed: int, exact: int, stand_in: bool = False) -> dict[str, Callable[[], Any]]:
     codec = Codec(CodecSpec(), DIM, KV_HEADS)
     rng = np.random.default_rng(0)
-    dtype = torch.float32 if device == "cpu" else torch.float16
+    dtype = torch.float32 if device == "cpu" and not stand_in else torch.float16
+    backend = "cuda" if stand_in else "auto"
     pages = packed // PAGE
     base = torch.zeros(max(1, pages) * codec.page_bytes, dtype=torch.uint8, device=device)
     offsets = torch.arange(pages, dtype=torch.int64, device=device)[None] * codec.page_bytes
     k, v = (torch.from_numpy(rng.standard_normal((KV_HEADS, packed, DIM))).to(device, dtype) for _ in range(2))
-    ops.encode(k, v, codec, base, offsets[0])
+    ops.encode(k, v, codec, base, offsets[0], backend=backend)
     table = PageTable(base, offsets, torch.tensor([packed], dtype=torch.int32, device=device), packed, uniform=True)
     ek, ev = (torch.zeros(1, KV_HEADS, 256, DIM, dtype=dtype, device=device) for _ in range(2))
     lengths = torch.tensor([exact], dtype=torch.int32, device=device)
@@ -101,18 +105,19 @@ def calls_of(device: str, packed: int, exact: int) -> dict[str, Callable[[], Any
     q = torch.zeros(1, HEADS, 1, DIM, dtype=dtype, device=device)
     chunk = torch.zeros(1, HEADS, 64, DIM, dtype=dtype, device=device)
     one = torch.zeros(1, KV_HEADS, 1, DIM, dtype=dtype, device=device)
-    attend = ops.PreparedDecode(q, codec, table, held, 0.125)
+    attend = ops.PreparedDecode(q, codec, table, held, 0.125, backend=backend)
     out: dict[str, Callable[[], Any]] = {
-        "decode_attention": lambda: ops.decode_attention(q, codec, table, held, 0.125),
+        "decode_attention": lambda: ops.decode_attention(q, codec, table, held, 0.125, backend=backend),
         "decode_attention, prepared": lambda: attend(q, table, held),
         "decode_attention, prepared, a token more each time": lambda: attend(q, table, held.grown(exact)),
-        "qk_scores": lambda: ops.qk_scores(q, codec, table, 0.125),
-        "sparse_scores": lambda: ops.sparse_scores(q, codec, table, 0.125),
-        "append_tokens": lambda: (grown.fill_(exact), ops.append_tokens(ek, ev, grown, one, one)),
-        "encode of a page": lambda: ops.encode(k[:, :PAGE], v[:, :PAGE], codec, base, offsets[0, :1]),
-        "prefill_attention of 64 queries": lambda: ops.prefill_attention(chunk, codec, table, 0.125),
+        "qk_scores": lambda: ops.qk_scores(q, codec, table, 0.125, backend=backend),
+        "sparse_scores": lambda: ops.sparse_scores(q, codec, table, 0.125, backend=backend),
+        "append_tokens": lambda: (grown.fill_(exact), ops.append_tokens(ek, ev, grown, one, one, backend=backend)),
+        "encode of a page": lambda: ops.encode(k[:, :PAGE], v[:, :PAGE], codec, base, offsets[0, :1], backend=backend),
     }
-    if device == "cpu":
+    if not stand_in:  # it runs torch's attention, too
+        out["prefill_attention of 64 queries"] = lambda: ops.prefill_attention(chunk, codec, table, 0.125)
+    if device == "cpu" and not stand_in:
         out["decode_attention, the native call alone"] = native_call(q, codec, table, held)
     return out
 
@@ -139,26 +144,30 @@ def native_call(q: Any, codec: Codec, table: PageTable, held: ExactTokens) -> Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "stand-in"))
     parser.add_argument("--packed", type=int, default=128)
     parser.add_argument("--exact", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ops.set_num_threads(1)
-    calls = calls_of(args.device, args.packed, args.exact)
-    spent = times(calls, args.device)
+    stand_in = args.device == "stand-in"
+    with stand_in_device.stand_in() if stand_in else nullcontext():
+        calls = calls_of("cpu" if stand_in else args.device, args.packed, args.exact, stand_in)
+        spent = times(calls, args.device)
+        counts = {name: python_calls(call) for name, call in calls.items()}
     # What cuDNN plans at its first call cannot be captured.
     captured = {name: call for name, call in calls.items() if not name.startswith("prefill")}
     kernels = kernel_times(captured) if args.device == "cuda" else {}
     records = [
-        {"op": "op_overhead", "call": name, "us": spent[name], "python_calls": python_calls(call)}
+        {"op": "op_overhead", "call": name, "us": spent[name], "python_calls": counts[name]}
         | ({"kernel_us": kernels[name]} if name in kernels else {})
-        for name, call in calls.items()
+        for name in calls
     ]
     for r in records:
         kernel = f", kernel {r['kernel_us']:.1f} us" if "kernel_us" in r else ""
         print(f"{r['call']:<52} {r['us']:8.1f} us, {r['python_calls']} Python calls{kernel}")
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "packed": args.packed, "exact": args.exact}
+    shape |= {"device": args.device}
     if args.json:
         write_json(args.json, [{"op": "env", "env": environment()}, *(r | shape for r in records)])
 

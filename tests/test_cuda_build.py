@@ -141,6 +141,29 @@ def test_plan_fits_the_device(case: Case) -> None:
             assert plan.stages * plan.stage_pages * fmt.record_bytes >= plan.query_tile * (4 * fmt.padded_dim + 40)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "bits", "shape"),
+    [
+        (64, 3, 3, (4, 8, 2, 2)),
+        (128, 4, 3, (4, 8, 2, 2)),
+        (128, 7, 3, (8, 12, 1, 1)),
+        (128, 16, 3, (16, 8, 1, 1)),
+        (256, 1, 3, (4, 16, 1, 1)),
+        (256, 4, 2, (4, 16, 1, 1)),
+        (256, 4, 4, (4, 8, 1, 1)),  # 16 pages of 4 bits do not fit
+        (256, 8, 3, (8, 8, 1, 1)),
+        (512, 4, 3, (4, 8, 1, 1)),
+    ],
+)
+def test_shapes_are_those_that_were_measured(
+    head_dim: int, queries: int, bits: int, shape: tuple[int, int, int, int]
+) -> None:
+    """Query tile, warps, CTAs of a multiprocessor and pages of a stage; never by the batch or the context."""
+    fmt = CodecSpec(k_bits=bits, v_bits=bits).page_format(head_dim)
+    plan = plans.decode_plan(fmt, 2, queries, plans.Limits())
+    assert (plan.query_tile, plan.warps, plan.ctas, plan.stage_pages) == shape
+
+
 def cut(plan: plans.DecodePlan, length: int) -> list[tuple[int, int]]:
     """Pages of each split, as kernels/cuda/decode_args.cuh cuts a row."""
     pages = -(-length // 64)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> LAUNCHES:
     stand_ins = {
         "limits": lambda device: plans.Limits(),
         "on_device": lambda device: nullcontext(),
+        "current_device": lambda: None,
         "current_stream": lambda device: 0,
         "counters": lambda device, stream, count: 0x1000,
         "partials": lambda device, stream, count: 0x2000,
@@ -103,6 +106,66 @@ def test_every_member_is_told(launches: LAUNCHES) -> None:
     assert set(launches) == wanted
     assert all(x["page_table"] == offsets.data_ptr() for name in ("qk_scores", "value_sum") for x in launches[name])
     assert launches["sparse_scores"][0]["pages"] == -(-200 // PAGE)
+
+
+def test_steps_tell_what_a_first_launch_tells(launches: LAUNCHES) -> None:
+    """From the third call on arguments lie ready; whatever changes between calls must reach the kernel all the same."""
+    codec, other = (Codec(CodecSpec(seed=seed), 64, 2) for seed in (1, 2))
+    base = torch.zeros(8 * codec.page_bytes, dtype=torch.uint8)
+    page_table = torch.arange(8).reshape(2, 4) * codec.page_bytes
+    tables = [PageTable(base, page_table, torch.tensor([200, 64], dtype=torch.int32), most) for most in (200, 256)]
+    k, v = torch.randn(2, 2, 2, 64, 64)
+    lengths = torch.tensor([9, 20], dtype=torch.int32)
+    exact = ExactTokens(k, v, lengths, 20)
+    many = ExactTokens(*torch.randn(2, 2, 2, 64, 64), lengths, 20)
+    sinks = torch.zeros(6)
+    q, wide = torch.randn(2, 6, 1, 64), torch.randn(2, 6, 1, 128)[..., :64]
+    usual = (q, codec, tables[0], exact, 0.125, True, None)
+    changes: list[dict[int, Any]] = [
+        *({}, {}, {}, {0: torch.randn(2, 6, 1, 64)}, {0: wide}, {0: torch.randn(1, 6, 1, 64)}, {1: other}),
+        *({2: tables[1]}, {2: None}, {3: many}, {3: None}, {4: 0.25}, {5: False}, {6: sinks}, {}),
+        *({3: exact.grown(most)} for most in (21, 32, 33, 60)),
+        *({0: q.half()}, {}, {0: torch.randn(2, 6, 1, 64)}),
+    ]
+    ready = 0
+    for change in changes:
+        for _ in range(3):
+            q, codec, table, tokens, *rest = (change.get(i, x) for i, x in enumerate(usual))
+            out, lse = attention.decode_attention(q, codec, table, tokens, *rest)
+            told = launches["decode_attention"][-1]
+            assert (told["q"], told["out"], told["lse"]) == (q.data_ptr(), out.data_ptr(), lse.data_ptr())
+            assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
+            # The same arrays in tables that no launch has seen.
+            fresh = None if table is None else PageTable(base, table.page_table, table.lengths, table.max_length)
+            held = None if tokens is None else ExactTokens(tokens.k, tokens.v, tokens.lengths, tokens.max_length)
+            attention.decode_attention(q, codec, fresh, held, *rest)
+            first = launches["decode_attention"][-1]
+            assert {**told, "out": 0, "lse": 0} == {**first, "out": 0, "lse": 0}
+            views = (tokens or table).views
+            ready += "cuda step" in views
+    assert ready > len(changes)
+
+
+def test_steps_follow_scratch_and_threads(launches: LAUNCHES, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(CodecSpec(), 64, 2)
+    exact = ExactTokens(*torch.randn(2, 1, 2, 64, 64), torch.tensor([9], dtype=torch.int32), 20)
+    q = torch.randn(1, 6, 1, 64)
+    attend = partial(attention.decode_attention, q, codec, None, exact, 0.125, True, None)
+    for _ in range(3):
+        attend()
+    step = exact.views["cuda step"]
+    attend()
+    assert exact.views["cuda step"] is step
+    monkeypatch.setattr(attention, "partials", lambda device, stream, count: 0x3000)
+    attend()
+    assert launches["decode_attention"][-1]["part"] == 0x2000  # nothing said that it moved
+    monkeypatch.setattr(attention, "scratch_age", lambda: 1)
+    attend()
+    assert launches["decode_attention"][-1]["part"] == 0x3000
+    step = exact.views["cuda step"]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(attend).result()
+    assert exact.views["cuda step"] is not step
 
 
 def test_a_paged_step_tells_every_member(launches: LAUNCHES) -> None:

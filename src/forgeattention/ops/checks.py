@@ -19,6 +19,39 @@ def describe(x: Any) -> str:
     return f"{dtype_of(x)} {list(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else repr(type(x).__name__)
 
 
+_passed: set[Any] = set()
+"""Looks that passed an op's checks: in a decode loop they are those of every step."""
+
+
+def looks(op: str, *arrays: Any, **others: Any) -> Any:
+    """All that an op's checks of classes, shapes and dtypes ask, to be compared; None where something is no array.
+
+    Args:
+        op: the op's name.
+        arrays: its arrays.
+        others: what else its checks look at, hashable.
+    """
+    try:
+        return op, *[(type(x), x.shape, x.dtype) for x in arrays], *others.values()
+    except AttributeError:
+        return None
+
+
+def passed(asked: Any) -> bool:
+    """Whether arguments of these looks passed before."""
+    try:
+        return asked is not None and asked in _passed
+    except TypeError:  # a shape or dtype that is none
+        return False
+
+
+def note_passed(asked: Any) -> None:
+    """Remembers looks that passed all of their op's checks."""
+    if len(_passed) >= 4096:
+        _passed.clear()
+    _passed.add(asked)
+
+
 def check_codec(op: str, codec: Any) -> None:
     if not isinstance(codec, Codec):
         raise fail(op, "a Codec", type(codec).__name__)
@@ -45,9 +78,13 @@ def check_vectors(op: str, name: str, x: Any, codec: Codec, rank: int, heads: in
 
 
 def check_queries(op: str, q: Any, codec: Codec) -> None:
+    asked = looks("queries", q, head_dim=codec.head_dim, kv_heads=codec.kv_heads)
+    if passed(asked):
+        return
     check_vectors(op, "q", q, codec, 4, None)
     if q.shape[1] == 0 or q.shape[1] % codec.kv_heads:
         raise fail(op, f"q_heads a multiple of {codec.kv_heads} kv_heads", q.shape[1])
+    note_passed(asked)
 
 
 def check_index(op: str, name: str, x: Any, dtype: str, shape: tuple[int | str, ...]) -> None:

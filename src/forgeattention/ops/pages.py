@@ -7,7 +7,18 @@ from typing import Any
 from ..codec.codec import Codec
 from ..codec.spec import PAGE
 from .arrays import FLOATS, Array, DType, dtype_name, dtype_of, empty_like, is_contiguous
-from .checks import check_codec, check_floats, check_index, check_table, check_vectors, describe, fail
+from .checks import (
+    check_codec,
+    check_floats,
+    check_index,
+    check_table,
+    check_vectors,
+    describe,
+    fail,
+    looks,
+    note_passed,
+    passed,
+)
 from .decorator import op
 from .registry import launch
 from .table import PageTable
@@ -34,16 +45,20 @@ def encode(k: Array, v: Array, codec: Codec, out: Array | None, offsets: Array, 
             the scale format. Nothing is written then. (CUDA reports values lazily: see backends/cuda/pages.py.)
     """
     check_codec("encode", codec)
-    check_vectors("encode", "k", k, codec, 3, codec.kv_heads)
-    check_vectors("encode", "v", v, codec, 3, codec.kv_heads)
-    tokens = k.shape[1]
-    if tokens % PAGE or v.shape[1] != tokens or dtype_of(v) != dtype_of(k):
-        raise fail("encode", f"k and v alike with a multiple of {PAGE} tokens", f"{describe(k)} and {describe(v)}")
-    check_index("encode", "offsets", offsets, "int64", (tokens // PAGE,))
-    if out is not None and dtype_of(out) != "uint8":
-        raise fail("encode", "out uint8", describe(out))
+    arrays = (k, v, offsets) if out is None else (k, v, offsets, out)
+    asked = looks("encode", *arrays, head_dim=codec.head_dim, kv_heads=codec.kv_heads)
+    if not passed(asked):
+        check_vectors("encode", "k", k, codec, 3, codec.kv_heads)
+        check_vectors("encode", "v", v, codec, 3, codec.kv_heads)
+        tokens = k.shape[1]
+        if tokens % PAGE or v.shape[1] != tokens or dtype_of(v) != dtype_of(k):
+            raise fail("encode", f"k and v alike with a multiple of {PAGE} tokens", f"{describe(k)} and {describe(v)}")
+        check_index("encode", "offsets", offsets, "int64", (tokens // PAGE,))
+        if out is not None and dtype_of(out) != "uint8":
+            raise fail("encode", "out uint8", describe(out))
+        note_passed(asked)
     run = launch("encode", k, backend)
-    if tokens:
+    if k.shape[1]:
         run(k, v, codec, out, offsets)
 
 
@@ -66,13 +81,16 @@ def append_tokens(to_k: Array, to_v: Array, lengths: Array, k: Array, v: Array, 
         ValueError: shapes or dtypes that do not fit together.
     """
     name = "append_tokens"
-    check_floats(name, "to_k", to_k, 4)
-    batch, heads, _, dim = to_k.shape
-    if tuple(to_v.shape) != tuple(to_k.shape) or dtype_of(to_v) != dtype_of(to_k):
-        raise fail(name, f"to_v {describe(to_k)} like to_k", describe(to_v))
-    check_index(name, "k", k, dtype_of(to_k), (batch, heads, "n", dim))
-    check_index(name, "v", v, dtype_of(to_k), (batch, heads, k.shape[2], dim))
-    check_index(name, "lengths", lengths, "int32", (batch,))
+    asked = looks(name, to_k, to_v, lengths, k, v)
+    if not passed(asked):
+        check_floats(name, "to_k", to_k, 4)
+        batch, heads, _, dim = to_k.shape
+        if tuple(to_v.shape) != tuple(to_k.shape) or dtype_of(to_v) != dtype_of(to_k):
+            raise fail(name, f"to_v {describe(to_k)} like to_k", describe(to_v))
+        check_index(name, "k", k, dtype_of(to_k), (batch, heads, "n", dim))
+        check_index(name, "v", v, dtype_of(to_k), (batch, heads, k.shape[2], dim))
+        check_index(name, "lengths", lengths, "int32", (batch,))
+        note_passed(asked)
     launch(name, to_k, backend)(to_k, to_v, lengths, k, v)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypedDict
 
-from .arrays import device_of
+from .arrays import device_of, is_torch
 
 BACKENDS = ("cpu", "cuda", "metal", "reference")
 # Devices whose memory a backend can read. MLX's lies where processor and GPU both reach it.
@@ -116,24 +116,35 @@ def launch(name: str, array: Any, backend: str = "auto") -> Callable[..., Any]:
     Raises:
         ValueError: an unknown backend, one that cannot run here, lacks the op or cannot read the array.
     """
-    device = device_of(array)
+    if is_torch(array):
+        return of_torch(name, type(array), array.device.type, backend)
+    return _launcher(name, type(array), device_of(array), backend)
+
+
+@cache
+def of_torch(name: str, kind: type, device: str, backend: str) -> Callable[..., Any]:
+    """As `launch`, for torch tensors of a class on a device: nothing else decides, so it is found once."""
+    return _launcher(name, kind, device, backend)
+
+
+def _launcher(name: str, kind: type, device: str, backend: str) -> Callable[..., Any]:
     chosen = backend
     if backend == "auto":
         chosen = native(device)
         if not chosen:
-            raise ValueError(f"[{name}] expected an array of NumPy, torch or MLX; got {_describe(array, device)}")
+            raise ValueError(f"[{name}] expected an array of NumPy, torch or MLX; got {_describe(kind, device)}")
     elif backend not in BACKENDS:
         raise ValueError(f"[{name}] expected backend 'auto' or one of {BACKENDS}; got {backend!r}")
     elif device not in READS[backend]:
-        raise ValueError(f"[{name}] expected arrays that backend {backend!r} reads; got {_describe(array, device)}")
+        raise ValueError(f"[{name}] expected arrays that backend {backend!r} reads; got {_describe(kind, device)}")
     function, reason = find(name, chosen, device == "mlx")
     if function is None:
         raise ValueError(f"[{name}] expected backend {chosen!r} to be available; got: {reason}")
     return function
 
 
-def _describe(array: Any, device: str) -> str:
-    return f"{type(array).__module__}.{type(array).__qualname__}" + (f" on {device}" if device else "")
+def _describe(kind: type, device: str) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}" + (f" on {device}" if device else "")
 
 
 def report() -> list[BackendStatus]:

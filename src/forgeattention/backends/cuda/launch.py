@@ -79,9 +79,15 @@ class Constants:
 _HERE: AbstractContextManager[None] = nullcontext()
 
 
+def current_device() -> int:
+    """The number of torch's current device; something lies on one, so CUDA is up."""
+    # torch.cuda.current_device makes sure of that first, which takes as long again.
+    return torch._C._cuda_getDevice()
+
+
 def on_device(device: Any) -> AbstractContextManager[Any]:
     """Makes a device the current one; costs little where it is."""
-    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+    return _HERE if current_device() == device.index else torch.cuda.device(device)
 
 
 def current_stream(device: Any) -> int:
@@ -90,20 +96,21 @@ def current_stream(device: Any) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-_constants: weakref.WeakKeyDictionary[Codec, dict[Any, Constants]] = weakref.WeakKeyDictionary()
+_constants: dict[tuple[int, Any], Constants] = {}
+"""By the codec's id and the device, as long as the codec lives: a weak dictionary takes five times as long."""
 _counters: dict[tuple[int, int], Any] = {}
 _partials: dict[tuple[int, int], Any] = {}
 _replaced: list[Any] = []
+"""Scratch that was too small, and lies where it did."""
 
 
 def constants_of(codec: Codec, device: Any) -> Constants:
     """The codec's constants on a device, made once."""
-    per_device = _constants.get(codec)
-    if per_device is None:
-        per_device = _constants[codec] = {}
-    found = per_device.get(device)
+    key = id(codec), device
+    found = _constants.get(key)
     if found is None:
-        found = per_device[device] = Constants(codec, device)
+        found = _constants[key] = Constants(codec, device)
+        weakref.finalize(codec, _constants.pop, key, None)
     return found
 
 
@@ -113,9 +120,14 @@ def _scratch_of(kept: dict[tuple[int, int], Any], device: Any, stream: int, coun
     have = kept.get(key)
     if have is None or have.numel() < count:
         if have is not None:
-            _replaced.append(have)  # graphs captured with it may be replayed
+            _replaced.append(have)  # graphs captured with it may be replayed, blocks made with it are used no more
         have = kept[key] = torch.zeros(max(count, 65536), dtype=dtype, device=device)
     return have
+
+
+def scratch_age() -> int:
+    """Rises whenever scratch moves, so that addresses of it hold as long as this stays."""
+    return len(_replaced)
 
 
 def counters(device: Any, stream: int, count: int) -> int:

@@ -16,7 +16,7 @@ from ...ops.arrays import dtype_of
 from ...ops.table import PageTable
 from . import nvrtc, params, plans
 from .encoder import encode_plan
-from .launch import address, constants_of, current_stream, limits, on_device
+from .launch import address, constants_of, current_stream, limits, on_device, table_members
 
 _bad: dict[int, Any] = {}
 
@@ -43,8 +43,8 @@ _pack_compact = params.COMPACT.packer()
 
 def encode(k: Any, v: Any, codec: Codec, out: Any | None, offsets: Any) -> None:
     """See `forgeattention.ops.encode`."""
-    pages = k.shape[1] // PAGE
-    k, v = (x.unflatten(1, (pages, PAGE)).transpose(0, 1) for x in (k, v))
+    heads, tokens, dim = k.shape
+    k, v = (x.view(heads, tokens // PAGE, PAGE, dim).transpose(0, 1) for x in (k, v))
     encode_rows(k, v, codec, offsets, out)
 
 
@@ -95,11 +95,19 @@ class _EncodeLaunch:
         )
 
 
+def _bytes_apart(x: Any, size: int) -> tuple[int, int, int]:
+    """Bytes from one row, head and token to the next."""
+    row, head, token, _ = x.stride()
+    return size * row, size * head, size * token
+
+
 def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
     """Writes k, v [batch, heads, n, dim] behind the `lengths` int32 [batch] tokens of to_k, to_v [batch, heads,
     capacity, dim] and adds n to the lengths. A row without room stays as it is."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     device, size = k.device, k.element_size()
+    batch, heads, n, dim = k.shape
     with on_device(device):
         packed = _pack_append_tokens(
             k=k.data_ptr(),
@@ -107,17 +115,17 @@ def append_tokens(to_k: Any, to_v: Any, lengths: Any, k: Any, v: Any) -> None:
             to_k=to_k.data_ptr(),
             to_v=to_v.data_ptr(),
             lengths=lengths.data_ptr(),
-            k_stride=[size * s for s in k.stride()[:3]],
-            v_stride=[size * s for s in v.stride()[:3]],
-            to_k_stride=[size * s for s in to_k.stride()[:3]],
-            to_v_stride=[size * s for s in to_v.stride()[:3]],
-            heads=k.shape[1],
-            n=k.shape[2],
-            words=k.shape[3] * size // 4,
+            k_stride=_bytes_apart(k, size),
+            v_stride=_bytes_apart(v, size),
+            to_k_stride=_bytes_apart(to_k, size),
+            to_v_stride=_bytes_apart(to_v, size),
+            heads=heads,
+            n=n,
+            words=dim * size // 4,
             capacity=to_k.shape[2],
         )
         kernel = nvrtc.kernel("append_tokens", (), device.index, 0)
-        kernel.launch((k.shape[0], 1, 1), 256, current_stream(device), packed)
+        kernel.launch((batch, 1, 1), 256, current_stream(device), packed)
 
 
 def compact(base: Any | None, offsets: Any, page_bytes: int) -> Any:
@@ -155,12 +163,9 @@ def decode_pages_into(codec: Codec, table: PageTable, k: Any, v: Any, rotated: b
             ("decode_pages", dtype, rotated), lambda: _DecodePagesLaunch(codec, dtype, rotated, device)
         )
         packed = launch.pack(
-            base=address(table.base),
-            page_table=table.page_table.data_ptr(),
-            lengths=table.lengths.data_ptr(),
             k=k.data_ptr() + offset,
             v=v.data_ptr() + offset,
-            max_pages=table.page_table.stride(0),
+            **table_members(table),
             max_length=k.shape[2],
         )
         grid = -(-table.max_length // PAGE), codec.kv_heads, k.shape[0]

@@ -11,7 +11,7 @@ from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable
 from . import nvrtc, params, plans
-from .launch import address, constants_of, current_stream, limits, on_device
+from .launch import constants_of, current_stream, limits, on_device, table_members
 
 
 class _Launch:
@@ -38,12 +38,9 @@ class _Launch:
         """With `splits` CTAs across the pages."""
         packed = self.pack(
             q=x.data_ptr(),
-            base=address(table.base),
-            page_table=table.page_table.data_ptr(),
-            lengths=table.lengths.data_ptr(),
             out=out.data_ptr(),
             q_stride=x.stride()[:3],
-            max_pages=table.page_table.stride(0),
+            **table_members(table),
             max_length=table.max_length,
             scale=scale,
         )

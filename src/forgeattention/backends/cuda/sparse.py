@@ -12,7 +12,7 @@ from ...codec.spec import PAGE
 from ...ops.arrays import dtype_of
 from ...ops.table import PageTable, Scores, Threshold
 from . import nvrtc, params, plans
-from .launch import address, constants_of, counters, current_stream, limits, on_device, partials
+from .launch import address, constants_of, counters, current_stream, limits, on_device, partials, table_members
 
 _pack_select = params.PAGE_SELECT.packer()
 _pack_threshold = params.SPARSE_THRESHOLD.packer()
@@ -71,13 +71,10 @@ def sparse_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Score
             launch = _of_queries("sparse_scores", codec, q)
             packed = launch.pack(
                 q=q.data_ptr(),
-                base=address(table.base),
-                page_table=table.page_table.data_ptr(),
-                lengths=table.lengths.data_ptr(),
                 scores=scores.data_ptr(),
                 stats=stats.data_ptr(),
                 q_stride=q.stride()[:3],
-                max_pages=table.page_table.stride(0),
+                **table_members(table),
                 pages=pages,
                 scale=scale,
             )
@@ -97,12 +94,9 @@ def page_scores(q: Any, codec: Codec, table: PageTable, scale: float) -> Any:
             launch = _of_queries("page_scores", codec, q)
             packed = launch.pack(
                 q=q.data_ptr(),
-                base=address(table.base),
-                page_table=table.page_table.data_ptr(),
-                lengths=table.lengths.data_ptr(),
                 out=out.data_ptr(),
                 q_stride=q.stride()[:3],
-                max_pages=table.page_table.stride(0),
+                **table_members(table),
                 pages=pages,
                 scale=scale,
             )
@@ -251,16 +245,13 @@ def sparse_attention(
             threshold=threshold.score.data_ptr(),
             top=threshold.top.data_ptr(),
             last=threshold.last.data_ptr(),
-            base=address(table.base),
-            page_table=table.page_table.data_ptr(),
-            lengths=table.lengths.data_ptr(),
             other=address(other_o),
             other_lse=address(other_lse),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             part=part,
             counter=counters(device, stream, heads),
-            max_pages=table.page_table.stride(0),
+            **table_members(table),
             pages=stats.shape[3],
         )
         launch.kernel.launch((plan.num_splits, codec.kv_heads * plan.query_tiles, batch), plan.threads, stream, packed)
