@@ -24,7 +24,8 @@ _passed: set[Any] = set()
 
 
 def looks(op: str, *arrays: Any, **others: Any) -> Any:
-    """All that an op's checks of classes, shapes and dtypes ask, to be compared; None where something is no array.
+    """All that an op's checks of classes, shapes and dtypes ask, to be compared; None where something is no array, or
+    where a size is a tracer's symbol.
 
     Args:
         op: the op's name.
@@ -32,21 +33,22 @@ def looks(op: str, *arrays: Any, **others: Any) -> Any:
         others: what else its checks look at, hashable.
     """
     try:
-        return op, *[(type(x), x.shape, x.dtype) for x in arrays], *others.values()
-    except AttributeError:
+        asked = op, *[(type(x), x.shape, x.dtype) for x in arrays], *others.values()
+        hash(asked)
+    except (AttributeError, TypeError):
         return None
+    return asked
 
 
 def passed(asked: Any) -> bool:
     """Whether arguments of these looks passed before."""
-    try:
-        return asked is not None and asked in _passed
-    except TypeError:  # a shape or dtype that is none
-        return False
+    return asked is not None and asked in _passed
 
 
 def note_passed(asked: Any) -> None:
     """Remembers looks that passed all of their op's checks."""
+    if asked is None:
+        return
     if len(_passed) >= 4096:
         _passed.clear()
     _passed.add(asked)
