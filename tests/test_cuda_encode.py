@@ -31,7 +31,7 @@ extern "C" int run(const float* k, const float* v, u8* record, const u32* feedba
   static Params p;
   int bad = 0;
   p = {};
-  p.k = k, p.v = v, p.base = record, p.page_table = &offset, p.bad = &bad, p.feedback = feedback;
+  p.k = k, p.v = v, p.base = record, p.offsets = &offset, p.bad = &bad, p.feedback = feedback;
   p.k_stride[2] = p.v_stride[2] = HEAD_DIM, p.k_unit = k_unit, p.v_unit = v_unit;
   auto made = std::make_unique<Block>();
   block = made.get();

@@ -116,9 +116,10 @@ def launch(name: str, array: Any, backend: str = "auto") -> Callable[..., Any]:
     Raises:
         ValueError: an unknown backend, one that cannot run here, lacks the op or cannot read the array.
     """
+    kind: Any = type(array)
     if is_torch(array):
-        return of_torch(name, type(array), array.device.type, backend)
-    return _launcher(name, type(array), device_of(array), backend)
+        return of_torch(name, kind, array.device.type, backend)
+    return _launcher(name, kind, device_of(array), backend)
 
 
 @cache
