@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -49,6 +51,19 @@ def _sections(elf: bytes) -> tuple[list[bytes], list[str]]:
 
 def stack_bytes(kernel: tuple[str, nvrtc.Macros, str]) -> int:
     return local_bytes(nvrtc.cubin(*kernel))
+
+
+def test_threads_compile_in_a_process_that_has_not_loaded_the_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    code = """
+from forgeattention.backends.cuda import nvrtc
+started = nvrtc.start([(stem, ()) for stem in ("page_tables", "paged_append", "compact", "append_tokens")], "sm_90a")
+print(all(code.result().startswith(b"\\x7fELF") for code in started))
+"""
+    env = os.environ | {"FORGEATTENTION_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True\n", done.stderr
+    assert len(list((tmp_path / "cuda").iterdir())) == 4
 
 
 @pytest.mark.timeout(1800)

@@ -150,6 +150,7 @@ def cubin(stem: str, macros: Macros, arch: str, mlx_outputs: tuple[str, ...] = (
 @cache
 def _compilers() -> ThreadPoolExecutor:
     """As many threads as this process has cores: NVRTC holds no lock of Python's while it compiles."""
+    _compiler()  # threads that import cuda-core at once find it half made
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ThreadPoolExecutor(cores, "nvrtc")
 
