@@ -16,6 +16,7 @@ from ops_cases import DTYPES, Case
 from random_cases import (
     FRAMEWORKS,
     QUIET,
+    WORST,
     cases,
     close,
     in_framework,
@@ -138,7 +139,7 @@ def check_records(records: Any, k: Any, v: Any, codec: Codec) -> None:
     for x, a, b in zip((k, v), reference.decode_pages(found, codec), reference.decode_pages(wanted, codec)):
         x64 = to_numpy(x).astype(np.float64)
         loss, best = ((a - x64) ** 2).sum(), ((b - x64) ** 2).sum()
-        assert loss <= (1 + more) * best + 1e-12 * (x64**2).sum()
+        assert loss <= (1 + WORST * more) * best + 1e-12 * (x64**2).sum()
 
 
 def encode(data: Any) -> None:
@@ -308,8 +309,19 @@ def page_select(data: Any) -> None:
     got = ops.page_select(turned(means, framework), case.codec, made, **given)
     want = ops.page_select(means, case.codec, table, backend="reference", **given)
     assert [tuple(a.shape) for a in got] == [tuple(b.shape) for b in want]
-    np.testing.assert_array_equal(to_numpy(got[1]), to_numpy(want[1]))
-    np.testing.assert_array_equal(to_numpy(got[2]), to_numpy(want[2]))
+    counts, read = to_numpy(got[1]) // PAGE, to_numpy(got[2])
+    np.testing.assert_array_equal(read.sum(-1), counts)
+    most_apart = 0 if "top_k" in given else 1  # by mass, the last page may be decided by rounding
+    assert (np.abs(counts - to_numpy(want[1]) // PAGE) <= most_apart).all()
+    # Pages of shares that are equal but for rounding may stand for each other.
+    mass = np.exp(means.double().numpy()).reshape(
+        len(whole), case.codec.kv_heads, -1 if means.numel() else 0, most // PAGE
+    )
+    total = mass.sum(-1, keepdims=True)
+    share = (mass / np.where(total > 0, total, 1)).max(2, initial=0)
+    worst = np.where(read, share, np.inf).min(-1, initial=np.inf)
+    best = np.where(read, 0, share).max(-1, initial=0)
+    assert (best <= worst + tolerances.SPARSE_MASS).all()
 
 
 OPS: dict[str, Callable[[Any], None]] = {
