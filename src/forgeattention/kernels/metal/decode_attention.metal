@@ -5,14 +5,9 @@
 // exact tokens, the others to their share of the packed tiles. A block of ROWS rows (query heads of one KV head times
 // queries) shares every read of keys and values. Two barriers per 256 tokens.
 //
-// What limits it, counted for head_dim 128 at 3.125 bits: 100 bytes per token and KV head, so 120 GB/s (M4) bring
-// 1.2e9 of them a second and 819 GB/s (M3 Ultra) 8.2e9. Arithmetic: 256 codes, each a bit field extract, a shuffle
-// (counted as two instructions) and one FMA per row; with 4 rows 7 * 256 = 1,800 lane instructions plus about 200
-// for softmax and exchanges. An M4 (10 cores, 128 lanes each, about 1.5 GHz) issues 1.9e12 a second, that is 0.96e9
-// tokens: 4 rows are limited by instructions at about 80 % of the memory's rate, 1 or 2 rows by memory, 8 rows by
-// FMAs at about half of it. M3 Ultra (80 cores, 819 GB/s): 7.7e9 tokens, about 90 %. FP16 attention needs 512 bytes
-// and reaches 0.23e9 on an M4. Keys in a trellis take about 25 more word operations a unit of 32 codes, 100 a token:
-// 5 % more with 4 rows.
+// A page is 100 bytes per token and KV head at head_dim 128 and 3.125 bits, where FP16 attention reads 512; a code
+// costs a bit field extract, a shuffle and one FMA per row. No Mac has run this kernel: what limits it there is not
+// known.
 
 #include "page.metal"
 
