@@ -84,6 +84,8 @@ class ForgeCache(Cache):
             options that do not go together, or a model whose layers cannot be packed.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         model: Any,
@@ -226,7 +228,7 @@ class ForgeCache(Cache):
         entries: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, CodedLayer):
-                shape = None if layer.head_dims is None else (layer.kv_heads, *layer.head_dims)
+                shape = (layer.kv_heads, *layer.head_dims) if layer.kv_heads and layer.head_dims else None
                 kind = "decoded" if isinstance(layer, DecodedLayer) else "packed"
                 entries.append(packed_entry(i, layer.cache, layer.codec, layer.seen, shape, kind))
             else:

@@ -73,13 +73,13 @@ class CodedLayer(CacheLayerMixin):
         """A tensor on the device "meta" with the shape that a stock layer's keys have; `read` gives real ones."""
         return self._shaped(0)
 
+    @keys.setter
+    def keys(self, value: None) -> None: ...
+
     @property
     def values(self) -> torch.Tensor | None:
         """Like `keys`."""
         return self._shaped(1)
-
-    @keys.setter
-    def keys(self, value: None) -> None: ...
 
     @values.setter
     def values(self, value: None) -> None: ...
