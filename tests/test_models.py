@@ -252,3 +252,17 @@ def test_real_models_read_prose_from_their_first_token_on():
         whole, cut = (float(model(x, labels=x).loss.exp()) for x in (opened(ids, first_tokens(tokenizer)), ids))
     assert whole < 20
     assert cut > 3 * whole
+
+
+def test_a_served_model_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "part").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    for given, whole, short in (
+        (".", "mine", "mine"),
+        ("part/..", "mine", "mine"),
+        ("part/", "part/", "part"),
+        ("owner/name", "owner/name", "name"),
+        ("smollm2", "smollm2", "smollm2"),
+    ):
+        assert models.served_name(given) == whole
+        assert models.served_name(given, short=True) == short

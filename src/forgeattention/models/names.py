@@ -76,10 +76,13 @@ def resolve(name: str | os.PathLike[str]) -> Source:
     raise ValueError(f"[models] expected 'smollm2', a model folder, a .gguf file or a hub id owner/name; got {text!r}")
 
 
-def served_name(model: str | os.PathLike[str]) -> str:
-    """What a server calls a model: the last part of its name or path, that of the folder itself for "."."""
+def served_name(model: str | os.PathLike[str], short: bool = False) -> str:
+    """What a server calls a model: the name that it was given, or its last part if `short`; for a path without a name
+    of its own, such as ".", that of the folder."""
     path = Path(model)
-    return path.name if path.name not in ("", "..") else path.resolve().name
+    if path.name in ("", ".."):
+        return path.resolve().name
+    return path.name if short else os.fspath(model)
 
 
 def fetch(name: str) -> Path:

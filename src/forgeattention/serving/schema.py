@@ -17,7 +17,7 @@ Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
 class Base(BaseModel):
     """Where null stands for the default, and no field is ignored."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
     @model_validator(mode="before")
     @classmethod

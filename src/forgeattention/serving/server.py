@@ -92,7 +92,7 @@ def serve(model: str, spec: CodecSpec, *, host: str, port: int, options: ServerO
         model, dtype=getattr(torch, options.dtype), device=options.device, attn_implementation="forge"
     )
     engine = make_engine(loaded, tokenizer, spec, options)
-    name = options.served_name or models.served_name(model)
+    name = options.served_name or models.served_name(model, short=True)
     app = create_app(engine, name, api_key=key, max_body=options.max_body, cors=options.cors)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=FLUSH, lifespan="off")
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:

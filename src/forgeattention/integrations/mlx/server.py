@@ -179,8 +179,8 @@ def serve(
     for argument in arguments:
         if argument.partition("=")[0] in OURS:
             raise ValueError(f"[serve] expected no {argument.partition('=')[0]} for a server of packed caches; got it")
-    name, spec = os.fspath(model), CodecSpec() if spec is None else spec
-    location = models.folder(name)
+    name, spec = models.served_name(model), CodecSpec() if spec is None else spec
+    location = models.folder(model)
     if Path(location).is_dir():
         # Nothing is read of the weights: a model that cannot be served is refused at once.
         full_attention(load_model(Path(location), lazy=True)[0])

@@ -33,7 +33,8 @@ def command(model: str, spec: CodecSpec, *, host: str, port: int, arguments: Seq
     settings = {name: value for name, value in dataclasses.asdict(Settings.of(spec)).items() if value is not None}
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", models.folder(model), "--served-model-name", model, "--host", host, "--port", str(port)),
+        *("--model", models.folder(model), "--served-model-name", models.served_name(model)),
+        *("--host", host, "--port", str(port)),
         *("--attention-backend", "CUSTOM", "--block-size", str(PAGE)),
         *("--additional-config", json.dumps({KEY: settings})),
         *arguments,
