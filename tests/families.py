@@ -212,10 +212,14 @@ def table() -> str:
         print(name, found, file=sys.stderr, flush=True)
         counts[found.outcome] += 1
         text = found.text.partition("; got ")[2].partition(":")[0] if found.outcome == "refused" else found.text
+        if found.reading == "decoding":
+            counts["decoding"] += 1
         layers = f"{found.layers[0]} of {found.layers[1]}" if found.outcome in ("packed", "stock") else ""
-        row = f"| {name} | {found.outcome} | {layers} | "
+        row = f"| {name} | {found.outcome} | {layers} | {found.reading} | "
         rows.append(row + textwrap.shorten(text, 97 - len(row), placeholder=" ...") + " |")
+    decoding = counts.pop("decoding")
     total = ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
+    total += f". Of the packed ones, {decoding} are read by decoding"
     return TABLE.format(version=transformers.__version__, total=total, rows="\n".join(rows))
 
 
@@ -228,6 +232,14 @@ The table is written by `python tests/families.py`, which builds a small model o
 each family and compares its logits with those of a stock cache that holds the same decoded values.
 
 - *packed*: the layers with full attention are packed and right; the others keep the stock cache.
+  "read by" says how: *kernels* read the packed bits. By *decoding*, the layer gives the model
+  decoded keys and values, because its attention is its own code, has latents of two widths (MLA),
+  soft-capped scores, ALiBi or the like. Memory is as small, but each step decodes the layer's pages
+  whole, into memory that all layers share. Sparse attention, eviction, context parallelism and CUDA
+  graphs are refused for such models, and `ForgeCache` logs which layers they are. Where the class
+  computes attention in its own code, load the model without `attn_implementation="forge"`. What
+  such a step costs beside a stock cache has not been measured yet. BigBird is packed with
+  `attention_type="original_full"` alone.
 - *stock*: right, and no layer is packed (recurrent states, attention to keys that an indexer
   chose).
 - *refused*: a `ValueError` says why when the model is loaded or the cache is made.
@@ -240,8 +252,11 @@ Encoder-decoder models take
 `EncoderDecoderCache(ForgeCache(model), DynamicCache(config=model.config))`. `generate_batch` is
 transformers' continuous batching, which takes caches of its own only.
 
-| family | outcome | packed layers | what was met |
-|---|---|---|---|
+`crop` and `batch_select_indices` of that pair want two caches of transformers' own kind: call them
+on its `self_attention_cache`.
+
+| family | outcome | packed layers | read by | what was met |
+|---|---|---|---|---|
 {rows}
 """
 
