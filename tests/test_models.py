@@ -142,6 +142,7 @@ class Fake:
 def faked(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer", Fake("tokenizer"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Fake("model"))
+    monkeypatch.setattr(names, "open_gguf", lambda path: None)
     monkeypatch.setattr(names, "_finish_tokenizer", lambda tokenizer, path: None)
     monkeypatch.setattr(names, "_set_end_tokens", lambda model, tokenizer: None)
     monkeypatch.setattr(names, "_state_rope_theta", lambda config: None)
