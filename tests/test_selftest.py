@@ -31,7 +31,7 @@ def test_the_ops_are_right_and_the_report_is_written(tmp_path: Path, capsys: Any
     rows = report["steps"]["ops"]["rows"]
     assert {row["op"].partition(",")[0] for row in rows} == {
         *("encode", "decode_pages", "decode_attention", "prefill_attention", "qk_scores", "value_sum"),
-        "sparse_attention",
+        *("sparse_threshold", "sparse_attention"),
     }
     assert all(row["first_ms"] > 0 for row in rows)
     assert report["machine"]["system"]
@@ -49,7 +49,7 @@ def test_a_wrong_kernel_fails_with_its_error(monkeypatch: Any) -> None:
     )
     found = oracle.run({"device": "cpu", "quick": True})
     assert found["status"] == "failed"
-    assert found["reason"].startswith("1 of 8 calls: qk_scores is off by 1.0e+00")
+    assert found["reason"].startswith("1 of 9 calls: qk_scores is off by 1.0e+00")
     assert '<tr class="failed">' in page.page({**REPORT, "steps": {"ops": found}})
 
 

@@ -148,18 +148,42 @@ class Checks:
                 lambda: ops.value_sum(self.where.put(p), codec, ours),
                 lambda: ops.value_sum(p, codec, theirs, backend="reference"),
             ),
+            "sparse_threshold": (
+                lambda: self.mass(self.kept(q, ours)[1]),
+                lambda: self.mass(self.host_kept(q, ours, theirs)[1]),
+            ),
             "sparse_attention": (
-                lambda: self.sparse(q, ours, "auto"),
-                lambda: self.sparse(self.q, theirs, "reference"),
+                lambda: self.sparse(q, ours),
+                lambda: self.sparse_oracle(q, ours, theirs),
             ),
         }
         for name, (mine, oracle) in pairs.items():
             yield self.check(name, "float32", mine, oracle)
 
-    def sparse(self, q: Any, table: PageTable, backend: str) -> Any:
-        scores = ops.sparse_scores(q, self.codec, table, self.scale, backend=backend)
-        threshold = ops.sparse_threshold(scores, table, top_p=0.9, backend=backend)
-        return ops.sparse_attention(scores, threshold, self.codec, table, backend=backend)
+    def sparse(self, q: Any, table: PageTable) -> Any:
+        scores, threshold = self.kept(q, table)
+        return ops.sparse_attention(scores, threshold, self.codec, table)
+
+    def sparse_oracle(self, q: Any, table: PageTable, known: PageTable) -> Any:
+        """Of the device's own scores and threshold: a token at the border of the mass may fall to either side."""
+        scores, threshold = (self.on_host(x) for x in self.kept(q, table))
+        return ops.sparse_attention(scores, threshold, self.codec, known, backend="reference")
+
+    def host_kept(self, q: Any, table: PageTable, known: PageTable) -> tuple[Any, Any]:
+        """The device's scores and the oracle's threshold of them."""
+        scores = self.on_host(self.kept(q, table)[0])
+        return scores, ops.sparse_threshold(scores, known, top_p=0.9, backend="reference")
+
+    def on_host(self, x: Any) -> Any:
+        return type(x)(*(self.where.host(y) for y in vars(x).values()))
+
+    @staticmethod
+    def mass(threshold: Any) -> tuple[Any, Any]:
+        return threshold.score, threshold.top
+
+    def kept(self, q: Any, table: PageTable) -> tuple[Any, Any]:
+        scores = ops.sparse_scores(q, self.codec, table, self.scale)
+        return scores, ops.sparse_threshold(scores, table, top_p=0.9)
 
     def check(self, op: str, dtype: str, mine: Callable[[], Any], oracle: Callable[[], Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"op": op, "dtype": dtype, "limit": LIMITS[dtype], "error": 0.0}
