@@ -6,20 +6,23 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import openai
 import tiny
 import torch
 import uvicorn
 
 from forgeattention import CodecSpec
+from forgeattention.serving.api import create_app
 from forgeattention.serving.engine import Engine
 from forgeattention.serving.request import Event, Request
 from forgeattention.serving.sampling import Sampling
 
 SPEC = CodecSpec(window=16, k_code="scalar", refine=False)
 PIECE = 64
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
 
 
 def model() -> Any:
@@ -84,6 +87,21 @@ class Running:
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(30)
+
+
+def served() -> Iterator[Running]:
+    """A running application with room for several requests; what a fixture yields from."""
+    made = engine(model(), max_pages=60, max_running=8, max_waiting=12)
+    server = Running(create_app(made, "tiny"))
+    yield server
+    server.stop()
+    made.drain(5)
+
+
+def openai_client(server: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of an application; what a fixture yields from."""
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def post(port: int, path: str, body: Any, key: str | None = None) -> tuple[int, dict[str, str], Any]:

@@ -6,32 +6,24 @@ import math
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import tiny
 import torch
-from serving_engine import PIECE, SPEC, Running, chunks, engine, model, post, says, stream
+from serving_engine import HELLO, PIECE, SPEC, Running, chunks, engine, model, openai_client, post, says, served, stream
 
 from forgeattention.integrations.hf.cache import ForgeCache
 from forgeattention.serving.api import create_app
 from forgeattention.serving.sampling import Sampler, Sampling, score
 
-HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
-
 
 @pytest.fixture(scope="module")
 def running() -> Any:
-    made = engine(model(), max_pages=60, max_running=8, max_waiting=12)
-    server = Running(create_app(made, "tiny"))
-    yield server
-    server.stop()
-    made.drain(5)
+    yield from served()
 
 
 @pytest.fixture(scope="module")
 def client(running) -> Any:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    yield from openai_client(running)
 
 
 def test_log_probabilities(running, client):

@@ -6,29 +6,21 @@ import http.client
 import json
 from typing import Any
 
-import openai
 import pytest
 import tiny
-from serving_engine import Running, chunks, engine, model, post, stream
+from serving_engine import HELLO, Running, chunks, engine, model, openai_client, post, served, stream
 
 from forgeattention.serving.api import create_app
-
-HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def running() -> Any:
-    made = engine(model(), max_pages=60, max_running=8, max_waiting=12)
-    server = Running(create_app(made, "tiny"))
-    yield server
-    server.stop()
-    made.drain(5)
+    yield from served()
 
 
 @pytest.fixture(scope="module")
 def client(running) -> Any:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    yield from openai_client(running)
 
 
 def get(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
