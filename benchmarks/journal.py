@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +41,34 @@ class Journal:
                 file.write("\n" if cut and self.file.stat().st_size else "")
                 file.write(json.dumps([name, result]) + "\n")
         return result
+
+
+def run_step(
+    journal: Journal,
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Runs a step as a process of its own, tells how it ended, and notes it in the journal if it succeeded.
+
+    Args:
+        journal: of the suite.
+        name: of the step.
+        command: its command line.
+        log: file that what it prints is added to.
+        limit: seconds after which it is ended.
+        environment: of the process; None for this one's.
+    """
+    begun = time.time()
+    with log.open("a") as out:
+        try:
+            done = subprocess.run(command, stdout=out, stderr=out, timeout=limit, env=environment, check=False)
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    took = time.time() - begun
+    print(f"{name}: {'done' if code == 0 else f'exit code {code}, see {log}'}, {took:.0f} s", flush=True)
+    if code == 0:
+        journal.add(name, {"seconds": took})

@@ -12,7 +12,6 @@ follow one another; lanes run side by side, since a step keeps the host busier t
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import real_models
-from journal import Journal
+from journal import Journal, run_step
 
 HERE = Path(__file__).parent
 QWEN, SMALL_QWEN, GEMMA = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "gemma-3-270m"
@@ -150,17 +149,8 @@ def run(step: Step, args: argparse.Namespace, journal: Journal, until: float) ->
     left = until - time.time()
     if journal.get(step.name) or left < 20:
         return
-    begun, log = time.time(), args.out / f"{step.name}.txt"
-    with log.open("a") as out:
-        try:
-            limit = min(left, 3 * step.seconds + 60)
-            code = subprocess.run(command(step, args), stdout=out, stderr=out, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-    took = time.time() - begun
-    print(f"{step.name}: {'done' if code == 0 else f'exit code {code}'}, {took:.0f} s", flush=True)
-    if code == 0:
-        journal.add(step.name, {"seconds": took})
+    limit = min(left, 3 * step.seconds + 60)
+    run_step(journal, step.name, command(step, args), args.out / f"{step.name}.txt", limit)
 
 
 def main() -> None:

@@ -15,14 +15,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from journal import Journal
+from journal import Journal, run_step
 from vllm_engines import SHAPES
 
 HERE = Path(__file__).parent
@@ -185,21 +184,9 @@ def run(step: Step, args: argparse.Namespace, journal: Journal, until: float) ->
     if why:
         print(f"{step.name}: left out, {why}", flush=True)
         return
-    begun, log = time.time(), args.out / f"{step.name}.log"
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.sanitizer else None
-    with log.open("a") as out:
-        try:
-            limit = min(left, 1.5 * step.seconds if args.device == "cuda" else 600)
-            done = subprocess.run(
-                command(step, args), stdout=out, stderr=out, timeout=limit, env=environment, check=False
-            )
-            code = done.returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-    took = time.time() - begun
-    print(f"{step.name}: {'done' if code == 0 else f'exit status {code}, see {log}'}, {took:.0f} s", flush=True)
-    if code == 0:
-        journal.add(step.name, {"seconds": took})
+    limit = min(left, 1.5 * step.seconds if args.device == "cuda" else 600)
+    run_step(journal, step.name, command(step, args), args.out / f"{step.name}.log", limit, environment)
 
 
 def merged(args: argparse.Namespace) -> list[dict[str, Any]]:

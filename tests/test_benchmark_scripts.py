@@ -107,7 +107,7 @@ class Suite:
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         self.module, self.folder, self.calls = importlib.import_module("vllm_suite"), folder, []
         self.failing = set()
-        monkeypatch.setattr(self.module.subprocess, "run", self.called)
+        monkeypatch.setattr(subprocess, "run", self.called)
         monkeypatch.setattr(self.module.shutil, "which", lambda name: f"/bin/{name}")
         self.monkeypatch = monkeypatch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def test_a_step_is_run_once_and_what_fails_again(tmp_path: Path, monkeypatch: An
         run.append(command)
         return argparse.Namespace(returncode=next(codes))
 
-    monkeypatch.setattr(real_suite.subprocess, "run", called)
+    monkeypatch.setattr(subprocess, "run", called)
     options = ["real_suite.py", "--models", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "ruler", "--quick"]
     monkeypatch.setattr(sys, "argv", options)
     for _ in range(3):
