@@ -94,4 +94,4 @@ def _this_gpu() -> str:
         raise ValueError(
             f"[compile] expected --arch on a machine without a GPU ({', '.join(plans.LIMITS_OF)}); got none"
         )
-    return nvrtc.architecture(*torch.cuda.get_device_capability())
+    return nvrtc.architecture_of()

@@ -248,9 +248,14 @@ class Kernel:
             raise RuntimeError(f"[{self.stem}] launch failed: {error.name}")
 
 
+def architecture_of(device: Any = None) -> str:
+    """The architecture of one of torch's devices, of the current one if None."""
+    import torch
+
+    return architecture(*torch.cuda.get_device_capability(device))
+
+
 @cache
 def kernel(stem: str, macros: Macros, device: int, shared_bytes: int) -> Kernel:
     """The kernel for a device, compiled or read from disk on first use. Call it under that device."""
-    import torch
-
-    return Kernel(stem, macros, architecture(*torch.cuda.get_device_capability(device)), shared_bytes)
+    return Kernel(stem, macros, architecture_of(device), shared_bytes)

@@ -292,16 +292,20 @@ def kernels(
 
 def start_compiling(
     codec: Codec, q_heads: int, decode_tokens: Iterable[int], dtype: Any, exact_block: int, device: Any
-) -> None:
+) -> list[tuple[str, nvrtc.Macros, int]]:
     """Begins to compile the kernels of a layer's steps, in threads, so that `prepare` finds them done.
 
     Args:
         codec, q_heads, decode_tokens, exact_block: as for `kernels`.
         dtype: torch's, of queries and of exact tokens.
         device: where they will run.
+
+    Returns:
+        What `kernels` gives.
     """
     needed = kernels(codec, q_heads, decode_tokens, dtype_name(dtype), exact_block, limits(device.index))
-    nvrtc.start([each[:2] for each in needed], nvrtc.architecture(*torch.cuda.get_device_capability(device)))
+    nvrtc.start([each[:2] for each in needed], nvrtc.architecture_of(device))
+    return needed
 
 
 def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
@@ -315,9 +319,9 @@ def prepare(blocks: Blocks, q_heads: int, decode_tokens: Iterable[int]) -> None:
     codec, tokens = blocks.codec, blocks.tokens
     device, decode_tokens = tokens.device, set(decode_tokens)
     with on_device(device):
-        start_compiling(codec, q_heads, decode_tokens, tokens.dtype, tokens.shape[1], device)
-        for each in kernels(codec, q_heads, decode_tokens, dtype_of(tokens), tokens.shape[1], limits(device.index)):
-            nvrtc.kernel(each[0], each[1], device.index, each[2])
+        needed = start_compiling(codec, q_heads, decode_tokens, tokens.dtype, tokens.shape[1], device)
+        for stem, macros, shared_bytes in needed:
+            nvrtc.kernel(stem, macros, device.index, shared_bytes)
         for n in decode_tokens:
             _decode_launch(codec, q_heads, n, tokens.dtype, tokens)
         # A first launch of these two uploads what they read of the codec; it encodes and decodes no page.
