@@ -90,7 +90,7 @@ def load(
         parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
         check_parts(parts, codec, dtypes[str(number)])
         held = {part: tensor for part, tensor in parts.items() if tensor is not None}
-        layers[number] = _layer_from(held, codec, arrays, dtypes[str(number)], max_pages, told)
+        layers[number] = layer_from(held, codec, arrays, dtypes[str(number)], max_pages, **told)
     return layers, extra
 
 
@@ -124,14 +124,16 @@ def _layer_tensors(layer: LayerCache) -> tuple[NDArray[Any], ...]:
     return pages, table, starts, np.stack([exact, packed, layer.lengths]), *tokens
 
 
-def _layer_from(
-    parts: Tensors,
-    codec: Codec,
-    arrays: Arrays,
-    dtype: str,
-    max_pages: int | None,
-    options: Mapping[str, Any],
+def layer_from(
+    parts: Mapping[str, Any], codec: Codec, arrays: Arrays, dtype: str, max_pages: int | None = None, **options: Any
 ) -> LayerCache:
+    """A layer of its saved arrays, which are sound (`checks.check_parts`).
+
+    Args:
+        parts: by the names of `PARTS`; pages are a sequence, each of which the table names by its place.
+        codec, arrays, dtype, options: as for `LayerCache`.
+        max_pages: as for `PagePool`.
+    """
     pages, table, starts, lengths = (parts[name] for name in PARTS[:4])
     pool = PagePool(codec.page_bytes, arrays, max_pages)
     ids = pool.alloc(len(pages))

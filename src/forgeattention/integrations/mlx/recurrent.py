@@ -14,6 +14,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as stock
 
+from .stored import read_fields
+
+FIELDS: dict[str, type] = {"snapshots": int, "position": int, "last": str, "past": list}
+"""Of a state's header."""
+
 
 class Snapshot(NamedTuple):
     """A state.
@@ -92,7 +97,7 @@ class SnapshotCache(stock.ArraysCache):
     @state.setter
     def state(self, value: Any) -> None:
         told, now, *arrays = value
-        header = json.loads(bytes(told.tolist()))
+        header = read_fields(told, FIELDS)
         past = [(int(position), str(kind)) for position, kind in header["past"]]
         if len(past) != len(arrays):
             raise ValueError(f"[mlx_lm] expected {len(past)} remembered states; got {len(arrays)}")

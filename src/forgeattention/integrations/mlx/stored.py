@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ...cache import LayerCache, MLXArrays, PagePool
+from ...cache import LayerCache, MLXArrays
 from ...cache.checks import check_parts
+from ...cache.storage import layer_from
 from ...codec import PAGE, Codec, CodecSpec
 from ...ops.arrays import dtype_of
 from .convert import codec_of
 
-KNOWN = {"spec": str, "batched": bool, "position": list}
-LAYER = {"head_dim": int, "kv_heads": int, "codec": str}
+KNOWN: dict[str, type] = {"spec": str, "batched": bool, "position": list}
+LAYER: dict[str, type] = {"head_dim": int, "kv_heads": int, "codec": str}
 
 
-def read_header(told: Any, filled: bool) -> dict[str, Any]:
-    """The header of a state, JSON as bytes.
+def read_fields(told: Any, wanted: Mapping[str, type]) -> dict[str, Any]:
+    """The fields of a state's header, JSON as bytes.
 
     Args:
         told: uint8 [bytes].
-        filled: whether keys and values follow it.
+        wanted: classes of fields by name; there may be others.
 
     Raises:
-        ValueError: no JSON, or other fields than `PackedKVCache.state` gives.
+        ValueError: no JSON, or a field that is not there or of another class.
     """
     try:
         header = json.loads(bytes(told.tolist()))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"[mlx_lm] expected a packed cache's header; got {type(error).__name__}: {error}") from None
-    wanted = KNOWN | LAYER if filled else KNOWN
     if not isinstance(header, dict) or not all(isinstance(header.get(name), kind) for name, kind in wanted.items()):
         raise ValueError(f"[mlx_lm] expected a packed cache's header with {sorted(wanted)}; got another")
+    return header
+
+
+def read_header(told: Any, filled: bool) -> dict[str, Any]:
+    """The header of a `PackedKVCache.state`; arguments and errors as of `read_fields`.
+
+    Args:
+        told: uint8 [bytes].
+        filled: whether keys and values follow it.
+    """
+    header = read_fields(told, KNOWN | LAYER if filled else KNOWN)
     if not all(isinstance(x, int) and 0 <= x < 2**62 for x in header["position"]):
         raise ValueError(f"[mlx_lm] expected positions of rows; got {header['position']}")
     return header
@@ -69,16 +81,10 @@ def read_layer(arrays: Any, codec: Codec) -> LayerCache:
     numbers, starts = np.array(table)[..., :width]
     tokens = [frame.to_host(x) for x in (k, v)]
     host = np.array(pages, copy=False)
-    parts = {"pages": host, "table": numbers, "starts": starts, "lengths": counts, "k": tokens[0], "v": tokens[1]}
+    parts: dict[str, Any] = {"pages": host, "table": numbers, "starts": starts, "lengths": counts}
+    parts |= {"k": tokens[0], "v": tokens[1]}
     check_parts(parts, codec, dtype_of(k))
     used, rows = np.unique(numbers, return_inverse=True)
     shift = int(len(used) > 0 and used[0] < 0)
-    pool = PagePool(codec.page_bytes, frame)
-    ids = pool.alloc(len(used) - shift)
-    for page, at in zip(ids.tolist(), used[shift:].tolist()):
-        pool.write(page, pages[at])
-    exact, packed, seen = counts
-    layer = LayerCache(codec, len(packed), frame, dtype_of(k), pool=pool)
-    layer.restore(ids, rows.reshape(numbers.shape) - shift, starts, (exact, packed, seen), *tokens)
-    pool.free(ids)
-    return layer
+    parts |= {"pages": [pages[at] for at in used[shift:].tolist()], "table": rows.reshape(numbers.shape) - shift}
+    return layer_from(parts, codec, frame, dtype_of(k))
