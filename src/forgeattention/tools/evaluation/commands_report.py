@@ -12,7 +12,7 @@ import torch
 from ...codec.presets import DEFAULT, PRESETS
 from ...models.shape import head_dim
 from ...util.environment import environment
-from ...util.files import read_json, write_json
+from ...util.files import write_json
 from . import kl, memory, model_pages, niah, page, texts
 from .commands import niah_result
 from .setup import Setup, asks_for_spec, caches, setup
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """The `rows` of another run's JSON. Raises ValueError if it has none."""
-    if not file.is_file():
-        raise ValueError(f"[report] expected a JSON file; got {str(file)!r}")
-    content = read_json(file, "report", "a run's JSON")
+    content = model_pages.read_result(file)
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"[report] expected a list of rows in {str(file)!r}; got {type(rows).__name__}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...util.files import read_json
 from . import page
 
 Row = Mapping[str, Any]
@@ -31,7 +31,7 @@ def run(files: Sequence[Path], output: Path) -> dict[str, Any]:
     by_model: dict[str, list[tuple[Path, Any]]] = {}
     left = []
     for file in files:
-        content = _read(file)
+        content = read_result(file)
         model = content.get("model") if isinstance(content, dict) else None
         if isinstance(model, str) and kind(content) is not None:
             by_model.setdefault(_named(model), []).append((file, content))
@@ -171,8 +171,8 @@ def frontier(rows: Sequence[Row]) -> bytes:
     return page.png(figure)
 
 
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"[report] expected a JSON file; got {str(file)!r} ({error})") from error
+def read_result(file: Path) -> Any:
+    """The JSON of a run. Raises ValueError where there is none."""
+    if not file.is_file():
+        raise ValueError(f"[report] expected a JSON file; got {str(file)!r}")
+    return read_json(file, "report", "a run's JSON")

@@ -150,7 +150,7 @@ class Checks:
             ),
             "sparse_threshold": (
                 lambda: self.mass(self.kept(q, ours)[1]),
-                lambda: self.mass(self.host_kept(q, ours, theirs)[1]),
+                lambda: self.mass(self.oracle_threshold(q, ours, theirs)),
             ),
             "sparse_attention": (
                 lambda: self.sparse(q, ours),
@@ -169,10 +169,10 @@ class Checks:
         scores, threshold = (self.on_host(x) for x in self.kept(q, table))
         return ops.sparse_attention(scores, threshold, self.codec, known, backend="reference")
 
-    def host_kept(self, q: Any, table: PageTable, known: PageTable) -> tuple[Any, Any]:
-        """The device's scores and the oracle's threshold of them."""
-        scores = self.on_host(self.kept(q, table)[0])
-        return scores, ops.sparse_threshold(scores, known, top_p=0.9, backend="reference")
+    def oracle_threshold(self, q: Any, table: PageTable, known: PageTable) -> Any:
+        """Of the device's own scores."""
+        scores = self.on_host(ops.sparse_scores(q, self.codec, table, self.scale))
+        return ops.sparse_threshold(scores, known, top_p=0.9, backend="reference")
 
     def on_host(self, x: Any) -> Any:
         return type(x)(*(self.where.host(y) for y in vars(x).values()))
