@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
+
+log = logging.getLogger("forgeattention")
 
 MIN_CONTEXT = 2**20
 """Packed tokens at which a sparse step was measured to be as fast as a dense one (H100, docs/results.md)."""
@@ -49,6 +52,11 @@ class SparseSpec:
             raise ValueError(f"[sparse_spec] expected top_k a positive multiple of 64 with fast; got {self.top_k}")
         if self.min_context < 0:
             raise ValueError(f"[sparse_spec] expected min_context >= 0; got {self.min_context}")
+
+    def warn_of_min_context(self) -> None:
+        """Logs from when on a cache of this spec reads sparsely, unless it is from its first page on."""
+        if least := self.min_context:
+            log.warning("rows are read whole until they have %d packed tokens (SparseSpec.min_context)", least)
 
     @classmethod
     def parse(cls, text: str, **options: bool | int) -> SparseSpec:

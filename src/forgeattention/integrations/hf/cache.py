@@ -156,9 +156,8 @@ class ForgeCache(Cache):
             rope = rope_of(config) if eviction.policy.scored else None
             self._evicting = {"rope": rope, "fraction": attention_fraction(config)}
         self._setup(layers)
-        if sparse is not None and sparse.min_context:
-            least = sparse.min_context
-            log.warning("rows are read whole until they have %d packed tokens (SparseSpec.min_context)", least)
+        if sparse is not None:
+            sparse.warn_of_min_context()
         for why in dict.fromkeys(by_decoding.values()):
             which = [i for i in by_decoding if by_decoding[i] == why]
             log.warning("ForgeCache reads layers %s by decoding them at every step: %s", which, why)

@@ -105,6 +105,8 @@ def make_prompt_cache(
         raise NothingToPack(f"[mlx_lm] expected {what}; got {sorted(layers)} of {len(made)}")
     if fitted:
         own = weight_codecs(model, spec, layers) | own
+    if sparse is not None:
+        sparse.warn_of_min_context()
     shared: Codecs = {}
     rope = rope_of(model.args) if eviction is not None and eviction.policy.scored else None
     fraction = len(layers) / len(made)
