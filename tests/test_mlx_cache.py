@@ -13,11 +13,12 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_lm.models import base  # noqa: E402
 from mlx_lm.models import cache as stock  # noqa: E402
-from mlx_models import SPEC, coded  # noqa: E402
+from mlx_models import SPEC, coded, model  # noqa: E402
 from tolerances import MLX_CPU  # noqa: E402
 
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
-from forgeattention.integrations.mlx import PackedKVCache, patched  # noqa: E402
+from forgeattention.integrations.mlx import PackedKVCache, make_prompt_cache, patched  # noqa: E402
+from forgeattention.sparse import SparseSpec  # noqa: E402
 
 CONTRACT = [
     *("update_and_fetch", "offset", "state", "from_state", "is_trimmable", "trim", "make_mask", "size", "empty"),
@@ -337,3 +338,14 @@ def test_other_widths_are_filled_up_and_counted(k_dim: int, v_dim: int) -> None:
     want = mx.fast.scaled_dot_product_attention(q[:, :, -1:], k, v, scale=scale)
     assert float(mx.abs(out - want).max()) <= 2 * MLX_CPU["float32"] * float(mx.abs(want).max())
     assert cache.nbytes >= 2 * spec.page_format(width).record_bytes
+
+
+def test_a_sparse_cache_says_from_when_on_it_is_sparse(caplog: pytest.LogCaptureFixture) -> None:
+    made = model()
+    make_prompt_cache(made, SPEC, fitted=False, sparse=SparseSpec(top_k=64, min_context=640))
+    assert [r.message for r in caplog.records] == [
+        "rows are read whole until they have 640 packed tokens (SparseSpec.min_context)"
+    ]
+    caplog.clear()
+    make_prompt_cache(made, SPEC, fitted=False, sparse=SparseSpec(top_k=64, min_context=0))
+    assert not caplog.records

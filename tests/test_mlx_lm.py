@@ -24,7 +24,6 @@ from tolerances import MLX_MODEL  # noqa: E402
 
 from forgeattention.codec import Codec, CodecSpec  # noqa: E402
 from forgeattention.integrations import mlx as forge  # noqa: E402
-from forgeattention.sparse import SparseSpec  # noqa: E402
 
 NEW = 30
 
@@ -397,13 +396,3 @@ def test_a_reply_is_taken_back_whole_and_snapshots_are_saved(
     assert stock.trim_prompt_cache(cache, 1) == 1
     again = [r.token for r in mlx_lm.stream_generate(made, words, prompt[-1:], max_tokens=9, prompt_cache=cache)]
     assert again == first
-
-
-def test_a_sparse_cache_says_from_when_on_it_is_sparse(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
-    forge.make_prompt_cache(llama, SPEC, fitted=False, sparse=SparseSpec(top_k=64, min_context=640))
-    assert [r.message for r in caplog.records] == [
-        "rows are read whole until they have 640 packed tokens (SparseSpec.min_context)"
-    ]
-    caplog.clear()
-    forge.make_prompt_cache(llama, SPEC, fitted=False, sparse=SparseSpec(top_k=64, min_context=0))
-    assert not caplog.records
